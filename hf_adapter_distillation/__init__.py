@@ -1,0 +1,32 @@
+"""AdapterDistillation for the adapters library: distil frozen task adapters into a new one.
+
+Importing this package registers it with adapters: `model.add_adapter` takes `distill_from`, `model.train_adapter`
+prepares the two-stage training, and `DistillationTrainer` runs it.
+
+Source: Wang et al., "AdapterDistillation: Non-Destructive Task Composition with Knowledge Distillation", EMNLP 2023
+Industry, https://arxiv.org/abs/2312.16261.
+"""
+
+from .analysis import plot_teacher_attention, teacher_attention
+from .composition import AdapterDistillation
+from .configuration import DistillationConfig, DistillationTrainingArguments
+from .fusion import TeacherFusion
+from .registration import register, unregister
+from .trainer import AdapterDistillationTrainer, DistillationTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterDistillation",
+    "AdapterDistillationTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "TeacherFusion",
+    "plot_teacher_attention",
+    "register",
+    "teacher_attention",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,63 @@
+"""Names of adapters and transformers that are not exported at their top level, and the tested versions."""
+
+import importlib.metadata
+import inspect
+import warnings
+
+from adapters import ModelAdaptersMixin
+from adapters.context import ForwardContext
+from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
+from adapters.methods.modeling import Adapter
+from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from adapters.utils import SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
+from packaging.version import Version
+from transformers import PreTrainedModel
+
+__all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "SAFE_HEAD_WEIGHTS_NAME",
+    "SAFE_WEIGHTS_NAME",
+    "Adapter",
+    "BottleneckLayer",
+    "BottleneckState",
+    "ForwardContext",
+    "loss_counts_items",
+    "warn_if_untested",
+]
+
+TESTED = {"adapters": ("1.3.0", "2"), "transformers": ("4.57.6", "4.58")}
+
+
+def warn_if_untested() -> None:
+    """Warns once, naming the tested range, where another version of adapters or transformers is installed."""
+    for package, (low, high) in TESTED.items():
+        version = importlib.metadata.version(package)
+        if not Version(low) <= Version(version) < Version(high):
+            warnings.warn(
+                f"hf-adapter-distillation is tested with {package}>={low},<{high}, not with {version}; "
+                f"install a tested version to silence this warning.",
+                stacklevel=3,
+            )
+
+
+def loss_counts_items(model: PreTrainedModel) -> bool:
+    """Whether the model's own loss is normalised by the `num_items_in_batch` that Trainer hands over.
+
+    Trainer looks for `**kwargs` in `forward`, which every model has after `adapters.init`. The losses that use the
+    number are those of `PreTrainedModel.loss_function`; the heads of adapters, and most static heads, ignore it, and
+    some (T5) refuse it.
+
+    Args:
+        model: A model with adapters, not wrapped.
+
+    Returns:
+        True if `num_items_in_batch` may be passed to the model and changes its loss.
+    """
+    if hasattr(model, "heads"):
+        return False
+    classes = (cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel))
+    original = next(cls for cls in classes if not issubclass(cls, ModelAdaptersMixin))
+    forward = inspect.unwrap(original.forward)
+    takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    uses_number = "loss_function" in forward.__code__.co_names
+    return takes_kwargs and uses_number and vars(original).get("accepts_loss_kwargs", True)

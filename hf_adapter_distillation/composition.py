@@ -1,0 +1,92 @@
+"""The composition block of a student adapter and the teachers that it is distilled from."""
+
+from collections.abc import Sequence
+
+from adapters import AdapterCompositionBlock, Stack
+
+
+class AdapterDistillation(Stack):
+    """A student adapter together with the frozen teacher adapters that it learns from.
+
+    The block is a `Stack` of the student alone: the teachers are an attribute, no children. Everything in adapters
+    that walks over a setup (freezing, heads, saving, prefixes, invertible adapters) therefore sees the student only.
+    In training mode the teachers run beside the student inside each layer; in evaluation mode the block is exactly
+    the plain `Stack` of its student.
+
+    Source: Wang et al., EMNLP 2023 Industry, https://arxiv.org/abs/2312.16261, Figure 2.
+
+    Args:
+        student: The name of the adapter to be trained, or a `Stack` of names whose last one is the student (MAD-X:
+            a frozen language adapter below the task adapter).
+        teachers: The names of the frozen adapters that the student is distilled from.
+
+    Raises:
+        TypeError: If the student is neither a name nor a flat `Stack` of names, or a teacher is no name.
+        ValueError: If there is no teacher, a teacher is given twice, or the student is among its own teachers.
+    """
+
+    def __init__(self, student: str | Stack, teachers: Sequence[str]) -> None:
+        names = [student] if isinstance(student, str) else student.children if type(student) is Stack else None
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise TypeError(f"The student must be an adapter name or a Stack of adapter names, not {student!r}.")
+        check_teachers(names[-1], teachers)
+        super().__init__(*names)
+        self.teachers: tuple[str, ...] = tuple(teachers)
+
+    @property
+    def student(self) -> str:
+        """The name of the adapter that is trained."""
+        return self.children[-1]
+
+    def __eq__(self, other: object) -> bool:
+        # The parent compares zipped children, so that Stack("a") == Stack("a", "b").
+        if not isinstance(other, AdapterDistillation):
+            return False
+        return (self.children, self.teachers) == (other.children, other.teachers)
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(self.children), self.teachers))
+
+    def __repr__(self) -> str:
+        return f"AdapterDistillation[{', '.join(self.children)}; teachers: {', '.join(self.teachers)}]"
+
+    def to_dict(self) -> dict:
+        """Describes the setup that runs at inference, a plain `Stack`, so that stock adapters can load it."""
+        return Stack(*self.children).to_dict()
+
+
+def check_teachers(student: str, teachers: Sequence[str]) -> None:
+    """Refuses a list of teachers that cannot be meant.
+
+    Args:
+        student: The name of the student.
+        teachers: The names (or folders, or Hub ids) of its teachers.
+
+    Raises:
+        TypeError: If `teachers` is a single string or holds something other than strings.
+        ValueError: If it is empty, names a teacher twice, or names the student.
+    """
+    if isinstance(teachers, str) or not isinstance(teachers, Sequence):
+        raise TypeError(f"The teachers must be a list of adapter names, not {teachers!r}; write [{teachers!r}].")
+    if not teachers:
+        raise ValueError(f"No teachers are given for {student!r}: name at least one adapter to distill from.")
+    for index, teacher in enumerate(teachers):
+        if not isinstance(teacher, str) or not teacher:
+            raise TypeError(f"A teacher must be an adapter name, a folder or a Hub id, not {teacher!r}.")
+        if teacher in teachers[:index]:
+            raise ValueError(f"Teacher {teacher!r} is given twice; name each teacher once.")
+        if teacher == student:
+            raise ValueError(f"{student!r} cannot be its own teacher; leave it out of the list of teachers.")
+
+
+def find_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | None:
+    """Finds the distillation block in a setup: the setup itself, or one of its children.
+
+    Args:
+        setup: An adapter setup, for instance `model.active_adapters`.
+
+    Returns:
+        The block, or `None` if the setup has none.
+    """
+    candidates = (setup, *(setup.children if setup is not None else ()))
+    return next((block for block in candidates if isinstance(block, AdapterDistillation)), None)

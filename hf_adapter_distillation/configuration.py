@@ -1,0 +1,96 @@
+"""What is distilled (`DistillationConfig`) and how it is trained (`DistillationTrainingArguments`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+Carrier = Literal["student", "fused", "mixed"]
+StudentStart = Literal["teachers", "random"]
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not supported; choose one of {', '.join(map(repr, choices))}.")
+
+
+@dataclass
+class DistillationConfig:
+    """What a student adapter is distilled from, given to `model.add_adapter(..., distill_from=config)`.
+
+    A plain list of teachers is the same as `DistillationConfig(teachers=[...])`.
+
+    Args:
+        teachers: Names of adapters on the model, local folders of saved adapters, or Hub ids (`"user/adapter"`,
+            `"user/adapter@revision"`).
+        carrier: What a layer passes on in stage 2. `"student"`: the student's output, and the fusion of the teachers
+            learns to explain the student; `"fused"`: the fusion of teachers and student, which then learns from the
+            task as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from 1 to 0 over
+            stage 2, else the student's (the module replacement of BERT-of-Theseus,
+            https://arxiv.org/abs/2002.02925).
+        student_start: Where the student starts. `"teachers"`: at the average of the teachers' weights and of their
+            heads, where their configurations agree with the student's; `"random"`: at the adapter's own
+            initialisation.
+
+    Raises:
+        ValueError: If `carrier` or `student_start` is unknown. The teachers are checked against the student and the
+            model by `add_adapter`.
+    """
+
+    teachers: Sequence[str]
+    carrier: Carrier = "student"
+    student_start: StudentStart = "teachers"
+
+    def __post_init__(self) -> None:
+        _check_choice("carrier", self.carrier, get_args(Carrier))
+        _check_choice("student_start", self.student_start, get_args(StudentStart))
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """The arguments of `transformers.TrainingArguments`, and those of the two stages.
+
+    `num_train_epochs` (or `max_steps`) counts both stages together.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    distillation_start: float = field(
+        default=0.5,
+        metadata={
+            "help": "Fraction of all steps that is spent in stage 1, plain training of the student on its own data. "
+            "0 distils from the first step, 1 never distils."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the distillation loss beside the task loss in stage 2."}
+    )
+    fusion_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the fusion (query, key, value). Default: half of learning_rate."},
+    )
+    fusion_regularization: float = field(
+        default=0.01,
+        metadata={"help": "Weight of the squared distance of each value matrix from the identity, in stage 2."},
+    )
+    keep_fusion: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the fusion (query, key, value) on the model after training, for analysis. By default it is "
+            "dropped, and the student is an adapter like any other."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.distillation_start <= 1:
+            raise ValueError(
+                f"distillation_start={self.distillation_start} is out of range; "
+                "it is a fraction of all steps, from 0 to 1."
+            )
+        for name in ("distillation_weight", "fusion_regularization", "fusion_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value} is out of range; it must be finite and not negative.")

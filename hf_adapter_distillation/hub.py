@@ -1,0 +1,166 @@
+"""What a saved student says about its origin: digests, provenance, model card."""
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapters import ModelAdaptersMixin
+from huggingface_hub import ModelCard, ModelCardData
+
+from ._compat import ADAPTER_CONFIG_NAME
+from .state import Distillation
+
+
+def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
+    """The SHA-256 digest of an adapter's weights: their places in the base model, types, shapes and values.
+
+    Args:
+        model: The model, with or without heads.
+        name: The name of the adapter.
+
+    Returns:
+        64 hexadecimal digits, the same for an adapter under another name or on another copy of the base model.
+    """
+    digest = hashlib.sha256()
+    for place, modules in sorted(model.get_adapter(name).items()):
+        for location, module in sorted(modules.items()):
+            for key, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{place}.{location}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(model: ModelAdaptersMixin, distillation: Distillation) -> dict[str, Any]:
+    """What `save_adapter` writes under `"distillation"` into the student's `adapter_config.json`.
+
+    Args:
+        model: The model.
+        distillation: The student's distillation.
+
+    Returns:
+        A dict that JSON can hold: the config, teachers with sources, revisions and weight digests, the settings of
+        the training once it has ended, and the versions of the libraries.
+    """
+    teachers = [
+        {"name": name, **source, "digest": adapter_digest(model, name) if name in model.adapters_config else None}
+        for name, source in distillation.sources.items()
+    ]
+    settings = {key: value for key, value in asdict(distillation.config).items() if key != "teachers"}
+    packages = ("hf-adapter-distillation", "adapters", "transformers", "torch")
+    return {
+        "method": "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)",
+        "teachers": teachers,
+        **settings,
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        **(distillation.training or {}),
+    }
+
+
+def read_provenance(folder: str) -> dict[str, Any]:
+    """What a saved student says about its distillation.
+
+    Args:
+        folder: A folder that `save_adapter` wrote for a distilled student.
+
+    Returns:
+        What `provenance` made.
+
+    Raises:
+        ValueError: If the folder holds a plain adapter.
+    """
+    saved = json.loads((Path(folder) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    if "distillation" not in saved:
+        raise ValueError(f"{folder} holds an adapter that was not distilled; it names no teachers.")
+    return saved["distillation"]
+
+
+CITATION = """```bibtex
+@inproceedings{wang-etal-2023-adapterdistillation,
+  title = "AdapterDistillation: Non-Destructive Task Composition with Knowledge Distillation",
+  author = "Wang, Junjie and others",
+  booktitle = "Proceedings of EMNLP 2023: Industry Track",
+  year = "2023",
+  url = "https://arxiv.org/abs/2312.16261"
+}
+```"""
+
+
+def save_card(
+    model: ModelAdaptersMixin,
+    distillation: Distillation,
+    folder: str,
+    name: str,
+    repo_id: str,
+    datasets_tag: str | None = None,
+    tags: list[str] | None = None,
+    language: str | None = None,
+    license: str | None = None,  # noqa: A002 - the name of adapters' argument
+    metrics: list[str] | None = None,
+    architecture_training: str = "",
+    results: str = "",
+    citation: str = CITATION,
+) -> None:
+    """Writes the model card of a distilled student to `folder/README.md`; what is not known is left out.
+
+    Args:
+        model: The model.
+        distillation: The student's distillation.
+        folder: The folder of the saved student.
+        name: The name of the student.
+        repo_id: The repository that it is pushed to.
+        datasets_tag: The id of its data set on the Hub.
+        tags: More tags.
+        language: Its language, as a code.
+        license: Its license, as an identifier of the Hub.
+        metrics: The metrics it was evaluated with.
+        architecture_training: Text about the training, below the settings.
+        results: Text about the results.
+        citation: What to cite.
+    """
+    data = ModelCardData(
+        tags=["adapter-transformers", "adapter-distillation", model.config.model_type, *(tags or [])],
+        datasets=[datasets_tag] if datasets_tag else None,
+        language=language,
+        license=license,
+        metrics=metrics,
+        base_model=model.model_name if "/" in model.model_name and not Path(model.model_name).exists() else None,
+    )
+    origin = provenance(model, distillation)
+    teachers = "\n".join(
+        f"- `{teacher['name']}`" + (f" from `{teacher['source']}`" if teacher["source"] != teacher["name"] else "")
+        for teacher in origin["teachers"]
+    )
+    settings = "\n".join(
+        f"- {key}: {value}"
+        for key, value in origin.items()
+        if key not in ("method", "teachers", "versions") and value is not None
+    )
+    versions = ", ".join(f"{package} {version}" for package, version in origin["versions"].items())
+    trained_on = (
+        f", trained on [{datasets_tag}](https://huggingface.co/datasets/{datasets_tag})" if datasets_tag else ""
+    )
+    sections = {
+        "Teachers": teachers,
+        "Usage": f"""It loads as any adapter does, without the package that trained it:
+
+```python
+from adapters import AutoAdapterModel
+
+model = AutoAdapterModel.from_pretrained("{model.model_name}")
+model.load_adapter("{repo_id}", set_active=True)
+```""",
+        "Training": "\n\n".join(filter(None, [settings, f"With {versions}.", architecture_training])),
+        "Results": results,
+        "Citation": citation,
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# Adapter `{name}` for `{model.model_name}`\n\n"
+        f"An [adapter](https://adapterhub.ml) for `{model.model_name}`{trained_on}, distilled from "
+        f"{len(origin['teachers'])} teacher adapters with "
+        f"[AdapterDistillation](https://arxiv.org/abs/2312.16261).\n\n{body}\n"
+    ).save(Path(folder) / "README.md")

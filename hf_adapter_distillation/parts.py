@@ -1,0 +1,70 @@
+"""Which part of a distillation each parameter of the model belongs to, and whether it is trained."""
+
+from adapters import ModelAdaptersMixin
+
+from .composition import AdapterDistillation
+
+
+def is_fusion(parameter: str, student: str) -> bool:
+    """Whether a parameter, by its name, belongs to the fusion of a student."""
+    return f".distillation_fusion.{student}." in parameter
+
+
+def parts(model: ModelAdaptersMixin, block: AdapterDistillation) -> dict[str, str]:
+    """The part of each parameter.
+
+    Args:
+        model: The model.
+        block: The distillation block.
+
+    Returns:
+        `{parameter name: part}`, a part being `"base model"`, `"fusion (training only)"`, `"head"` (a static one),
+        or `"student"`, `"teacher"`, `"adapter"` or `"head"` with a name.
+    """
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    roles = dict.fromkeys(model.adapters_config, "adapter") | dict.fromkeys(block.teachers, "teacher")
+    roles[block.student] = "student"
+    found = {}
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        adapter = next(
+            (b for a, b in zip(path, path[1:], strict=False) if a.endswith("adapters") and b in roles), None
+        )
+        if is_fusion(name, block.student):
+            found[name] = "fusion (training only)"
+        elif adapter is not None:
+            found[name] = f"{roles[adapter]} {adapter}"
+        elif id(parameter) in base:
+            found[name] = "base model"
+        else:
+            found[name] = f"head {path[1]}" if path[0] == "heads" else "head"
+    return found
+
+
+def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> str:
+    """A table of the parts with the numbers of their parameters, in all and trained."""
+    counts: dict[str, list[int]] = {}
+    part_of = parts(model, block)
+    for name, parameter in model.named_parameters():
+        row = counts.setdefault(part_of[name], [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() if parameter.requires_grad else 0
+    lines = [f"{'part':<32}{'parameters':>14}{'trained':>14}"]
+    lines += [f"{part:<32}{total:>14,}{trained:>14,}" for part, (total, trained) in counts.items()]
+    return "\n".join(lines)
+
+
+def check_trainable(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Refuses a model with anything trainable but the student, its head and the fusion.
+
+    Raises:
+        ValueError: With the first such parameter.
+    """
+    allowed = {f"student {block.student}", f"head {block.student}", "head", "fusion (training only)"}
+    part_of = parts(model, block)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and part_of[name] not in allowed:
+            raise ValueError(
+                f"{name} is trainable, but distillation trains the student, its head and the fusion alone; "
+                f"call model.train_adapter({block.student!r}) last."
+            )

@@ -1,0 +1,167 @@
+"""Every change that this package makes to adapters: `register()` makes them, `unregister()` undoes them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import adapters.composition
+from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin, Stack
+from adapters.composition import ALLOWED_NESTINGS
+from adapters.hub_mixin import PushAdapterToHubMixin
+from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
+
+from ._compat import BottleneckLayer, ForwardContext, warn_if_untested
+from .composition import AdapterDistillation
+from .configuration import DistillationConfig
+from .hub import provenance, save_card
+from .layers import call_with_distillation, compose_distillation
+from .state import distillations
+from .student import add_student, distillation_block, forget_adapter, prepare_fusion, prepare_head
+
+# What stood at each place before: (owner, attribute, original). Empty while nothing is registered.
+_originals: list[tuple[type, str, Any]] = []
+
+
+def register() -> None:
+    """Teaches adapters the block `AdapterDistillation` and `add_adapter(..., distill_from=...)`.
+
+    Importing the package calls this. Models made before or after behave the same, and nothing changes for a model
+    that has no distilled student. A second call does nothing.
+    """
+    if _originals:
+        return
+    warn_if_untested()
+    adapters.composition.AdapterDistillation = AdapterDistillation
+    ALLOWED_NESTINGS[AdapterDistillation] = [str]
+    ALLOWED_NESTINGS[Stack].append(AdapterDistillation)
+    _wrap(ComposableAdapterLayerBase, "_get_compose_func", _get_compose_func)
+    _wrap(ForwardContext, "_call_forward", _call_forward)
+    _wrap(ModelAdaptersMixin, "add_adapter", _add_adapter)
+    _wrap(ModelWithHeadsAdaptersMixin, "add_adapter", _add_adapter)
+    _wrap(ModelAdaptersMixin, "train_adapter", _train_adapter)
+    _wrap(ModelWithHeadsAdaptersMixin, "train_adapter", _train_adapter_with_head)
+    _wrap(ModelAdaptersMixin, "delete_adapter", _delete_adapter)
+    _wrap(ModelAdaptersMixin, "save_adapter", _save_adapter)
+    _wrap(ModelAdaptersMixin, "save_pretrained", _save_pretrained)
+    _wrap(PushAdapterToHubMixin, "_save_adapter_card", _save_adapter_card)
+
+
+def unregister() -> None:
+    """Puts back the very objects that `register` replaced. A second call does nothing.
+
+    A model whose active setup is an `AdapterDistillation` block cannot run afterwards; activate its student alone
+    (`model.set_active_adapters("student")`) first.
+    """
+    if not _originals:
+        return
+    while _originals:
+        owner, attribute, original = _originals.pop()
+        setattr(owner, attribute, original)
+    ALLOWED_NESTINGS[Stack].remove(AdapterDistillation)
+    del ALLOWED_NESTINGS[AdapterDistillation]
+    del adapters.composition.AdapterDistillation
+
+
+def _wrap(owner: type, attribute: str, wrapper: Callable) -> None:
+    """Replaces a method by `wrapper(original, self, ...)`."""
+    original = vars(owner)[attribute]
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    _originals.append((owner, attribute, original))
+    setattr(owner, attribute, method)
+
+
+def _get_compose_func(original: Callable, self: ComposableAdapterLayerBase, composition_type: type) -> Callable:
+    if composition_type is not AdapterDistillation:
+        return original(self, composition_type)
+    if isinstance(self, BottleneckLayer):
+        return functools.partial(compose_distillation, self)
+    return self.compose_stack
+
+
+def _call_forward(original: Callable, self: ForwardContext, model: Any, f: Callable, *args: Any, **kwargs: Any) -> Any:
+    return call_with_distillation(self, original, model, f, *args, **kwargs)
+
+
+def _add_adapter(
+    original: Callable,
+    self: ModelAdaptersMixin,
+    adapter_name: str,
+    config: str | dict | AdapterConfig | None = None,
+    overwrite_ok: bool = False,
+    set_active: bool = False,
+    distill_from: Sequence[str] | DistillationConfig | None = None,
+) -> None:
+    def add_plain() -> None:
+        original(self, adapter_name, config=config, overwrite_ok=overwrite_ok, set_active=set_active)
+
+    if distill_from is None:
+        return add_plain()
+    if adapter_name in self.adapters_config and not overwrite_ok:
+        raise ValueError(f"The model already has an adapter {adapter_name!r}; pass overwrite_ok=True to replace it.")
+    add_student(self, add_plain, adapter_name, config, distill_from)
+
+
+def _train_adapter(
+    original: Callable, self: ModelAdaptersMixin, adapter_setup: Any, train_embeddings: bool = False
+) -> None:
+    block = distillation_block(self, adapter_setup)
+    original(self, block or adapter_setup, train_embeddings)
+    if block is not None:
+        prepare_fusion(self, block)
+
+
+def _train_adapter_with_head(
+    original: Callable, self: ModelWithHeadsAdaptersMixin, adapter_setup: Any, train_embeddings: bool = False
+) -> None:
+    block = distillation_block(self, adapter_setup)
+    original(self, block or adapter_setup, train_embeddings)
+    if block is not None:
+        prepare_head(self, block.student, train_embeddings)
+
+
+def _delete_adapter(original: Callable, self: ModelAdaptersMixin, adapter_name: str) -> None:
+    if distillations(self.adapters_config):
+        forget_adapter(self, adapter_name)
+    original(self, adapter_name)
+
+
+def _save_adapter(
+    original: Callable,
+    self: ModelAdaptersMixin,
+    save_directory: str,
+    adapter_name: str,
+    meta_dict: dict | None = None,
+    **kwargs: Any,
+) -> None:
+    if distillation := distillations(self.adapters_config).get(adapter_name):
+        meta_dict = {**(meta_dict or {}), "distillation": provenance(self, distillation)}
+    original(self, save_directory, adapter_name, meta_dict=meta_dict, **kwargs)
+
+
+def _save_pretrained(original: Callable, self: ModelAdaptersMixin, save_directory: str, **kwargs: Any) -> None:
+    fusion = [key for key in self.state_dict() if ".distillation_fusion." in key]
+    if not fusion:
+        return original(self, save_directory, **kwargs)
+    ignored = self._keys_to_ignore_on_save
+    self._keys_to_ignore_on_save = [*(ignored or ()), *fusion]
+    try:
+        original(self, save_directory, **kwargs)
+    finally:
+        self._keys_to_ignore_on_save = ignored
+
+
+def _save_adapter_card(
+    original: Callable,
+    self: ModelAdaptersMixin,
+    save_directory: str,
+    adapter_name: str,
+    adapter_repo_name: str,
+    **kwargs: Any,
+) -> None:
+    if distillation := distillations(self.adapters_config).get(adapter_name):
+        return save_card(self, distillation, save_directory, adapter_name, adapter_repo_name, **kwargs)
+    original(self, save_directory, adapter_name, adapter_repo_name, **kwargs)

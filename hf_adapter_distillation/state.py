@@ -1,0 +1,91 @@
+"""The live state of a distillation: what a model knows about one of its students."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from adapters import ModelAdaptersConfig
+
+from .configuration import DistillationConfig, DistillationTrainingArguments
+
+
+def _default(argument: str) -> Any:
+    return DistillationTrainingArguments.__dataclass_fields__[argument].default
+
+
+@dataclass
+class DistillationRecord:
+    """What one training forward pass added to the task loss.
+
+    Args:
+        added: The sum that stands, or belongs, in the loss: (weighted distillation loss + regularisation) x scale.
+        in_loss: Whether it was added to the loss of the model's output. False where the output has no loss; then
+            `added` still carries its graph and the caller adds it.
+        distillation_loss: Mean over layers, unweighted, detached; None in stage 1.
+        fusion_regularization: Weighted, detached; None in stage 1.
+        attention: For each location the mean attention per teacher over non-padding tokens.
+    """
+
+    added: torch.Tensor
+    in_loss: bool
+    distillation_loss: torch.Tensor | None
+    fusion_regularization: torch.Tensor | None
+    attention: dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass
+class Distillation:
+    """The distillation of one student on one model.
+
+    The trainer derives `enabled`, `weight`, `scale` and the others anew before each forward pass from its arguments
+    and the number of the step; nothing here needs to be saved for a training to be resumed. In a training loop of
+    one's own they keep the defaults of `DistillationTrainingArguments` until they are set.
+
+    Args:
+        config: What is distilled; `config.teachers` holds the names on the model.
+        sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
+        start_digest: The digest of the student's weights where it started, until its head has started, too.
+        training: What a finished training adds to the provenance (arguments, teachers' digests).
+        enabled: Whether forward passes in training mode distil (stage 2) or not (stage 1).
+        weight: The weight of the distillation loss.
+        regularization: The weight of the value matrices' regularisation.
+        scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
+        fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`).
+        observing: Whether forward passes in evaluation mode run the fusion for its attention.
+        record: What the last training forward pass added, until the trainer has read it.
+    """
+
+    config: DistillationConfig
+    sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    start_digest: str | None = None
+    training: dict[str, Any] | None = None
+    enabled: bool = True
+    weight: float = _default("distillation_weight")
+    regularization: float = _default("fusion_regularization")
+    scale: float = 1.0
+    fused_probability: float = 1.0
+    observing: bool = False
+    record: DistillationRecord | None = None
+
+    def take_record(self) -> DistillationRecord:
+        """The record of the last forward pass, which is then forgotten together with its graph."""
+        assert self.record is not None, "no forward pass of the student went before"
+        record, self.record = self.record, None
+        return record
+
+
+def distillations(adapters_config: ModelAdaptersConfig) -> dict[str, Distillation]:
+    """The distillations of a model by the names of their students.
+
+    Args:
+        adapters_config: `model.adapters_config`, which the model shares with its layers.
+
+    Returns:
+        The live dict; for a model without any an empty one, which is kept only by `add_distillation`.
+    """
+    return vars(adapters_config).get("distillations", {})
+
+
+def add_distillation(adapters_config: ModelAdaptersConfig, student: str, distillation: Distillation) -> None:
+    """Makes a distillation known to the model and its layers."""
+    vars(adapters_config).setdefault("distillations", {})[student] = distillation

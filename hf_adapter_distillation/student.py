@@ -1,0 +1,270 @@
+"""Adds a distilled student to a model, prepares it for training, and removes what belongs to it."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from adapters import AdapterConfig, ModelAdaptersMixin, Stack
+from torch import nn
+from transformers.utils import logging
+
+from .composition import AdapterDistillation, check_teachers, find_block
+from .configuration import DistillationConfig
+from .fusion import TeacherFusion
+from .hub import adapter_digest
+from .layers import bottleneck_layers
+from .state import Distillation, add_distillation, distillations
+from .teachers import Source, check_folder, check_fusable, check_weights, load_teacher, locate_teacher
+
+logger = logging.get_logger(__name__)
+
+
+def add_student(
+    model: ModelAdaptersMixin,
+    add_adapter: Callable[[], None],
+    student: str,
+    config: str | dict | AdapterConfig | None,
+    distill_from: Sequence[str] | DistillationConfig,
+) -> None:
+    """Adds a student adapter and its distillation; loads the teachers that are not on the model.
+
+    Args:
+        model: The model, with or without heads.
+        add_adapter: Adds the plain adapter, with adapters' own code.
+        student: The name of the student.
+        config: The student's adapter config, as for `add_adapter`.
+        distill_from: The teachers, or the whole config.
+
+    Raises:
+        TypeError: If `distill_from` or an entry of it has the wrong type.
+        ValueError: If teachers and student do not fit. The model is then what it was.
+    """
+    distillation_config = (
+        distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(teachers=distill_from)
+    )
+    check_teachers(student, distillation_config.teachers)
+    student_config = AdapterConfig.load(config or "seq_bn")
+    check_fusable(f"Student {student!r}", student_config)
+
+    located: dict[str, tuple[str, Path | None, Source]] = {}
+    for teacher in distillation_config.teachers:
+        name, folder, source = locate_teacher(model, teacher)
+        if name in located or name == student:
+            other = "the student" if name == student else f"teacher {located[name][0]!r}"
+            raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
+        located[name] = teacher, folder, source
+        teacher_config = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
+        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(teacher_config))
+
+    loaded: list[str] = []
+    active_head = getattr(model, "active_head", None)
+    try:
+        for name, (teacher, folder, _) in located.items():
+            if folder:
+                loaded.append(name)
+                load_teacher(model, teacher, name, folder)
+                model.apply_to_adapter_layers(lambda i, layer, name=name: layer.freeze_adapter(name))
+            check_weights(model, teacher, name, student_config)
+        add_adapter()
+    except Exception:
+        for name in loaded:
+            model.delete_adapter(name)
+            if name in getattr(model, "heads", {}):
+                model.delete_head(name)
+        raise
+    finally:
+        if active_head is not None:
+            model.active_head = active_head
+
+    distillation = Distillation(
+        config=replace(distillation_config, teachers=list(located)),
+        sources={name: source for name, (_, _, source) in located.items()},
+    )
+    add_distillation(model.adapters_config, student, distillation)
+    if distillation_config.student_start == "teachers":
+        start_at_teachers(model, student, distillation)
+
+
+def _mean(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    states = [module.state_dict() for module in modules]
+    return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in module.state_dict().items()}
+
+
+def start_at_teachers(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+    """Sets the student to the average of its teachers, if their configs agree; its head follows in `start_head`."""
+    ignored = {"dropout", "init_weights", "init_weights_seed"}  # no part of what the weights compute
+
+    def relevant(name: str) -> dict:
+        return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
+
+    teachers = distillation.config.teachers
+    if other := [name for name in teachers if relevant(name) != relevant(student)]:
+        logger.warning(
+            f"{student!r} starts at random weights: its config is not that of teacher {other[0]!r}, so there is no "
+            f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
+        )
+        return
+    for _, layer in bottleneck_layers(model, student):
+        layer.adapters[student].load_state_dict(_mean([layer.adapters[name] for name in teachers]))
+    distillation.start_digest = adapter_digest(model, student)
+
+
+def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+    """Sets the student's head to the average of its teachers' heads, where their shapes agree; adds it if missing.
+
+    Happens once, before the first training, and only as long as the student's weights are those it started from: a
+    student that was trained or loaded meanwhile keeps its head.
+    """
+    unchanged = distillation.start_digest == adapter_digest(model, student)
+    distillation.start_digest = None
+    teachers = distillation.config.teachers
+    if not unchanged or any(name not in model.heads for name in teachers):
+        return
+    heads = [model.heads[name] for name in teachers]
+    if student not in model.heads:
+        if all(head.config == heads[0].config for head in heads):
+            model.average_head(student, list(teachers))
+        return
+    head = model.heads[student]
+    if all(type(other) is type(head) and _shapes(other) == _shapes(head) for other in heads):
+        head.load_state_dict(_mean(heads))
+
+
+def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
+    """The block that `train_adapter(setup)` trains, or None if it trains no distilled student.
+
+    Args:
+        model: The model.
+        setup: What the user passed: the name of a student (also in a list of its own), or an `AdapterDistillation`.
+            A `Stack` of a student's name is plain training of the student.
+
+    Returns:
+        The block, whose teachers are on the model.
+
+    Raises:
+        ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse.
+    """
+    if isinstance(setup, AdapterDistillation):
+        _check_block(model, setup)
+        return setup
+    if isinstance(setup, list) and len(setup) == 1:
+        setup = setup[0]
+    distillation = distillations(model.adapters_config).get(setup) if isinstance(setup, str) else None
+    if distillation is None or not distillation.config.teachers:
+        return None
+    return AdapterDistillation(setup, distillation.config.teachers)
+
+
+def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    known = distillations(model.adapters_config).get(block.student)
+    if known is not None and tuple(known.config.teachers) == block.teachers:
+        return
+    for name in (*block.children, *block.teachers):
+        if name not in model.adapters_config:
+            raise ValueError(f"{block} names {name!r}, which is not on the model; add or load it first.")
+        check_fusable(repr(name), model.adapters_config.get(name))
+    for name in block.teachers:
+        check_weights(model, name, name, model.adapters_config.get(block.student))
+    config = DistillationConfig(teachers=list(block.teachers), student_start="random")
+    if known is not None:
+        config = replace(known.config, teachers=list(block.teachers))
+    sources: dict[str, Source] = {name: {"source": name, "revision": None} for name in block.teachers}
+    if known is not None:
+        sources.update({name: source for name, source in known.sources.items() if name in sources})
+    add_distillation(model.adapters_config, block.student, Distillation(config=config, sources=sources))
+
+
+def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Makes the fusion of each layer where it is missing, and leaves it and the student trainable, nothing else.
+
+    Args:
+        model: The model, frozen but for the adapters of the block (what adapters' `train_adapter` does).
+        block: The distillation block.
+    """
+    decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
+    for name, layer in bottleneck_layers(model, block.student):
+        if not any(teacher in layer.adapters for teacher in block.teachers):
+            continue
+        if "distillation_fusion" not in layer._modules:
+            layer.distillation_fusion = nn.ModuleDict()
+        if block.student not in layer.distillation_fusion:
+            student = layer.adapters[block.student]
+            weight = next(student.parameters())
+            layer.distillation_fusion[block.student] = TeacherFusion(
+                student.input_size, name, layer in decoder, weight.device, weight.dtype
+            )
+        layer.distillation_fusion[block.student].requires_grad_(True).train(layer.training)
+    for below in block.children[:-1]:
+        model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
+
+
+def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool) -> None:
+    """Puts the whole model into training mode, activates the student's head and freezes all other heads.
+
+    A model with one static head keeps it trainable.
+
+    Args:
+        model: The model that holds the heads.
+        student: The name of the student.
+        train_embeddings: Whether the embeddings, which a language modelling head may share, are trained.
+    """
+    model.train()  # adapters puts the base model alone into training mode
+    if not hasattr(model, "heads"):
+        return
+    distillation = distillations(model.adapters_config)[student]
+    if distillation.start_digest is not None:
+        start_head(model, student, distillation)
+    for name, head in model.heads.items():
+        head.requires_grad_(name == student)
+    if student in model.heads:
+        model.active_head = student
+    if not train_embeddings:
+        model.freeze_embeddings()
+
+
+def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
+    """Removes the fusion of a student from all layers."""
+    for _, layer in bottleneck_layers(model, student):
+        fusions = layer._modules.get("distillation_fusion", {})
+        if student in fusions:
+            del fusions[student]
+            if not fusions:
+                del layer.distillation_fusion
+
+
+def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
+    """Takes an adapter that is about to be deleted out of all distillations and out of the active setup.
+
+    Its students keep their other teachers: the fusion has no weights of a single teacher. A student whose last
+    teacher goes is a plain adapter from then on.
+
+    Args:
+        model: The model.
+        name: The adapter.
+    """
+    active = find_block(model.active_adapters)
+    if distillations(model.adapters_config).pop(name, None) is not None:
+        drop_fusion(model, name)
+    if active is not None and name in active.children:
+        model.set_active_adapters(None)
+    for student, distillation in distillations(model.adapters_config).items():
+        if name not in distillation.config.teachers:
+            continue
+        left = [teacher for teacher in distillation.config.teachers if teacher != name]
+        distillation.config = replace(distillation.config, teachers=left)
+        warnings.warn(
+            f"{name!r} was a teacher of {student!r}, which keeps {len(left)} others; "
+            f"delete {student!r} first to silence this warning.",
+            stacklevel=4,
+        )
+        if not left:
+            drop_fusion(model, student)
+        if active is not None and active.student == student:
+            remaining = Stack(*active.children)
+            model.set_active_adapters(AdapterDistillation(remaining, left) if left else remaining)

@@ -1,0 +1,181 @@
+"""Which adapters can be teachers, and where they come from: the model, local folders, the Hub."""
+
+import difflib
+import json
+import os
+from pathlib import Path
+
+import torch
+from adapters import AdapterConfig, BnConfig, ModelAdaptersMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+
+from ._compat import ADAPTER_CONFIG_NAME
+from .layers import bottleneck_layers
+
+Source = dict[str, str | None]
+
+# What an update that is added to the layer's residual demands of a bottleneck config.
+FUSABLE: dict[str, object] = {
+    "is_parallel": False,
+    "phm_layer": False,
+    "use_gating": False,
+    "ln_before": False,
+    "ln_after": False,
+    "residual_before_ln": True,
+    "original_ln_after": True,
+    "inv_adapter": None,
+    "stochastic_depth": 0.0,
+}
+
+
+def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path | None, Source]:
+    """Finds out what one entry of `distill_from` means; downloads it if it is on the Hub, adds nothing to the model.
+
+    Args:
+        model: The model.
+        teacher: The name of an adapter on the model, a local folder, or a Hub id, with `@revision` if wanted.
+
+    Returns:
+        The name that the teacher has or will have on the model, its folder (None if it is on the model already), and
+        its source.
+
+    Raises:
+        ValueError: If it is none of these, or cannot be downloaded, or its name is taken.
+    """
+    if teacher in model.adapters_config:
+        return teacher, None, {"source": teacher, "revision": None}
+    folder, revision = Path(teacher), None
+    if not folder.is_dir():
+        folder = _download(model, teacher)
+        revision = folder.name
+    name = Path(teacher.partition("@")[0] if revision else teacher).resolve().name
+    if "." in name or "," in name:
+        raise ValueError(f"Teacher {teacher!r} would be named {name!r}; rename the folder to have no dot or comma.")
+    if name in model.adapters_config:
+        raise ValueError(
+            f"Teacher {teacher!r} would be named {name!r}, and the model has an adapter of that name; "
+            f"distill from {name!r} if it is the same, else rename the folder."
+        )
+    return name, folder, {"source": teacher, "revision": revision}
+
+
+def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
+    repo, _, revision = teacher.partition("@")
+    try:
+        validate_repo_id(repo)
+        looks_like_repo = "/" in repo and not repo.startswith(".")
+    except HFValidationError:
+        looks_like_repo = False
+    if not looks_like_repo:
+        close = difflib.get_close_matches(teacher, list(model.adapters_config), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "it is no local folder or Hub id either."
+        known = ", ".join(map(repr, model.adapters_config)) or "none"
+        raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {known}.")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Teacher {teacher!r} is no adapter on the model, no local folder, and the Hub did not give it: {reason}"
+        ) from error
+
+
+def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict:
+    """Reads the config of a saved adapter and refuses one that was made for another base model.
+
+    Args:
+        model: The model that the adapter is meant for.
+        teacher: The entry of `distill_from`, for messages.
+        folder: The local folder.
+
+    Returns:
+        The saved adapter config (the part that describes the adapter).
+
+    Raises:
+        ValueError: If the folder holds no adapter, or one for another model type, hidden size or base model.
+    """
+    path = folder / ADAPTER_CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"Teacher {teacher!r} holds no {ADAPTER_CONFIG_NAME}; give a folder made by save_adapter.")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        made_for = {key: saved[key] for key in ("model_type", "hidden_size", "model_name")}
+        config = saved["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no adapter config ({error}); save the teacher anew with save_adapter.") from error
+    here = {
+        "model_type": model.config.model_type,
+        "hidden_size": getattr(model.config, "hidden_size", None),
+        "model_name": model.model_name,
+    }
+    for key, value in here.items():
+        # Local paths name the same model differently on each machine, so only two Hub ids are compared.
+        is_path = key == "model_name" and any(
+            not v or os.path.isabs(v) or os.path.exists(v) for v in (value, made_for[key])
+        )
+        if made_for[key] != value and not is_path:
+            raise ValueError(
+                f"Teacher {teacher!r} was made for {key} {made_for[key]!r}, the model has {value!r}; "
+                f"use teachers trained on the same base model."
+            )
+    return config
+
+
+def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Path) -> None:
+    """Loads a saved teacher, with its head if there is one.
+
+    Args:
+        model: The model to load it on.
+        teacher: The entry of `distill_from`, for messages.
+        name: The name that it gets on the model.
+        folder: The local folder.
+
+    Raises:
+        ValueError: If weights are missing from the folder or cannot be read.
+    """
+    info: dict[str, list[str]] = {}
+    try:
+        model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"Teacher {teacher!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if missing := [key for key in info.get("missing_keys", []) if f".{name}." in key]:
+        raise ValueError(
+            f"Teacher {teacher!r} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
+            f"use teachers trained on the same base model."
+        )
+
+
+def check_fusable(who: str, config: AdapterConfig) -> None:
+    """Refuses an adapter whose update cannot be fused inside the layer.
+
+    Raises:
+        ValueError: If the config is no sequential bottleneck, or one with parts that change what its update is.
+    """
+    wanted = "can be fused are seq_bn and double_seq_bn, with any reduction factor"
+    if not isinstance(config, BnConfig):
+        raise ValueError(f"{who} is a {type(config).__name__}; the adapters that {wanted}.")
+    for key, value in FUSABLE.items():
+        if config[key] != value:
+            raise ValueError(f"{who} has {key}={config[key]!r}; the adapters that {wanted} and {key}={value!r}.")
+
+
+def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_config: BnConfig) -> None:
+    """Refuses a teacher with weights that are not finite, or with no location in common with the student.
+
+    Raises:
+        ValueError: With the teacher and the location.
+    """
+    locations = set()
+    for layer_name, layer in bottleneck_layers(model, name):
+        locations.add(layer.location_key)
+        for key, parameter in layer.adapters[name].named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"Teacher {teacher!r} has weights that are NaN or infinite in {layer_name} ({key}); train it anew."
+                )
+    if not any(student_config[location] for location in locations):
+        raise ValueError(
+            f"Teacher {teacher!r} sits at {', '.join(sorted(locations)) or 'no location'}, where the student has no "
+            f"modules; give the student a config with one of these set."
+        )

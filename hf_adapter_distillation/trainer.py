@@ -1,0 +1,376 @@
+"""The two-stage training of a distilled student."""
+
+import os
+from collections import defaultdict
+from math import ceil
+from typing import Any
+
+import torch
+from adapters import AdapterTrainer, Stack
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ._compat import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_HEAD_WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME,
+    BottleneckLayer,
+    loss_counts_items,
+)
+from .composition import AdapterDistillation, find_block
+from .configuration import DistillationTrainingArguments
+from .hub import adapter_digest, provenance, read_provenance
+from .parts import check_trainable, is_fusion, parameter_table
+from .state import Distillation, DistillationRecord, distillations
+from .student import drop_fusion
+
+logger = logging.get_logger(__name__)
+
+FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
+
+
+class DistillationTrainer(AdapterTrainer):
+    """Trains a student adapter in two stages in one `train()`.
+
+    Stage 1 trains the student and its head on the task alone; stage 2, from the step
+    `ceil(distillation_start * max_steps)` on, adds the distillation loss (`losses.feature_matching_loss`, the mean
+    over layers times `distillation_weight`) and trains the fusion with it. Evaluation runs the student alone. There is
+    one optimizer and one schedule; the stage follows from the step, so that resuming needs no more than a checkpoint.
+
+    A checkpoint holds the student with its head, as `save_adapter` writes them, and the fusion; no teacher. At the end
+    the fusion is dropped (unless `keep_fusion` is set) and the student is the active adapter.
+
+    Args:
+        model: A model on which `train_adapter` was called for an adapter that has `distill_from`.
+        args: The arguments of both stages.
+        **kwargs: The other arguments of `transformers.Trainer`: datasets, `data_collator` and so on.
+
+    Raises:
+        TypeError: If `args` are no `DistillationTrainingArguments`.
+        ValueError: If no distilled student is active, its head is missing, or something else is left trainable.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: DistillationTrainingArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = DistillationTrainingArguments("tmp_trainer")
+        if not isinstance(args, DistillationTrainingArguments):
+            raise TypeError(
+                f"args must be DistillationTrainingArguments, not {type(args).__name__}; they take the same arguments."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start with accelerate launch."
+            )
+        if model is not None:
+            _active_block(model)
+        super().__init__(model, args, **kwargs)
+        self.block = _active_block(self.model)
+        check_trainable(self.model, self.block)
+        # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
+        self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._record: DistillationRecord
+        self._teacher_modules: list[nn.Module] = []
+        self._fusion_parameters: list[nn.Parameter] = []
+        self.add_callback(FrozenTeachersCallback(self))
+
+    @property
+    def distillation(self) -> Distillation:
+        """The live state of the student's distillation."""
+        return distillations(self.model.adapters_config)[self.block.student]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Runs both stages.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the last one in `output_dir`.
+            **kwargs: As for `transformers.Trainer.train`.
+
+        Returns:
+            The `TrainOutput` of Trainer.
+
+        Raises:
+            ValueError: If the student has no head, or a checkpoint was made with other teachers or lacks weights.
+            RuntimeError: If a teacher's weights have changed at the end.
+        """
+        self.model.train_adapter(self.block)
+        if self.model_init is None:
+            self._check_head()
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if not self.args.keep_fusion:
+            drop_fusion(self.model, self.block.student)
+        self.model.set_active_adapters(Stack(*self.block.children))
+        return output
+
+    # The stages
+
+    @property
+    def first_distillation_step(self) -> int:
+        """The number of the first step of stage 2, counted from 0."""
+        return ceil(self.args.distillation_start * self.state.max_steps)
+
+    def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
+        distillation, step, first = self.distillation, self.state.global_step, self.first_distillation_step
+        distillation.enabled = step >= first
+        distillation.weight = self.args.distillation_weight
+        distillation.regularization = self.args.fusion_regularization
+        distillation.fused_probability = 1 - (step - first) / max(1, self.state.max_steps - 1 - first)
+        distillation.scale = self._loss_scale(num_items_in_batch)
+        for module in self._teacher_modules:  # Trainer puts the whole model into training mode at each step
+            module.eval()
+
+    def _loss_scale(self, num_items_in_batch: torch.Tensor | None) -> float:
+        """The factor that the terms need where Trainer does not divide the loss by the micro-batches of a step."""
+        if self.compute_loss_func is not None:
+            return 1 / self.current_gradient_accumulation_steps
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return 1.0
+        # Trainer multiplies this loss by the number of processes, over which the gradients are averaged.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return 1 / (self.current_gradient_accumulation_steps * processes)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The task loss, in stage 2 with the distillation terms.
+
+        Args:
+            model: The model, perhaps wrapped.
+            inputs: The batch.
+            return_outputs: Whether to return the model's output, too.
+            num_items_in_batch: The number of labels in all micro-batches of the step.
+
+        Returns:
+            The loss, or the loss and the output.
+
+        Raises:
+            ValueError: If a training batch has no labels.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
+            raise ValueError(
+                f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
+                "add a column of labels to train_dataset."
+            )
+        self._enter_stage(num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        record = self._record = self.distillation.take_record()
+        if not record.in_loss:  # label smoothing and compute_loss_func take the labels away from the model
+            loss = loss + record.added
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass; in stage 1 the optimizer does not see the fusion.
+
+        Returns:
+            The loss of the micro-batch, detached.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not self.distillation.enabled:
+            # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
+            for parameter in self._fusion_parameters:
+                parameter.grad = None
+        self._note(loss, self._record)
+        return loss
+
+    # Optimizer
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with the fusion in a group of its own: own learning rate, no weight decay.
+
+        Returns:
+            The optimizer.
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer()
+        named = self.model.named_parameters()
+        fusion = self._fusion_parameters = [p for name, p in named if is_fusion(name, self.block.student)]
+        chosen = {id(parameter) for parameter in fusion}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        rate = self.args.fusion_learning_rate
+        rate = self.args.learning_rate / 2 if rate is None else rate
+        optimizer.add_param_group({"params": fusion, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        student = self.block.student
+        self.model.save_adapter(os.path.join(output_dir, student), student, use_safetensors=True)
+        if fusion := {key: value for key, value in self.model.state_dict().items() if is_fusion(key, student)}:
+            save_file(fusion, os.path.join(output_dir, FUSION_WEIGHTS_NAME))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = os.path.join(resume_from_checkpoint, self.block.student)
+        self._check_teachers_of(folder)
+        fusion = os.path.join(resume_from_checkpoint, FUSION_WEIGHTS_NAME)
+        if not os.path.isfile(fusion):
+            raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
+        state = load_file(fusion)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME):
+            if os.path.exists(path := os.path.join(folder, name)):
+                state.update(load_file(path))
+        # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if wrong := sorted(trained & set(missing)) + unexpected:
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} does not fit {self.block.student!r}: {len(wrong)} weights "
+                f"are missing or unknown, {wrong[0]} the first; resume with the student's config of that training."
+            )
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _check_teachers_of(self, folder: str) -> None:
+        if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG_NAME)):
+            raise ValueError(
+                f"{folder} does not exist, so there is no checkpoint of {self.block.student!r} to resume."
+            )
+        saved = {teacher["name"]: teacher["digest"] for teacher in read_provenance(folder)["teachers"]}
+        here = {teacher: adapter_digest(self.model, teacher) for teacher in self.block.teachers}
+        if different := sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)):
+            raise ValueError(
+                f"The checkpoint {folder} was made with other teachers than the model has now; different or missing: "
+                f"{', '.join(different)}. Load the same teachers, or start anew without resume_from_checkpoint."
+            )
+
+    # Logging
+
+    def _note(self, loss: torch.Tensor, record: DistillationRecord) -> None:
+        """Adds the terms of one micro-batch to the sums that the next log divides by the number of steps."""
+        step = 1 / self.current_gradient_accumulation_steps
+        self._sums["steps"] += step
+        if record.distillation_loss is None or record.fusion_regularization is None:  # stage 1
+            self._sums["task_loss"] += loss
+            return
+        added = self.distillation.weight * record.distillation_loss + record.fusion_regularization
+        self._sums["task_loss"] += loss - step * added
+        self._sums["stage_2_steps"] += step
+        self._sums["distillation_loss"] += step * record.distillation_loss
+        self._sums["fusion_regularization"] += step * record.fusion_regularization
+        for attention in record.attention.values():
+            for name, weight in attention.items():
+                self._sums[f"attention/{name}"] += step * weight / len(record.attention)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs the loss terms one by one beside Trainer's values.
+
+        `task_loss` is the mean over all steps since the last log; `distillation_loss` (unweighted),
+        `fusion_regularization` (weighted) and `attention/<teacher>` are means over those steps that were in stage 2.
+
+        Args:
+            logs: What Trainer logs.
+            start_time: The start of the training, in seconds.
+        """
+        if "loss" in logs and self._sums:
+            sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
+            self._sums.clear()
+            stage_2_steps = sums.pop("stage_2_steps", 0)
+            logs["task_loss"] = sums.pop("task_loss") / sums.pop("steps")
+            logs |= {name: total / stage_2_steps for name, total in sums.items()}
+            logs["stage"] = 2 if stage_2_steps else 1
+        super().log(logs, start_time)
+
+    def parameter_table(self) -> str:
+        """What is trained and what is frozen.
+
+        Returns:
+            A table with a row for the base model, the student, its head, the fusion, and the teachers.
+        """
+        return parameter_table(self.model, self.block)
+
+    def _check_head(self) -> None:
+        student = self.block.student
+        if hasattr(self.model, "heads") and student not in self.model.heads:
+            raise ValueError(
+                f"{student!r} has no head; add one of that name, "
+                f"for instance model.add_classification_head({student!r}, num_labels=2)."
+            )
+
+
+def _active_block(model: PreTrainedModel) -> AdapterDistillation:
+    block = find_block(model.active_adapters)
+    if block is None or block.student not in distillations(model.adapters_config):
+        raise ValueError(
+            f"No distilled student is active (the active setup is {model.active_adapters}); add one with "
+            "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
+            "A student whose teachers were all deleted has nothing to learn from."
+        )
+    return block
+
+
+class FrozenTeachersCallback(TrainerCallback):
+    """Shows what is trained, and holds the teachers to being frozen.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        self.digests: dict[str, str] = {}
+
+    def _teacher_digests(self) -> dict[str, str]:
+        return {name: adapter_digest(self.trainer.model, name) for name in self.trainer.block.teachers}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the table of parameters above the progress bar and notes the teachers' digests."""
+        trainer = self.trainer
+        check_trainable(trainer.model, trainer.block)
+        layers = [m for m in trainer.model.base_model.modules() if isinstance(m, BottleneckLayer)]
+        names = trainer.block.teachers
+        trainer._teacher_modules = [
+            layer.adapters[name] for layer in layers for name in names if name in layer.adapters
+        ]
+        self.digests = self._teacher_digests()
+        table = trainer.parameter_table()
+        logger.info(table)
+        if not args.disable_tqdm and state.is_world_process_zero:
+            tqdm.write(table)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compares the digests and notes the settings for the provenance of the saved student."""
+        trainer = self.trainer
+        check_trainable(trainer.model, trainer.block)
+        for name, digest in self._teacher_digests().items():
+            if digest != self.digests[name]:
+                raise RuntimeError(
+                    f"The weights of teacher {name!r} changed in training; reload it before you use it."
+                )
+        settings = ("distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed")
+        described = provenance(trainer.model, trainer.distillation)
+        trainer.distillation.training = {
+            "teachers": described["teachers"],
+            **{name: getattr(args, name) for name in (*settings, "fusion_learning_rate")},
+            "steps": state.global_step,
+            "first_distillation_step": trainer.first_distillation_step,
+        }
+
+
+AdapterDistillationTrainer = DistillationTrainer

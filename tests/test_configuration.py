@@ -1,0 +1,56 @@
+import pytest
+from transformers import HfArgumentParser
+
+from hf_adapter_distillation import DistillationConfig, DistillationTrainingArguments
+
+
+def test_defaults():
+    config = DistillationConfig(teachers=["a"])
+    assert (config.carrier, config.student_start) == ("student", "teachers")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed'"),
+        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'random'"),
+    ],
+)
+def test_bad_config(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationConfig(teachers=["a"], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"distillation_start": 1.5}, "distillation_start=1.5 is out of range; it is a fraction"),
+        ({"distillation_start": -0.1}, "distillation_start=-0.1"),
+        ({"distillation_start": float("nan")}, "distillation_start=nan"),
+        (
+            {"distillation_weight": -1.0},
+            "distillation_weight=-1.0 is out of range; it must be finite and not negative",
+        ),
+        ({"distillation_weight": float("inf")}, "distillation_weight=inf"),
+        ({"fusion_learning_rate": -1e-3}, "fusion_learning_rate=-0.001"),
+        ({"fusion_regularization": float("nan")}, "fusion_regularization=nan"),
+    ],
+)
+def test_bad_arguments(kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **kwargs)
+
+
+def test_every_argument_has_a_help_text():
+    own = set(DistillationTrainingArguments.__annotations__)
+    fields = DistillationTrainingArguments.__dataclass_fields__
+    assert own and all(fields[name].metadata["help"] for name in own)
+
+
+def test_arguments_are_read_from_a_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --distillation_start 0.25 --distillation_weight 2 --fusion_learning_rate 1e-4"
+    (args,) = HfArgumentParser(DistillationTrainingArguments).parse_args_into_dataclasses(
+        [*line.split(), "--keep_fusion", "--use_cpu"]
+    )
+    assert (args.distillation_start, args.distillation_weight, args.fusion_learning_rate) == (0.25, 2.0, 1e-4)
+    assert args.keep_fusion is True

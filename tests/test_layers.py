@@ -1,0 +1,247 @@
+"""The layer against a plain reference, and which forward passes distil."""
+
+import copy
+
+import pytest
+import torch
+from adapters import Stack
+from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation
+from hf_adapter_distillation.losses import feature_matching_loss
+from hf_adapter_distillation.state import distillations
+
+
+def distillation_of(model):
+    return distillations(model.adapters_config)["insurance"]
+
+
+def forward_in_stage_2(model, **settings):
+    for name, value in settings.items():
+        setattr(distillation_of(model), name, value)
+    model.train()
+    output = model(**make_batch())
+    return output, distillation_of(model).record
+
+
+@pytest.mark.parametrize("carrier", ["student", "fused"])
+@pytest.mark.parametrize("config", ["seq_bn", "double_seq_bn"])
+def test_layers_equal_the_plain_reference(carrier, config, monkeypatch):
+    """Each layer's terms, computed anew from its input with the modules' weights in float64."""
+    model = make_student(
+        make_model(dtype=torch.float64).double(), config=config, carrier=carrier, student_start="random"
+    )
+    model.double()
+    calls = []
+
+    def spy(layer, block, state, lvl=0):
+        result = compose_distillation(layer, block, state, lvl)
+        calls.append((layer, state, result))
+        return result
+
+    monkeypatch.setattr("hf_adapter_distillation.registration.compose_distillation", spy)
+    batch = make_batch()
+    output, record = forward_in_stage_2(model, weight=0.7, regularization=0.0)
+    assert len(calls) == len(bottleneck_layers(model, "insurance")) > 0
+    losses = []
+    for layer, state, result in calls:
+        student, fusion = layer.adapters["insurance"], layer.distillation_fusion["insurance"]
+        h, residual = state.hidden_states, state.hidden_states
+        if config == "seq_bn":
+            h = state.layer_norm(h + state.input_tensor)
+
+        def update(adapter, h=h):
+            down, up = adapter.adapter_down[0], adapter.adapter_up
+            return (
+                torch.relu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
+                if config == "seq_bn"
+                else adapter(h, residual_input=0)[0]
+            )
+
+        u = update(student)
+        updates = [update(layer.adapters[name]) for name in TEACHERS] + ([u] if carrier == "fused" else [])
+        q = h @ fusion.query.weight.T + fusion.query.bias
+        scores = torch.stack([(q * (x @ fusion.key.weight.T)).sum(-1) for x in updates], -1)
+        a = scores.softmax(-1)
+        fused = sum(a[..., n : n + 1] * (x @ fusion.value.weight.T) for n, x in enumerate(updates))
+        losses.append(feature_matching_loss(u, fused, batch["attention_mask"]))
+        passed_on = residual + (u if carrier == "student" else fused)
+        torch.testing.assert_close(result.hidden_states, passed_on, rtol=1e-10, atol=1e-10)
+        names = [*TEACHERS, "insurance"][: len(updates)]
+        mask = batch["attention_mask"].bool()
+        for n, name in enumerate(names):
+            torch.testing.assert_close(record.attention[fusion.location][name], a[..., n][mask].mean().detach())
+    torch.testing.assert_close(record.distillation_loss, torch.stack(losses).mean().detach(), rtol=1e-10, atol=1e-12)
+    model.set_active_adapters("insurance")
+    if carrier == "student":
+        plain = model(**batch).loss
+        torch.testing.assert_close(output.loss, plain + 0.7 * record.distillation_loss, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+def test_evaluation_is_the_plain_student_and_touches_no_teacher(carrier, monkeypatch):
+    model = make_student(make_model(), carrier=carrier)
+    noisy(model, "insurance")
+    touched = []
+    for name in TEACHERS:
+        for _, layer in bottleneck_layers(model, name):
+            layer.adapters[name].adapter_down.register_forward_hook(lambda *a: touched.append(1))
+    model.eval()
+    batch = make_batch()
+    distilled = model(**batch)
+    with torch.no_grad():
+        model.train()
+        no_grad = model(**batch)
+    model.eval()
+    model.set_active_adapters("insurance")
+    plain = model(**batch)
+    assert torch.equal(distilled.logits, plain.logits) and torch.equal(no_grad.loss, plain.loss)
+    assert not touched
+    model.train_adapter("insurance")
+    model(**batch)
+    assert touched, "the spy must see a training pass"
+
+
+def test_stage_1_is_plain_training_and_keeps_the_fusion_in_the_graph():
+    model = make_student(make_model())
+    output, record = forward_in_stage_2(model, enabled=False)
+    assert record.distillation_loss is None and record.added == 0
+    output.loss.backward()
+    fusion = [p for name, p in model.named_parameters() if "distillation_fusion" in name]
+    assert fusion and all(p.grad is not None and not p.grad.any() for p in fusion)
+    model.set_active_adapters("insurance")
+    assert torch.equal(model(**make_batch()).loss, output.loss)
+
+
+@pytest.mark.parametrize(("carrier", "task_reaches_fusion"), [("student", False), ("fused", True), ("mixed", True)])
+def test_what_the_task_loss_trains(carrier, task_reaches_fusion):
+    model = make_student(make_model(), carrier=carrier)
+    noisy(model, "insurance")  # at the average of the teachers their fusion has no need of queries
+    output, _ = forward_in_stage_2(model, weight=0.0, regularization=0.0, fused_probability=1.0)
+    output.loss.backward()
+    fusion = [p.grad for name, p in model.named_parameters() if "distillation_fusion" in name]
+    assert any(grad.any() for grad in fusion) == task_reaches_fusion
+    assert all(p.grad is None for name, p in model.named_parameters() if any(f".{t}." in name for t in TEACHERS))
+
+
+def test_distillation_loss_alone_reaches_fusion_and_student_with_the_student_carrier():
+    model = make_student(make_model(), student_start="random")
+    output, record = forward_in_stage_2(model)
+    output.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in grads.values())
+    for part in ("query.weight", "key.weight", "value.weight", "adapters.insurance.adapter_up.weight"):
+        assert any(grad.any() for name, grad in grads.items() if part in name), part
+
+
+def test_mixed_draws_between_student_and_fused():
+    model = make_student(make_model(), carrier="mixed", student_start="random")
+    losses = {}
+    for p in (0.0, 1.0):
+        output, record = forward_in_stage_2(model, weight=0.0, regularization=0.0, fused_probability=p)
+        losses[p] = output.loss.item()
+    for p, carrier in ((0.0, "student"), (1.0, "fused")):
+        other = copy.deepcopy(model)
+        distillation_of(other).config.carrier = carrier
+        output, _ = forward_in_stage_2(other, weight=0.0, regularization=0.0)
+        assert output.loss.item() == losses[p]
+    assert losses[0.0] != losses[1.0]
+
+
+def test_teachers_in_another_order_give_the_same_loss():
+    losses = []
+    for teachers in (TEACHERS, TEACHERS[::-1]):
+        model = make_student(make_model().double(), student_start="random")
+        model.double()
+        distillation_of(model).config.teachers = teachers
+        model.train_adapter("insurance")
+        losses.append(forward_in_stage_2(model)[0].loss)
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+
+
+def test_mixture_of_reduction_factors_and_locations():
+    model = make_model()
+    for name, config in (
+        ("bank", "double_seq_bn"),
+        ("travel", "seq_bn[reduction_factor=4]"),
+        ("work", "seq_bn[reduction_factor=2]"),
+    ):
+        model.add_adapter(name, config=config)
+        model.add_classification_head(name)
+        noisy(model, name)
+    model.add_adapter("insurance", config="double_seq_bn[reduction_factor=8]", distill_from=TEACHERS)
+    model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    output, record = forward_in_stage_2(model)
+    output.loss.backward()
+    teachers_at = {location: set(row) for location, row in record.attention.items()}
+    assert sorted(map(len, teachers_at.values())) == [1, 1, 3, 3]  # attention blocks have one teacher, outputs all
+    assert all(abs(sum(row.values()) - 1) < 1e-6 for row in record.attention.values())
+    assert torch.isfinite(output.loss)
+
+
+def test_a_layer_that_the_student_leaves_out_has_no_fusion():
+    model = make_student(make_model(), train=False)
+    model.add_adapter("insurance", config="seq_bn[leave_out=[0]]", distill_from=TEACHERS, overwrite_ok=True)
+    model.train_adapter("insurance")
+    _, record = forward_in_stage_2(model)
+    assert len(record.attention) == 1
+
+
+def test_gradient_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        model = make_student(make_model().double(), carrier="mixed", student_start="random")
+        model.double().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        distillation_of(model).fused_probability = 0.5
+        output = model(**make_batch())
+        output.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "embeddings" not in name}
+        results.append((output.loss, grads))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-12)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, grad in results[0][1].items():
+        torch.testing.assert_close(grad, results[1][1][name], rtol=1e-10, atol=1e-12)
+
+
+def test_language_adapter_below_the_student_is_frozen_and_runs():
+    model = make_student(make_model(), train=False)
+    model.add_adapter("german", config="seq_bn")
+    noisy(model, "german")
+    model.train_adapter(had.AdapterDistillation(Stack("german", "insurance"), teachers=TEACHERS))
+    model.add_classification_head("insurance", overwrite_ok=True)
+    before = snapshot(model)
+    output, record = forward_in_stage_2(model, weight=1.0)
+    output.loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert changed(model, before) and not any("german" in name for name in changed(model, before))
+    model.eval()
+    block_logits = model(**make_batch()).logits
+    model.set_active_adapters(Stack("german", "insurance"))
+    assert torch.equal(model(**make_batch()).logits, block_logits)
+
+
+def test_two_models_do_not_mix_their_losses():
+    first, second = make_student(make_model(seed=0)), make_student(make_model(seed=1))
+    alone, record = forward_in_stage_2(first)
+    forward_in_stage_2(second)
+    again, other = forward_in_stage_2(first)
+    assert torch.equal(alone.loss, again.loss) and torch.equal(record.added, other.added)
+
+
+def test_a_model_without_a_loss_leaves_the_terms_in_the_record():
+    model = make_student(make_model())
+    model.train()
+    batch = make_batch()
+    labels = batch.pop("labels")
+    output = model(**batch)
+    record = distillation_of(model).record
+    assert not record.in_loss and record.added.requires_grad
+    with_labels = model(**batch, labels=labels)
+    torch.testing.assert_close(
+        torch.nn.functional.cross_entropy(output.logits, labels) + record.added, with_labels.loss
+    )

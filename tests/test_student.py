@@ -1,0 +1,332 @@
+"""`add_adapter(..., distill_from=...)`, `train_adapter` and `delete_adapter`."""
+
+import adapters
+import pytest
+import torch
+from adapters import SeqBnConfig, Stack
+from conftest import TEACHERS, make_batch, make_model, make_student, noisy, snapshot
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.layers import bottleneck_layers
+from hf_adapter_distillation.state import distillations
+
+
+def with_teachers(model=None, teachers=TEACHERS, config="seq_bn", head="classification"):
+    model = model or make_model()
+    for name in teachers:
+        model.add_adapter(name, config=config)
+        noisy(model, name)
+        if hasattr(model, "heads"):
+            getattr(model, f"add_{head}_head")(name)
+    return model
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def everything(model):
+    """What a failed call must leave as it was."""
+    heads = list(getattr(model, "heads", {}))
+    active = (str(model.active_adapters), getattr(model, "active_head", None))
+    names = [name for name, _ in model.named_modules()]
+    return (
+        list(model.adapters_config),
+        heads,
+        active,
+        names,
+        list(distillations(model.adapters_config)),
+        trainable(model),
+    )
+
+
+@pytest.mark.parametrize("kind", ["flex", "classification", "base"])
+def test_train_adapter_leaves_student_head_and_fusion_trainable(kind):
+    model = make_student(make_model(kind=kind))
+    names = trainable(model)
+    parts = (".adapters.insurance.", ".distillation_fusion.insurance.")
+    head = {"flex": "heads.insurance.", "classification": "classifier.", "base": "no head"}[kind]
+    assert all(any(part in name for part in parts) or name.startswith(head) for name in names)
+    for part in (*parts, *([head] if kind != "base" else [])):
+        wanted = {name for name, _ in model.named_parameters() if part in f".{name}" or name.startswith(part)}
+        assert wanted and wanted <= names
+    assert model.active_adapters == had.AdapterDistillation("insurance", TEACHERS)
+    if kind == "flex":
+        assert model.active_head == "insurance"
+
+
+def test_the_students_head_is_active_even_if_another_was_added_last():
+    model = with_teachers()
+    model.add_classification_head("insurance")
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.add_classification_head("last")
+    model.train_adapter("insurance")
+    assert model.active_head == "insurance"
+    assert not any(name.startswith("heads.last") for name in trainable(model))
+
+
+def test_a_missing_head_is_made_from_the_teachers_heads():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    heads = [dict(model.heads[name].named_parameters()) for name in TEACHERS]
+    for key, weight in model.heads["insurance"].named_parameters():
+        torch.testing.assert_close(weight, sum(head[key] for head in heads) / 3)
+
+
+@pytest.mark.parametrize("start", ["teachers", "random"])
+def test_where_the_student_starts(start):
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=had.DistillationConfig(teachers=TEACHERS, student_start=start))
+    model.add_classification_head("insurance")
+    fresh_head = snapshot(model.heads["insurance"])
+    model.train_adapter("insurance")
+    for _, layer in bottleneck_layers(model, "insurance"):
+        for key, weight in layer.adapters["insurance"].named_parameters():
+            mean = sum(dict(layer.adapters[name].named_parameters())[key] for name in TEACHERS) / 3
+            assert torch.allclose(weight, mean, atol=1e-6) == (start == "teachers")
+    for key, weight in model.heads["insurance"].named_parameters():
+        mean = sum(dict(model.heads[name].named_parameters())[key] for name in TEACHERS) / 3
+        torch.testing.assert_close(weight, mean if start == "teachers" else fresh_head[key])
+
+
+def test_the_start_is_not_repeated():
+    model = make_student(make_model())
+    noisy(model, "insurance")
+    model.heads["insurance"][1].weight.data += 1
+    before = snapshot(model)
+    model.train_adapter("insurance")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_student_that_was_trained_or_loaded_first_keeps_its_head():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.add_classification_head("insurance")
+    noisy(model, "insurance")
+    before = snapshot(model.heads["insurance"])
+    model.train_adapter("insurance")
+    assert all(torch.equal(before[key], weight) for key, weight in model.heads["insurance"].named_parameters())
+
+
+def test_heads_of_other_shapes_are_not_averaged():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.add_classification_head("insurance", num_labels=5)
+    before = snapshot(model.heads["insurance"])
+    model.train_adapter("insurance")
+    assert all(torch.equal(before[key], weight) for key, weight in model.heads["insurance"].named_parameters())
+
+
+def test_configs_that_disagree_start_at_random_and_say_so(caplog):
+    model = with_teachers()
+    model.add_adapter("insurance", config="seq_bn[reduction_factor=4]", distill_from=TEACHERS)
+    assert "'insurance' starts at random weights: its config is not that of teacher 'bank'" in caplog.text
+
+
+def test_overwrite_ok_and_set_active():
+    model = make_student(make_model())
+    with pytest.raises(ValueError, match="already has an adapter 'insurance'; pass overwrite_ok=True"):
+        model.add_adapter("insurance", distill_from=["bank"])
+    model.add_adapter("insurance", distill_from=["bank"], overwrite_ok=True, set_active=True)
+    assert model.active_adapters == Stack("insurance")
+    assert not any("distillation_fusion" in name for name, _ in model.named_modules())
+    model.train_adapter("insurance")
+    assert model.active_adapters == had.AdapterDistillation("insurance", ["bank"])
+    model.add_adapter("insurance", overwrite_ok=True)
+    assert not distillations(model.adapters_config)
+
+
+def test_train_adapter_takes_a_list_and_a_block_and_a_plain_stack():
+    model = make_student(make_model())
+    model.train_adapter(["insurance"])
+    assert isinstance(model.active_adapters, had.AdapterDistillation)
+    model.train_adapter(Stack("insurance"))
+    assert type(model.active_adapters) is Stack
+    assert not any("distillation_fusion" in name for name in trainable(model))
+    model.train_adapter(had.AdapterDistillation("insurance", ["bank", "work"]))
+    assert model.active_adapters.teachers == ("bank", "work")
+    assert distillations(model.adapters_config)["insurance"].config.teachers == ["bank", "work"]
+
+
+def test_a_block_written_by_hand_distils_a_plain_adapter():
+    model = with_teachers()
+    model.add_adapter("insurance", config="seq_bn")
+    model.train_adapter(had.AdapterDistillation("insurance", TEACHERS))
+    assert any("distillation_fusion.insurance" in name for name in trainable(model))
+    with pytest.raises(ValueError, match="names 'x', which is not on the model"):
+        model.train_adapter(had.AdapterDistillation("insurance", ["x"]))
+
+
+def test_deleting_the_student_leaves_nothing():
+    model = with_teachers()
+    model.delete_head("bank")
+    before = everything(model)
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    model.delete_adapter("insurance")
+    after = everything(model)
+    assert after[:5] == (*before[:2], ("None", before[2][1]), *before[3:5])
+    model.train()
+    assert torch.isfinite(model(**make_batch()).loss)
+
+
+def test_deleting_a_teacher_leaves_the_others():
+    model = make_student(make_model())
+    with pytest.warns(UserWarning, match="'bank' was a teacher of 'insurance', which keeps 2 others"):
+        model.delete_adapter("bank")
+    assert model.active_adapters == had.AdapterDistillation("insurance", ["travel", "work"])
+    model.train()
+    model(**make_batch()).loss.backward()
+    with pytest.warns(UserWarning):
+        model.delete_adapter("travel")
+        model.delete_adapter("work")
+    assert model.active_adapters == Stack("insurance")
+    assert not any("distillation_fusion" in name for name, _ in model.named_modules())
+    model(**make_batch()).loss.backward()
+
+
+def test_teachers_from_folders(tmp_path):
+    other = with_teachers(make_model())
+    for name in ("bank", "travel"):
+        other.save_adapter(str(tmp_path / f"{name}_v1"), name, use_safetensors=name == "bank")
+    model = with_teachers(make_model(), teachers=["work"])
+    folders = [str(tmp_path / "bank_v1"), str(tmp_path / "travel_v1"), "work"]
+    model.add_adapter("insurance", distill_from=folders)
+    assert distillations(model.adapters_config)["insurance"].config.teachers == ["bank_v1", "travel_v1", "work"]
+    assert distillations(model.adapters_config)["insurance"].sources["bank_v1"]["source"] == folders[0]
+    assert model.active_head == "work"
+    for name in ("bank", "travel"):
+        for (_, theirs), (_, ours) in zip(
+            bottleneck_layers(other, name), bottleneck_layers(model, f"{name}_v1"), strict=True
+        ):
+            for a, b in zip(theirs.adapters[name].parameters(), ours.adapters[f"{name}_v1"].parameters(), strict=True):
+                assert torch.equal(a, b) and not b.requires_grad
+    model.train_adapter("insurance")
+    assert "insurance" in model.heads
+
+
+def test_hub_ids_are_pinned_to_a_commit(tmp_path, monkeypatch):
+    other = with_teachers()
+    folder = tmp_path / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    other.save_adapter(str(folder), "bank")
+    asked = []
+
+    def snapshot_download(repo, revision=None):
+        asked.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setattr("hf_adapter_distillation.teachers.snapshot_download", snapshot_download)
+    model = make_model()
+    model.add_adapter("insurance", distill_from=["me/faq-bank@v2"])
+    assert asked == [("me/faq-bank", "v2")]
+    distillation = distillations(model.adapters_config)["insurance"]
+    assert distillation.config.teachers == ["faq-bank"]
+    assert distillation.sources["faq-bank"] == {"source": "me/faq-bank@v2", "revision": "0123abcd"}
+
+
+BAD_TEACHERS = [
+    ([], ValueError, "No teachers are given for 'insurance'"),
+    ("bank", TypeError, "must be a list of adapter names, not 'bank'"),
+    (["bank", "bank"], ValueError, "Teacher 'bank' is given twice"),
+    (["insurance"], ValueError, "'insurance' cannot be its own teacher"),
+    (["bnak"], ValueError, "Unknown teacher 'bnak': did you mean 'bank'"),
+    (
+        ["zzz"],
+        ValueError,
+        "Unknown teacher 'zzz': it is no local folder or Hub id either. Adapters on the model: 'bank'",
+    ),
+    (["bank", "lora"], ValueError, "Teacher 'lora' is a LoRAConfig; the adapters that can be fused are seq_bn and"),
+    (["par"], ValueError, "Teacher 'par' has is_parallel=True; the adapters that can be fused are"),
+    (["inv"], ValueError, "Teacher 'inv' has inv_adapter='nice'"),
+    (["compacter"], ValueError, "Teacher 'compacter' has phm_layer=True"),
+    (["nan"], ValueError, "Teacher 'nan' has weights that are NaN or infinite in encoder.layer.0.output"),
+    (["attention"], ValueError, "Teacher 'attention' sits at mh_adapter, where the student has no modules"),
+    (["me/does-not-exist"], ValueError, "Teacher 'me/does-not-exist' is no adapter on the model, no local folder"),
+    (["./no/folder"], ValueError, "Unknown teacher './no/folder'"),
+    ([3], TypeError, "A teacher must be an adapter name, a folder or a Hub id, not 3"),
+    (had.DistillationConfig(teachers=[]), ValueError, "No teachers are given"),
+]
+
+
+@pytest.mark.parametrize(("teachers", "error", "message"), BAD_TEACHERS)
+def test_bad_teachers_leave_the_model_as_it_was(teachers, error, message):
+    model = with_teachers()
+    attention = SeqBnConfig(mh_adapter=True, output_adapter=False)
+    configs = {"lora": "lora", "par": "par_bn", "inv": "seq_bn_inv", "compacter": "compacter[reduction_factor=8]"}
+    for name, config in {**configs, "nan": "seq_bn", "attention": attention}.items():
+        model.add_adapter(name, config=config)
+    bottleneck_layers(model, "nan")[0][1].adapters["nan"].adapter_up.weight.data[0, 0] = float("nan")
+    before = everything(model)
+    with pytest.raises(error) as caught:
+        model.add_adapter("insurance", distill_from=teachers)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("config", ["lora", "par_bn", "prefix_tuning", "compacter"])
+def test_bad_students(config):
+    model = with_teachers()
+    before = everything(model)
+    with pytest.raises(ValueError, match="Student 'insurance' (is a|has) .*can be fused are seq_bn"):
+        model.add_adapter("insurance", config=config, distill_from=TEACHERS)
+    assert everything(model) == before
+
+
+def damaged(tmp_path, what):
+    """A saved teacher with one fault; the second return value is the message."""
+    other = make_model()
+    if what == "hidden size":
+        other = adapters.AutoAdapterModel.from_config(type(other.config)(hidden_size=16, num_attention_heads=4))
+    if what == "model type":
+        other = make_model("roberta")
+    if what == "base model":
+        other.config.name_or_path = "someone/cased"
+    folder = tmp_path / {"dot": "bank.v1", "taken": "work", "student": "insurance"}.get(what, "bank")
+    other.add_adapter("bank", config="seq_bn")
+    if what == "not finite":
+        noisy(other, "bank", std=float("inf"))
+    other.save_adapter(str(folder), "bank")
+    if what == "no config":
+        (folder / "adapter_config.json").unlink()
+    if what == "bad json":
+        (folder / "adapter_config.json").write_text("{")
+    if what == "no weights":
+        (folder / "pytorch_adapter.bin").unlink()
+    if what == "cut weights":
+        (folder / "pytorch_adapter.bin").write_bytes((folder / "pytorch_adapter.bin").read_bytes()[:100])
+    if what == "missing layer":
+        state = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+        torch.save({k: v for k, v in state.items() if "layer.1." not in k}, folder / "pytorch_adapter.bin")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("hidden size", "was made for hidden_size 16, the model has 32; use teachers trained on the same base model"),
+        ("model type", "was made for model_type 'roberta', the model has 'bert'"),
+        ("base model", "was made for model_name 'someone/cased', the model has 'someone/uncased'"),
+        ("no config", "holds no adapter_config.json"),
+        ("bad json", "is no adapter config"),
+        ("no weights", "cannot be loaded"),
+        ("cut weights", "cannot be loaded"),
+        ("missing layer", "lacks 4 weights that this model needs"),
+        ("not finite", "has weights that are NaN or infinite"),
+        ("dot", "would be named 'bank.v1'; rename the folder to have no dot or comma"),
+        ("taken", "would be named 'work', and the model has an adapter of that name"),
+        ("student", "would have the name of the student, 'insurance'"),
+    ],
+)
+def test_bad_folders_leave_the_model_as_it_was(what, message, tmp_path):
+    folder = damaged(tmp_path, what)
+    model = with_teachers(make_model(), teachers=["work"])
+    model.config.name_or_path = "someone/uncased" if what == "base model" else ""
+    with_teachers(other := make_model(), teachers=["good"])
+    other.save_adapter(str(tmp_path / "good"), "good")
+    before = everything(model)
+    with pytest.raises(ValueError) as caught:
+        model.add_adapter("insurance", distill_from=["work", str(tmp_path / "good"), str(folder)])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert everything(model) == before
