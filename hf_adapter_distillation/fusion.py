@@ -57,10 +57,9 @@ class TeacherFusion(nn.Module):
             The fused output, (batch, seq_len, hidden), and the detached attention over teachers,
             (batch, seq_len, n_teachers), each row of which sums to 1.
         """
-        query = self.query(hidden_states)  # (B, T, d)
-        key = self.key(updates)  # (B, T, N, d)
-        value = self.value(updates)  # (B, T, N, d)
-        scores = torch.einsum("btd,btnd->btn", query, key)  # (B, T, N)
+        # q . (K u_n) = (K^T q) . u_n, and sum_n a_n V u_n = V sum_n a_n u_n: one product with K and V, not N.
+        query = self.query(hidden_states) @ self.key.weight  # (B, T, d)
+        scores = torch.einsum("btd,btnd->btn", query, updates.to(query.dtype))  # (B, T, N)
         attention = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # (B, T, N)
-        fused_output = torch.einsum("btn,btnd->btd", attention.to(value.dtype), value)  # (B, T, d)
-        return fused_output, attention.detach()
+        fused_update = torch.einsum("btn,btnd->btd", attention.to(updates.dtype), updates)  # (B, T, d)
+        return self.value(fused_update), attention.detach()  # (B, T, d), (B, T, N)

@@ -32,9 +32,8 @@ class DistillationPass:
         self.attention: dict[str, dict[str, torch.Tensor]] = {}
         self.closed = False
 
-    @property
-    def carrier(self) -> str:
-        """What this layer passes on; for the carrier `mixed` each layer draws anew."""
+    def draw_carrier(self) -> str:
+        """What a layer passes on, "student" or "fused"; for the carrier `mixed` each layer draws anew."""
         carrier = self.distillation.config.carrier if self.training else "student"
         if carrier == "mixed":
             return "fused" if torch.rand(()) < self.distillation.fused_probability else "student"
@@ -97,7 +96,7 @@ def compose_distillation(
     student_state = layer.compose_single(block.student, student_input, lvl + 1)
     student_output = student_state.bottleneck_up  # (B, T, d), what the adapter adds to the residual
 
-    carrier = current.carrier
+    carrier = current.draw_carrier()
     # The carrier "student" leaves the task loss to the student: its fusion explains the student and steers nothing.
     matched_only = current.distillation.config.carrier == "student" or not current.training
     hidden_states = student_input.hidden_states.detach() if matched_only else student_input.hidden_states  # (B, T, d)
@@ -196,8 +195,10 @@ def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
     if not current.training:
         return DistillationRecord(torch.zeros(()), False, None, None, current.attention)
     distillation, fusions = current.distillation, current.fusions.values()
-    # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
-    added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), torch.zeros(()))
+    added = torch.zeros(())
+    if not current.losses or distillation.config.carrier == "mixed":
+        # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
+        added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
     distillation_loss = regularization = None
     if current.losses:
         distillation_loss = torch.stack(current.losses).mean()

@@ -143,9 +143,9 @@ def _save_adapter(
 
 
 def _save_pretrained(original: Callable, self: ModelAdaptersMixin, save_directory: str, **kwargs: Any) -> None:
-    fusion = [key for key in self.state_dict() if ".distillation_fusion." in key]
-    if not fusion:
+    if not distillations(self.adapters_config):
         return original(self, save_directory, **kwargs)
+    fusion = [key for key in self.state_dict() if ".distillation_fusion." in key]
     ignored = self._keys_to_ignore_on_save
     self._keys_to_ignore_on_save = [*(ignored or ()), *fusion]
     try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from adapters import AdapterConfig, ModelAdaptersMixin, Stack
+from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, Stack
 from torch import nn
 from transformers.utils import logging
 
@@ -45,7 +45,7 @@ def add_student(
         distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(teachers=distill_from)
     )
     check_teachers(student, distillation_config.teachers)
-    student_config = AdapterConfig.load(config or "seq_bn")
+    student_config = AdapterConfig.load(config or DEFAULT_ADAPTER_CONFIG)
     check_fusable(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
@@ -68,7 +68,7 @@ def add_student(
                 model.apply_to_adapter_layers(lambda i, layer, name=name: layer.freeze_adapter(name))
             check_weights(model, teacher, name, student_config)
         add_adapter()
-    except Exception:
+    except BaseException:
         for name in loaded:
             model.delete_adapter(name)
             if name in getattr(model, "heads", {}):
@@ -258,11 +258,12 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
             continue
         left = [teacher for teacher in distillation.config.teachers if teacher != name]
         distillation.config = replace(distillation.config, teachers=left)
-        warnings.warn(
-            f"{name!r} was a teacher of {student!r}, which keeps {len(left)} others; "
-            f"delete {student!r} first to silence this warning.",
-            stacklevel=4,
-        )
+        if distillation.training is None:
+            warnings.warn(
+                f"{name!r} was a teacher of {student!r}, which is not trained yet and keeps {len(left)} others; "
+                f"delete teachers after the training to silence this warning.",
+                stacklevel=4,
+            )
         if not left:
             drop_fusion(model, student)
         if active is not None and active.student == student:

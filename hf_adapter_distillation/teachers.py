@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from adapters import AdapterConfig, BnConfig, ModelAdaptersMixin
+from adapters import AdapterConfig, BnConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
@@ -52,9 +52,9 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
     name = Path(teacher.partition("@")[0] if revision else teacher).resolve().name
     if "." in name or "," in name:
         raise ValueError(f"Teacher {teacher!r} would be named {name!r}; rename the folder to have no dot or comma.")
-    if name in model.adapters_config:
+    if name in model.adapters_config or name in getattr(model, "heads", {}):
         raise ValueError(
-            f"Teacher {teacher!r} would be named {name!r}, and the model has an adapter of that name; "
+            f"Teacher {teacher!r} would be named {name!r}, and the model has an adapter or head of that name; "
             f"distill from {name!r} if it is the same, else rename the folder."
         )
     return name, folder, {"source": teacher, "revision": revision}
@@ -135,8 +135,10 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
         ValueError: If weights are missing from the folder or cannot be read.
     """
     info: dict[str, list[str]] = {}
+    # A static head is the model's only one: loading a teacher's head would overwrite it.
+    with_head = {"with_head": hasattr(model, "heads")} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
     try:
-        model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info)
+        model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"Teacher {teacher!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if missing := [key for key in info.get("missing_keys", []) if f".{name}." in key]:

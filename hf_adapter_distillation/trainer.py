@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any
 
 import torch
-from adapters import AdapterTrainer, Stack
+from adapters import AdapterTrainer, ModelAdaptersMixin, Stack
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -50,7 +50,7 @@ class DistillationTrainer(AdapterTrainer):
 
     Raises:
         TypeError: If `args` are no `DistillationTrainingArguments`.
-        ValueError: If no distilled student is active, its head is missing, or something else is left trainable.
+        ValueError: If no distilled student is active, or something else is left trainable.
     """
 
     def __init__(
@@ -102,9 +102,10 @@ class DistillationTrainer(AdapterTrainer):
             RuntimeError: If a teacher's weights have changed at the end.
         """
         self.model.train_adapter(self.block)
-        if self.model_init is None:
+        if self.model_init is None and self.compute_loss_func is None:
             self._check_head()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.distillation.enabled, self.distillation.scale = True, 1.0
         if not self.args.keep_fusion:
             drop_fusion(self.model, self.block.student)
         self.model.set_active_adapters(Stack(*self.block.children))
@@ -230,14 +231,16 @@ class DistillationTrainer(AdapterTrainer):
         for name in (SAFE_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME):
             if os.path.exists(path := os.path.join(folder, name)):
                 state.update(load_file(path))
-        # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
-        missing, unexpected = self.model.load_state_dict(state, strict=False)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if wrong := sorted(trained & set(missing)) + unexpected:
+        own = self.model.state_dict()
+        wrong = {name for name, value in state.items() if name not in own or own[name].shape != value.shape}
+        wrong |= {name for name, p in self.model.named_parameters() if p.requires_grad and name not in state}
+        if wrong:
             raise ValueError(
                 f"The checkpoint {resume_from_checkpoint} does not fit {self.block.student!r}: {len(wrong)} weights "
-                f"are missing or unknown, {wrong[0]} the first; resume with the student's config of that training."
+                f"are missing, unknown or of another shape, {min(wrong)} the first; use the configs of that training."
             )
+        # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
+        self.model.load_state_dict(state, strict=False)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
@@ -288,8 +291,8 @@ class DistillationTrainer(AdapterTrainer):
             sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
             self._sums.clear()
             stage_2_steps = sums.pop("stage_2_steps", 0)
-            logs["task_loss"] = sums.pop("task_loss") / sums.pop("steps")
-            logs |= {name: total / stage_2_steps for name, total in sums.items()}
+            logs["task_loss"] = round(sums.pop("task_loss") / sums.pop("steps"), 6)
+            logs |= {name: round(total / stage_2_steps, 6) for name, total in sums.items()}
             logs["stage"] = 2 if stage_2_steps else 1
         super().log(logs, start_time)
 
@@ -311,6 +314,8 @@ class DistillationTrainer(AdapterTrainer):
 
 
 def _active_block(model: PreTrainedModel) -> AdapterDistillation:
+    if not isinstance(model, ModelAdaptersMixin):
+        raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
     block = find_block(model.active_adapters)
     if block is None or block.student not in distillations(model.adapters_config):
         raise ValueError(
@@ -346,6 +351,7 @@ class FrozenTeachersCallback(TrainerCallback):
         trainer._teacher_modules = [
             layer.adapters[name] for layer in layers for name in names if name in layer.adapters
         ]
+        trainer._sums.clear()
         self.digests = self._teacher_digests()
         table = trainer.parameter_table()
         logger.info(table)

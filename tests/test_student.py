@@ -173,7 +173,9 @@ def test_deleting_the_student_leaves_nothing():
 
 def test_deleting_a_teacher_leaves_the_others():
     model = make_student(make_model())
-    with pytest.warns(UserWarning, match="'bank' was a teacher of 'insurance', which keeps 2 others"):
+    with pytest.warns(
+        UserWarning, match="'bank' was a teacher of 'insurance', which is not trained yet and keeps 2 others"
+    ):
         model.delete_adapter("bank")
     assert model.active_adapters == had.AdapterDistillation("insurance", ["travel", "work"])
     model.train()
@@ -204,6 +206,23 @@ def test_teachers_from_folders(tmp_path):
                 assert torch.equal(a, b) and not b.requires_grad
     model.train_adapter("insurance")
     assert "insurance" in model.heads
+
+
+def test_a_teacher_from_a_folder_leaves_a_static_head_alone(tmp_path):
+    with_teachers(make_model(kind="classification", seed=1), ["bank"]).save_adapter(str(tmp_path / "bank"), "bank")
+    model = make_model(kind="classification")
+    before = snapshot(model.classifier)
+    model.add_adapter("insurance", distill_from=[str(tmp_path / "bank")])
+    assert all(torch.equal(before[name], weight) for name, weight in model.classifier.named_parameters())
+
+
+def test_a_head_with_the_name_of_a_folder_is_not_overwritten(tmp_path):
+    with_teachers(teachers=["bank"]).save_adapter(str(tmp_path / "bank"), "bank")
+    model = make_model()
+    model.add_classification_head("bank", num_labels=7)
+    with pytest.raises(ValueError, match="the model has an adapter or head of that name"):
+        model.add_adapter("insurance", distill_from=[str(tmp_path / "bank")])
+    assert model.heads["bank"].config["num_labels"] == 7
 
 
 def test_hub_ids_are_pinned_to_a_commit(tmp_path, monkeypatch):
@@ -315,7 +334,7 @@ def damaged(tmp_path, what):
         ("missing layer", "lacks 4 weights that this model needs"),
         ("not finite", "has weights that are NaN or infinite"),
         ("dot", "would be named 'bank.v1'; rename the folder to have no dot or comma"),
-        ("taken", "would be named 'work', and the model has an adapter of that name"),
+        ("taken", "would be named 'work', and the model has an adapter or head of that name"),
         ("student", "would have the name of the student, 'insurance'"),
     ],
 )

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import warnings
 
 import adapters
 import pytest
 import torch
 from adapters import AdapterTrainer, Stack
 from conftest import TEACHERS, changed, make_dataset, make_model, make_student, noisy, snapshot
-from transformers import TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.layers import bottleneck_layers
@@ -120,7 +121,7 @@ def test_loss_terms_are_logged_and_add_up(trainer_args):
         total = log["task_loss"]
         if log["stage"] == 2:
             total += 0.7 * log["distillation_loss"] + log["fusion_regularization"]
-            assert sum(log[f"attention/{teacher}"] for teacher in TEACHERS) == pytest.approx(1)
+            assert sum(log[f"attention/{teacher}"] for teacher in TEACHERS) == pytest.approx(1, abs=1e-5)
         else:
             assert "distillation_loss" not in log
         assert log["loss"] == pytest.approx(total, abs=1e-4)  # Trainer rounds the loss to 4 places
@@ -180,7 +181,7 @@ def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels,
     for name, grad in whole.items():
         torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
     for key in ("task_loss", "distillation_loss", "fusion_regularization"):
-        assert log[key] == pytest.approx(other[key], rel=1e-6), key  # summed in float32
+        assert log[key] == pytest.approx(other[key], abs=2e-6), key  # logged with 6 places
 
 
 def test_a_compute_loss_func_gets_the_terms_too(trainer_args):
@@ -341,8 +342,27 @@ def test_resuming_from_what_is_no_checkpoint_is_refused(trainer_args, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path))
     checkpoint = checkpoint_of(trainer_args)
     model = make_student(make_model(), config="seq_bn[reduction_factor=8]")
-    with pytest.raises((ValueError, RuntimeError), match="other teachers|size mismatch"):
+    with pytest.raises(ValueError, match="made with other teachers"):
         trainer_for(model, trainer_args()).train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_a_student_of_another_shape_is_refused_and_changes_nothing(trainer_args):
+    def student(factor):
+        model = make_student(make_model(), student_start="random", train=False)
+        config = f"seq_bn[reduction_factor={factor}]"
+        model.add_adapter("insurance", config=config, distill_from=TEACHERS, overwrite_ok=True)
+        model.add_classification_head("insurance")
+        model.train_adapter("insurance")
+        return model
+
+    checkpoint = checkpoint_of(trainer_args, student(8))
+    model = student(4)
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match="does not fit 'insurance': 6 weights are missing, unknown or of another shape"
+    ):
+        trainer_for(model, trainer_args()).train(resume_from_checkpoint=checkpoint)
+    assert not changed(model, before)
 
 
 # Bad input
@@ -352,6 +372,8 @@ def test_bad_trainers(trainer_args, tmp_path):
     dataset = make_dataset()
     with pytest.raises(TypeError, match="must be DistillationTrainingArguments, not TrainingArguments"):
         had.DistillationTrainer(make_student(make_model()), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(TypeError, match="BertModel has no adapters; call adapters.init"):
+        trainer_for(BertModel(BertConfig(num_hidden_layers=1)), trainer_args())
     model = make_model()
     with pytest.raises(ValueError, match="No distilled student is active .the active setup is None"):
         trainer_for(model, trainer_args())
@@ -400,8 +422,9 @@ def test_provenance_of_a_trained_student(trainer_args, tmp_path):
     assert written["carrier"] == "student" and written["student_start"] == "teachers"
     assert (written["distillation_start"], written["steps"], written["first_distillation_step"]) == (0.5, 8, 4)
     assert written["versions"]["adapters"] == adapters.__version__
-    for teacher in TEACHERS:
-        with pytest.warns(UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for teacher in TEACHERS:
             model.delete_adapter(teacher)
     model.save_adapter(str(tmp_path / "later"), "insurance")
     assert json.loads((tmp_path / "later" / "adapter_config.json").read_text())["distillation"] == written

@@ -1,0 +1,148 @@
+"""Tenants, their FAQs and queries: from the bundled JSON, a local CLINC150, or a dataset on the Hub."""
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+BUNDLED = Path(__file__).parent / "data" / "faq_tenants.json"
+CLASSES_PER_TENANT = 15  # for a Hub dataset whose classes belong to no tenant
+
+
+@dataclass
+class Faq:
+    """A question with its answer, and the queries that people typed for it."""
+
+    question: str
+    answer: str = ""
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Tenant:
+    """A user of the platform with FAQs of its own."""
+
+    name: str
+    faqs: list[Faq]
+
+
+def load_tenants(data: str, seed: int) -> list[Tenant]:
+    """Reads the tenants.
+
+    Args:
+        data: A JSON file of the bundled form, `data_full.json` of CLINC150 (or its folder) with `domains.json` beside
+            it, or the id of a Hub dataset with a class column and a text column (and perhaps a tenant column).
+        seed: For shuffling the queries of an FAQ.
+
+    Returns:
+        The tenants; all queries are in `train`, but for data with a test split of its own.
+
+    Raises:
+        ValueError: If the data is none of these.
+    """
+    path = Path(data)
+    path = path / "data_full.json" if path.is_dir() and (path / "data_full.json").is_file() else path
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "tenants" in content:
+            tenants = _from_bundled(content, random.Random(seed))
+        elif {"train", "test"} <= content.keys() and (path.parent / "domains.json").is_file():
+            domains = json.loads((path.parent / "domains.json").read_text(encoding="utf-8"))
+            tenants = _from_classes(content["train"], content["test"], domains)
+        else:
+            raise ValueError(f"{path} has neither 'tenants' nor 'train', 'test' and a domains.json beside it.")
+    elif data.endswith(".json") or data.startswith((".", "/")):
+        raise ValueError(f"--data {data} does not exist; give a JSON file, a CLINC150 folder or a Hub dataset id.")
+    else:
+        tenants = _from_hub(data)
+    if len(tenants) < 2:
+        raise ValueError(f"--data {data} has {len(tenants)} tenants; at least two are needed, one of them new.")
+    return tenants
+
+
+def hold_out(tenant: Tenant, shots: int) -> None:
+    """Keeps `shots` queries of each FAQ for training; the others are for testing, if there is no test split.
+
+    Raises:
+        ValueError: If an FAQ has no more than `shots` queries, none of which would be left for testing.
+    """
+    for faq in tenant.faqs:
+        if len(faq.train) <= shots and not faq.test:
+            raise ValueError(f"{shots} training queries are too many: {faq.question!r} has {len(faq.train)} in all.")
+        faq.train, rest = faq.train[:shots], faq.train[shots:]
+        faq.test = faq.test or rest
+
+
+def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
+    tenants = []
+    for tenant in content["tenants"]:
+        faqs = []
+        for faq in tenant["faqs"]:
+            queries = rng.sample(faq["queries"], len(faq["queries"]))
+            faqs.append(Faq(faq["question"], faq.get("answer", ""), queries))
+        tenants.append(Tenant(tenant["name"], faqs))
+    return tenants
+
+
+def _from_classes(train: list, test: list, domains: dict[str, list[str]]) -> list[Tenant]:
+    queries: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for split, rows in enumerate((train, test)):
+        for text, intent in rows:
+            queries[intent][split].append(text)
+    return [
+        Tenant(domain.replace(" ", "_"), [Faq(name.replace("_", " "), "", *queries[name]) for name in names])
+        for domain, names in domains.items()
+    ]
+
+
+def _from_hub(data: str) -> list[Tenant]:
+    loaded = datasets.load_dataset(data, "plus") if data == "clinc/clinc_oos" else datasets.load_dataset(data)
+    features = loaded["train"].features
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    texts = [name for name, feature in features.items() if getattr(feature, "dtype", "") == "string"]
+    if len(classes) != 1 or not texts or "test" not in loaded:
+        raise ValueError(f"--data {data} needs one class column, a text column and the splits train and test.")
+    label = features[classes[0]]
+    names = [name for name in label.names if name not in ("oos", "out_of_scope")]
+    rows = {
+        split: [(row[texts[0]], label.int2str(row[classes[0]])) for row in loaded[split]]
+        for split in ("train", "test")
+    }
+    parts = [names[start : start + CLASSES_PER_TENANT] for start in range(0, len(names), CLASSES_PER_TENANT)]
+    return _from_classes(rows["train"], rows["test"], {f"tenant_{i}": part for i, part in enumerate(parts)})
+
+
+def make_pairs(
+    tenant: Tenant, split: str, tokenizer: PreTrainedTokenizerBase, n_queries: int, n_wrong: int | None, seed: int
+) -> Dataset:
+    """Tokenised (query, FAQ) pairs of a tenant.
+
+    Args:
+        tenant: The tenant.
+        split: `"train"` or `"test"`.
+        tokenizer: The cross-encoder's tokenizer.
+        n_queries: How many queries of an FAQ are used at most.
+        n_wrong: How many wrong FAQs a query is paired with; None for all of them.
+        seed: For drawing the wrong FAQs.
+
+    Returns:
+        A dataset with the tokenizer's columns, `labels` (1 for the right FAQ) and `query_ids`; the pairs of a query
+        stand together.
+    """
+    rng, rows, query_id = random.Random(seed), [], 0
+    for right, faq in enumerate(tenant.faqs):
+        others = [index for index in range(len(tenant.faqs)) if index != right]
+        for query in getattr(faq, split)[:n_queries]:
+            wrong = others if n_wrong is None else rng.sample(others, min(n_wrong, len(others)))
+            for index in (right, *wrong):
+                rows.append((query, tenant.faqs[index].question, int(index == right), query_id))
+            query_id += 1
+    queries, texts, labels, query_ids = map(list, zip(*rows, strict=True))
+    encoded = tokenizer(queries, texts, truncation="longest_first", max_length=64)
+    return Dataset.from_dict({**encoded, "labels": labels, "query_ids": query_ids})
