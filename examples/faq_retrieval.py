@@ -72,7 +72,7 @@ class Arguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
         if self.quick:
-            self.teacher_queries, self.teacher_epochs, self.epochs, self.test_queries = 6, 2, 4, 2
+            self.teacher_queries, self.teacher_epochs, self.epochs, self.test_queries = 6, 2, 3, 1
 
 
 class Platform:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -74,6 +75,26 @@ def test_clinc150_form(tmp_path):
         assert (bank.name, travel.name) == ("small_bank", "travel")
         (faq,) = bank.faqs
         assert (faq.question, len(faq.train), faq.test) == ("pay bill", 3, ["pay_bill query 0"])
+
+
+def test_hub_form(monkeypatch):
+    label = ClassLabel(names=["oos", *(f"intent_{i}" for i in range(20))])
+    rows = {"text": [f"query {i}" for i in range(21)], "intent": list(range(21))}
+    split = Dataset.from_dict(rows, features=Features({"text": Value("string"), "intent": label}))
+    asked = []
+
+    def load_dataset(*args):
+        asked.append(args)
+        return {"train": split, "test": split}
+
+    monkeypatch.setattr("faq_data.datasets.load_dataset", load_dataset)
+    first, second = load_tenants("clinc/clinc_oos", seed=1)
+    assert asked == [("clinc/clinc_oos", "plus")]
+    assert (len(first.faqs), len(second.faqs)) == (15, 5)
+    assert (first.faqs[0].question, first.faqs[0].train, first.faqs[0].test) == ("intent 0", ["query 1"], ["query 1"])
+    monkeypatch.setattr("faq_data.datasets.load_dataset", lambda *args: {"train": split.remove_columns("intent")})
+    with pytest.raises(ValueError, match="needs one class column, a text column and the splits train and test"):
+        load_tenants("me/no-classes", seed=1)
 
 
 @pytest.mark.parametrize(
