@@ -30,7 +30,6 @@ class DistillationPass:
         self.fusions: dict[str, TeacherFusion] = {}
         self.losses: list[torch.Tensor] = []
         self.attention: dict[str, dict[str, torch.Tensor]] = {}
-        self.closed = False
 
     def draw_carrier(self) -> str:
         """What a layer passes on, "student" or "fused"; for the carrier `mixed` each layer draws anew."""
@@ -48,10 +47,9 @@ class DistillationPass:
         return mask if mask.shape == hidden_states.shape[:2] else None
 
     def add(self, fusion: TeacherFusion, loss: torch.Tensor, attention: dict[str, torch.Tensor]) -> None:
-        """Takes the terms of one location. Gradient checkpointing calls again in backward: those are ignored."""
-        if not self.closed:
-            self.losses.append(loss)
-            self.attention[fusion.location] = attention
+        """Takes the terms of one location. What gradient checkpointing adds again in backward comes after the sum."""
+        self.losses.append(loss)
+        self.attention[fusion.location] = attention
 
 
 def bottleneck_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, BottleneckLayer]]:
@@ -176,7 +174,6 @@ def call_with_distillation(
     current = DistillationPass(distillation, _masks(args, kwargs), training)
     vars(context)["distillation_pass"] = current
     output = original(context, model, forward, *args, **kwargs)
-    current.closed = True
     distillation.record = _fold(current, output)
     return output
 

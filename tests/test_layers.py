@@ -8,7 +8,7 @@ from adapters import Stack
 from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation
+from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation, teacher_update
 from hf_adapter_distillation.losses import feature_matching_loss
 from hf_adapter_distillation.state import distillations
 
@@ -133,6 +133,44 @@ def test_distillation_loss_alone_reaches_fusion_and_student_with_the_student_car
     assert all(grad is not None for grad in grads.values())
     for part in ("query.weight", "key.weight", "value.weight", "adapters.insurance.adapter_up.weight"):
         assert any(grad.any() for name, grad in grads.items() if part in name), part
+
+
+@pytest.mark.parametrize(("carrier", "reached"), [("student", True), ("fused", False), ("mixed", False)])
+def test_the_student_imitates_a_fixed_target_where_the_task_trains_the_fusion(carrier, reached):
+    model = make_student(make_model(), carrier=carrier, student_start="random")
+    distillation_of(model).regularization = 0.0
+    model.train()
+    batch = make_batch()
+    del batch["labels"]
+    model(**batch)
+    distillation_of(model).record.added.backward()
+    fusion = [p.grad for name, p in model.named_parameters() if "layer.1.output.distillation_fusion" in name]
+    assert len(fusion) == 4
+    assert any(grad is not None and grad.any() for grad in fusion) == reached
+
+
+def test_a_teacher_of_another_kind_prepares_its_own_input(monkeypatch):
+    """A seq_bn teacher reads the normalised sum with the residual, a double_seq_bn student the raw states."""
+    model = make_model()
+    model.add_adapter("bank", config="seq_bn")
+    noisy(model, "bank")
+    model.add_classification_head("bank")
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=["bank"])
+    model.train_adapter("insurance")
+    seen = []
+
+    def spy(teacher, student, state, hidden_states):
+        seen.append((teacher, state, hidden_states, teacher_update(teacher, student, state, hidden_states)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr("hf_adapter_distillation.layers.teacher_update", spy)
+    forward_in_stage_2(model)
+    assert len(seen) == 2
+    for teacher, state, hidden_states, update in seen:
+        assert torch.equal(hidden_states, state.hidden_states)
+        normalised = state.layer_norm(state.hidden_states + state.input_tensor)
+        torch.testing.assert_close(update, teacher(normalised, residual_input=0)[0])
+        assert not torch.allclose(update, teacher(hidden_states, residual_input=0)[0])
 
 
 def test_mixed_draws_between_student_and_fused():

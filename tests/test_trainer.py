@@ -199,6 +199,32 @@ def test_a_compute_loss_func_gets_the_terms_too(trainer_args):
         torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+def test_distillation_reaches_losses_that_are_computed_outside_the_model(how, trainer_args):
+    """With the carrier "student" the fusion has no other gradient than that of the distillation loss."""
+    kwargs = {}
+    if how == "compute_loss_func":
+        kwargs[how] = lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()
+
+    def args(**given):
+        return trainer_args(label_smoothing_factor=0.1 if how == "label_smoothing_factor" else 0.0, **given)
+
+    model = make_student(make_model(), student_start="random")
+    found, log = gradients(model, args, 8, 1, train_dataset=make_dataset(8), **kwargs)
+    fusion = [grad for name, grad in found.items() if "distillation_fusion" in name]
+    assert fusion and any(grad.any() for grad in fusion)
+    assert log["distillation_loss"] > 0
+
+
+def test_the_optimizer_sees_the_fusion_in_stage_2_alone(trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=8, keep_fusion=True))
+    trainer.train()
+    states = trainer.optimizer.state
+    named = dict(trainer.model.named_parameters())
+    steps = {"distillation_fusion" in name: int(states[p]["step"]) for name, p in named.items() if p in states}
+    assert steps == {False: 8, True: 4}
+
+
 def test_teachers_stay_in_evaluation_mode(trainer_args):
     model, modes = make_student(make_model()), []
 
