@@ -90,9 +90,11 @@ def test_where_the_student_starts(start):
         torch.testing.assert_close(weight, mean if start == "teachers" else fresh_head[key])
 
 
-def test_the_start_is_not_repeated():
+@pytest.mark.parametrize("adapter_trained", [False, True])
+def test_the_start_is_not_repeated(adapter_trained):
     model = make_student(make_model())
-    noisy(model, "insurance")
+    if adapter_trained:
+        noisy(model, "insurance")
     model.heads["insurance"][1].weight.data += 1
     before = snapshot(model)
     model.train_adapter("insurance")
