@@ -1,6 +1,7 @@
 """Every change that this package makes to adapters: `register()` makes them, `unregister()` undoes them."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,12 @@ from .hub import provenance, save_card
 from .layers import call_with_distillation, compose_distillation
 from .state import distillations
 from .student import add_student, distillation_block, forget_adapter, prepare_fusion, prepare_head
+
+DISTILL_FROM = """
+Added by hf_adapter_distillation:
+    distill_from (list of str or DistillationConfig, optional):
+        The teachers of the new adapter: names of adapters on the model, local folders or Hub ids.
+"""
 
 # What stood at each place before: (owner, attribute, original). Empty while nothing is registered.
 _originals: list[tuple[type, str, Any]] = []
@@ -36,8 +43,8 @@ def register() -> None:
     ALLOWED_NESTINGS[Stack].append(AdapterDistillation)
     _wrap(ComposableAdapterLayerBase, "_get_compose_func", _get_compose_func)
     _wrap(ForwardContext, "_call_forward", _call_forward)
-    _wrap(ModelAdaptersMixin, "add_adapter", _add_adapter)
-    _wrap(ModelWithHeadsAdaptersMixin, "add_adapter", _add_adapter)
+    _document_distill_from(_wrap(ModelAdaptersMixin, "add_adapter", _add_adapter))
+    _document_distill_from(_wrap(ModelWithHeadsAdaptersMixin, "add_adapter", _add_adapter))
     _wrap(ModelAdaptersMixin, "train_adapter", _train_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter", _train_adapter_with_head)
     _wrap(ModelAdaptersMixin, "delete_adapter", _delete_adapter)
@@ -62,8 +69,8 @@ def unregister() -> None:
     del adapters.composition.AdapterDistillation
 
 
-def _wrap(owner: type, attribute: str, wrapper: Callable) -> None:
-    """Replaces a method by `wrapper(original, self, ...)`."""
+def _wrap(owner: type, attribute: str, wrapper: Callable) -> Callable:
+    """Replaces a method by `wrapper(original, self, ...)`; returns what replaces it."""
     original = vars(owner)[attribute]
 
     @functools.wraps(original)
@@ -72,6 +79,15 @@ def _wrap(owner: type, attribute: str, wrapper: Callable) -> None:
 
     _originals.append((owner, attribute, original))
     setattr(owner, attribute, method)
+    return method
+
+
+def _document_distill_from(method: Callable) -> None:
+    """Shows the new argument of `add_adapter` in its signature and docstring."""
+    signature = inspect.signature(method)
+    added = inspect.Parameter("distill_from", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
+    method.__doc__ = f"{inspect.getdoc(method)}\n{DISTILL_FROM}"
 
 
 def _get_compose_func(original: Callable, self: ComposableAdapterLayerBase, composition_type: type) -> Callable:

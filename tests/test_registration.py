@@ -1,4 +1,5 @@
 import importlib.metadata
+import inspect
 import warnings
 
 import adapters.composition
@@ -78,7 +79,10 @@ def test_plain_adapters_are_untouched(registered):
 
 def test_wrappers_keep_names_and_docstrings():
     assert ModelAdaptersMixin.add_adapter.__name__ == "add_adapter"
-    assert "adapter_name (str)" in ModelAdaptersMixin.add_adapter.__doc__
+    for owner in (ModelAdaptersMixin, ModelWithHeadsAdaptersMixin):
+        assert "adapter_name (str)" in owner.add_adapter.__doc__ and "distill_from (list" in owner.add_adapter.__doc__
+        parameters = list(inspect.signature(owner.add_adapter).parameters)
+        assert parameters[-1] == "distill_from" and parameters[:3] == ["self", "adapter_name", "config"]
 
 
 def test_a_setup_with_a_stack_around_the_block_runs():
