@@ -166,7 +166,7 @@ def train_teachers(platform: Platform, tenants: list[Tenant]) -> list[str]:
     """Trains an adapter for each existing tenant; returns their names."""
     args = platform.args
     for number, tenant in enumerate(tenants, start=1):
-        set_seed(args.seed)  # adapters that start alike can be averaged
+        set_seed(args.seed)  # the same initial weights for all
         platform.model.add_adapter(tenant.name, config=ADAPTER)
         platform.add_head(tenant.name)
         platform.model.train_adapter(tenant.name)
