@@ -37,7 +37,8 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
 
     Args:
         data: A JSON file of the bundled form, `data_full.json` of CLINC150 (or its folder) with `domains.json` beside
-            it, or the id of a Hub dataset with a class column and a text column (and perhaps a tenant column).
+            it, or the id of a Hub dataset with a class column and a text column, whose classes are dealt to tenants in
+            order.
         seed: For shuffling the queries of an FAQ.
 
     Returns:

@@ -46,8 +46,8 @@ def provenance(model: ModelAdaptersMixin, distillation: Distillation) -> dict[st
         the training once it has ended, and the versions of the libraries.
     """
     teachers = [
-        {"name": name, **source, "digest": adapter_digest(model, name) if name in model.adapters_config else None}
-        for name, source in distillation.sources.items()
+        {"name": name, **distillation.sources[name], "digest": adapter_digest(model, name)}
+        for name in distillation.config.teachers
     ]
     settings = {key: value for key, value in asdict(distillation.config).items() if key != "teachers"}
     packages = ("hf-adapter-distillation", "adapters", "transformers", "torch")

@@ -337,9 +337,6 @@ class FrozenTeachersCallback(TrainerCallback):
         self.trainer = trainer
         self.digests: dict[str, str] = {}
 
-    def _teacher_digests(self) -> dict[str, str]:
-        return {name: adapter_digest(self.trainer.model, name) for name in self.trainer.block.teachers}
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -352,7 +349,8 @@ class FrozenTeachersCallback(TrainerCallback):
             layer.adapters[name] for layer in layers for name in names if name in layer.adapters
         ]
         trainer._sums.clear()
-        self.digests = self._teacher_digests()
+        trainer.distillation.training = None  # what an earlier training left for the provenance
+        self.digests = {name: adapter_digest(trainer.model, name) for name in names}
         table = trainer.parameter_table()
         logger.info(table)
         if not args.disable_tqdm and state.is_world_process_zero:
@@ -364,15 +362,15 @@ class FrozenTeachersCallback(TrainerCallback):
         """Compares the digests and notes the settings for the provenance of the saved student."""
         trainer = self.trainer
         check_trainable(trainer.model, trainer.block)
-        for name, digest in self._teacher_digests().items():
-            if digest != self.digests[name]:
+        teachers = provenance(trainer.model, trainer.distillation)["teachers"]
+        for teacher in teachers:
+            if teacher["digest"] != self.digests[teacher["name"]]:
                 raise RuntimeError(
-                    f"The weights of teacher {name!r} changed in training; reload it before you use it."
+                    f"The weights of teacher {teacher['name']!r} changed in training; reload it before you use it."
                 )
         settings = ("distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed")
-        described = provenance(trainer.model, trainer.distillation)
         trainer.distillation.training = {
-            "teachers": described["teachers"],
+            "teachers": teachers,
             **{name: getattr(args, name) for name in (*settings, "fusion_learning_rate")},
             "steps": state.global_step,
             "first_distillation_step": trainer.first_distillation_step,

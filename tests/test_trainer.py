@@ -459,6 +459,18 @@ def test_provenance_of_a_trained_student(trainer_args, tmp_path):
     assert "distillation" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
 
 
+def test_a_teacher_deleted_before_training_is_not_in_the_provenance(trainer_args, tmp_path):
+    model = make_student(make_model())
+    with pytest.warns(UserWarning, match="keeps 2 others"):
+        model.delete_adapter("bank")
+    for folder in ("before", "after"):
+        model.save_adapter(str(tmp_path / folder), "insurance")
+        saved = json.loads((tmp_path / folder / "adapter_config.json").read_text())["distillation"]
+        assert [teacher["name"] for teacher in saved["teachers"]] == TEACHERS[1:]
+        if folder == "before":
+            trainer_for(model, trainer_args()).train()
+
+
 def test_save_pretrained_leaves_the_fusion_out(tmp_path, caplog):
     model = make_student(make_model())
     logits = model.eval()(**{"input_ids": torch.tensor([[3, 4, 5]])}).logits
