@@ -51,8 +51,8 @@ def teacher_attention(model: ModelAdaptersMixin, batches: Iterable[dict[str, tor
             record = distillation.take_record()
             for location, attention in record.attention.items():
                 row = sums.setdefault(location, dict.fromkeys(block.teachers, 0.0))
-                for name, weight in attention.items():
-                    row[name] += weight.item()
+                for name, weight in zip(attention.names, attention.weights.tolist(), strict=True):
+                    row[name] += weight
     finally:
         distillation.observing = False
         model.train(was_training)

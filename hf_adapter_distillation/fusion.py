@@ -1,7 +1,13 @@
 """The attention over teachers in one layer: the trainable query, key and value of stage 2."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn.functional import linear
+
+from .stacked import StackCache, StackedAdapters
 
 
 class TeacherFusion(nn.Module):
@@ -45,13 +51,18 @@ class TeacherFusion(nn.Module):
         nn.init.zeros_(self.query.bias)
         nn.init.normal_(self.key.weight, std=0.02)
         nn.init.eye_(self.value.weight)
+        self.cache = StackCache()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.cache.clear()  # .to(), .half() and the like: the teachers move, too
+        return super()._apply(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, updates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the fused update.
+        """Computes the fused update from the update of each adapter, whatever its shape.
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
-            updates: What each teacher adds to the residual, (batch, seq_len, n_teachers, hidden).
+            updates: What each adapter adds to the residual, (batch, seq_len, n_teachers, hidden).
 
         Returns:
             The fused output, (batch, seq_len, hidden), and the detached attention over teachers,
@@ -60,6 +71,84 @@ class TeacherFusion(nn.Module):
         # q . (K u_n) = (K^T q) . u_n, and sum_n a_n V u_n = V sum_n a_n u_n: one product with K and V, not N.
         query = self.query(hidden_states) @ self.key.weight  # (B, T, d)
         scores = torch.einsum("btd,btnd->btn", query, updates.to(query.dtype))  # (B, T, N)
-        attention = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # (B, T, N)
+        attention = _softmax(scores)  # (B, T, N)
         fused_update = torch.einsum("btn,btnd->btd", attention.to(updates.dtype), updates)  # (B, T, d)
         return self.value(fused_update), attention.detach()  # (B, T, d), (B, T, N)
+
+    def fuse_stacked(
+        self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Computes the same from the bottleneck features, without the update of any single adapter.
+
+        With the up-projection W and bias b of an adapter, the update is u = W z + b and
+
+        .. math::
+            q \cdot K u = (h^\top Q^\top K W) z + h^\top Q^\top K b, \quad
+            \sum_n a_n V u_n = V \sum_n (W_n (a_n z_n) + a_n b_n)
+
+        A product of more than two matrices is computed in the order that costs least, forward and backward: for many
+        tokens Q, K and V meet the up-projections, or each other, once a step; for many teachers they meet the hidden
+        states. No tensor has the size of the teachers' updates, (batch, seq_len, n_teachers, hidden).
+
+        Args:
+            hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
+            stacks: The adapters.
+            features: The features of each stack, (batch, seq_len, n, m).
+
+        Returns:
+            The fused output, (batch, seq_len, hidden), and the detached attention over the adapters in the order of
+            the stacks, (batch, seq_len, n_teachers), each row of which sums to 1.
+        """
+        width = sum(stacked.up.shape[1] for stacked in stacks)
+        tokens, hidden_size = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
+        in_graph = int(hidden_states.requires_grad)
+        # Multiply-adds of each order, forward and backward, divided by the hidden size; what they share is left out.
+        product_first = 3 * hidden_size + 2 * tokens < 5 * tokens  # K^T Q before K^T Q h
+        query_cost = (min(3 * hidden_size + 2 * tokens, 5 * tokens) + in_graph * tokens) * hidden_size
+        keys_first = width * (5 * hidden_size + in_graph * tokens) < query_cost
+        values_first = width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size
+
+        query, key = self.query, self.key.weight
+        projections: list[tuple[torch.Tensor, torch.Tensor | None]] = [(stacked.up, None) for stacked in stacks]
+        if keys_first:
+            projected_query = hidden_states  # (B, T, d)
+            keys = [key @ stacked.up for stacked in stacks]  # (d, n * m + n) each
+            projections = [(query.weight.T @ k, query.bias @ k) for k in keys]
+        elif product_first:
+            projected_query = linear(hidden_states, key.T @ query.weight, query.bias @ key)  # (B, T, d), K^T q
+        else:
+            projected_query = query(hidden_states) @ key  # (B, T, d), K^T q
+        scores = [_scores(projected_query, projection, z) for projection, z in zip(projections, features, strict=True)]
+        attention = _softmax(torch.cat(scores, dim=-1))  # (B, T, N)
+
+        parts = attention.split([len(stacked.names) for stacked in stacks], dim=-1)
+        ups = [self.value.weight @ stacked.up if values_first else stacked.up for stacked in stacks]
+        updates = [_weighted_update(*part) for part in zip(parts, ups, features, strict=True)]  # (B, T, d) each
+        fused_update = sum(updates[1:], updates[0])
+        return fused_update if values_first else self.value(fused_update), attention.detach()
+
+
+def _scores(
+    query: torch.Tensor, projection: tuple[torch.Tensor, torch.Tensor | None], z: torch.Tensor
+) -> torch.Tensor:
+    n, m = z.shape[-2:]
+    matrix, bias = projection
+    columns, offsets = linear(query, matrix.T, bias).split([n * m, n], dim=-1)  # (B, T, n * m), (B, T, n)
+    products = columns.unflatten(-1, (n, m)) * z  # (B, T, n, m)
+    return products.sum(dim=-1, dtype=_at_least_float32(z.dtype)) + offsets  # (B, T, n)
+
+
+def _weighted_update(attention: torch.Tensor, up: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    n, m = z.shape[-2:]
+    weights, biases = up.split([n * m, n], dim=-1)  # (d, n * m), (d, n)
+    attention = attention.to(z.dtype)  # (B, T, n)
+    weighted = (attention.unsqueeze(-1) * z).flatten(-2)  # (B, T, n * m)
+    return linear(weighted, weights) + linear(attention, biases)  # (B, T, d)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    return scores.softmax(dim=-1, dtype=_at_least_float32(scores.dtype))

@@ -9,8 +9,9 @@ from adapters import AdapterSetup, ModelAdaptersMixin
 from ._compat import Adapter, BottleneckLayer, BottleneckState, ForwardContext
 from .composition import AdapterDistillation, find_block
 from .fusion import TeacherFusion
-from .losses import feature_matching_loss, value_regularization
-from .state import Distillation, DistillationRecord, distillations
+from .losses import feature_matching_loss, token_weights, value_regularization
+from .stacked import can_be_stacked, stack
+from .state import Distillation, DistillationRecord, TeacherAttention, distillations
 
 
 class DistillationPass:
@@ -29,24 +30,44 @@ class DistillationPass:
         self.training = training
         self.fusions: dict[str, TeacherFusion] = {}
         self.losses: list[torch.Tensor] = []
-        self.attention: dict[str, dict[str, torch.Tensor]] = {}
+        self.attention: dict[str, TeacherAttention] = {}
+        self._weights: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def draw_carrier(self) -> str:
-        """What a layer passes on, "student" or "fused"; for the carrier `mixed` each layer draws anew."""
-        carrier = self.distillation.config.carrier if self.training else "student"
-        if carrier == "mixed":
-            return "fused" if torch.rand(()) < self.distillation.fused_probability else "student"
-        return carrier
+    def weights(self, fusion: TeacherFusion, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of the tokens in means that leave out padding, made once for all layers of a shape.
 
-    def mask(self, fusion: TeacherFusion, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The mask of the tokens that count, (batch, seq_len), or None if all do."""
-        mask = self.masks[fusion.in_decoder]
-        if mask is None:
-            return None
-        mask = mask.reshape(-1, mask.shape[-1])  # multiple choice: (B, C, T)
-        return mask if mask.shape == hidden_states.shape[:2] else None
+        Args:
+            fusion: The fusion of the layer.
+            hidden_states: The states of the layer, (batch, seq_len, hidden).
 
-    def add(self, fusion: TeacherFusion, loss: torch.Tensor, attention: dict[str, torch.Tensor]) -> None:
+        Returns:
+            The weights in the mean over each sequence, and in the mean over the batch, (batch, seq_len) each.
+        """
+        shape = hidden_states.shape[:2]
+        key = (fusion.in_decoder, shape, hidden_states.device)
+        if key not in self._weights:
+            mask = self.masks[fusion.in_decoder]
+            if mask is not None:
+                mask = mask.reshape(-1, mask.shape[-1])  # multiple choice: (B, C, T)
+            if mask is None or mask.shape != shape:
+                mask = torch.ones(shape)
+            mask = mask.to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
+            self._weights[key] = token_weights(mask), mask / mask.sum().clamp(min=1)
+        return self._weights[key]
+
+    def draw(self, device: torch.device) -> bool | torch.Tensor:
+        """Whether a layer passes on the fused output; for the carrier `mixed` each layer draws anew.
+
+        Compiled code cannot branch on what was drawn: there the draw is a tensor, and both outputs are computed.
+        """
+        carrier = self.distillation.config.carrier
+        if not self.training or carrier != "mixed":
+            return self.training and carrier == "fused"
+        if torch.compiler.is_compiling():
+            return torch.rand((), device=device) < self.distillation.fused_probability
+        return bool(torch.rand(()) < self.distillation.fused_probability)
+
+    def add(self, fusion: TeacherFusion, loss: torch.Tensor, attention: TeacherAttention) -> None:
         """Takes the terms of one location. What gradient checkpointing adds again in backward comes after the sum."""
         self.losses.append(loss)
         self.attention[fusion.location] = attention
@@ -94,52 +115,76 @@ def compose_distillation(
     student_state = layer.compose_single(block.student, student_input, lvl + 1)
     student_output = student_state.bottleneck_up  # (B, T, d), what the adapter adds to the residual
 
-    carrier = current.draw_carrier()
+    passes_fused = current.draw(student_output.device)
     # The carrier "student" leaves the task loss to the student: its fusion explains the student and steers nothing.
     matched_only = current.distillation.config.carrier == "student" or not current.training
     hidden_states = student_input.hidden_states.detach() if matched_only else student_input.hidden_states  # (B, T, d)
-    names = [teacher for teacher in block.teachers if teacher in layer.adapters]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not matched_only):
-        updates = [
-            teacher_update(layer.adapters[name], layer.adapters[block.student], state, hidden_states) for name in names
-        ]
-    if not matched_only:
-        names, updates = [*names, block.student], [*updates, student_output]
-    fused_output, attention = fusion(hidden_states, torch.stack(updates, dim=2))  # (B, T, d), (B, T, N)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (matched_only or passes_fused is not False)):
+        names, fused_output, attention = _fuse(layer, block, fusion, state, hidden_states, matched_only)
 
-    mask = current.mask(fusion, hidden_states)
+    sequence_weights, batch_weights = current.weights(fusion, hidden_states)
     target = fused_output if matched_only else fused_output.detach()
-    loss = feature_matching_loss(student_output, target, mask)
-    current.add(fusion, loss, dict(zip(names, _token_mean(attention, mask), strict=True)))
-    if carrier == "student":
+    loss = feature_matching_loss(student_output, target, sequence_weights)
+    mean_attention = torch.einsum("bt,btn->n", batch_weights, attention.to(batch_weights.dtype))
+    current.add(fusion, loss, TeacherAttention(names, mean_attention))
+    if passes_fused is False:
         return student_state
-    return student_state._replace(hidden_states=student_input.adapter_residual + fused_output)
+    passed_on = student_input.adapter_residual + fused_output  # (B, T, d)
+    if passes_fused is not True:
+        passed_on = torch.where(passes_fused, passed_on, student_state.hidden_states)
+    return student_state._replace(hidden_states=passed_on)
 
 
-def _token_mean(attention: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    if mask is None:
-        return attention.mean(dim=(0, 1))  # (N,)
-    mask = mask.to(attention.dtype).unsqueeze(-1)  # (B, T, 1)
-    return (attention * mask).sum(dim=(0, 1)) / mask.sum().clamp(min=1)  # (N,)
-
-
-def teacher_update(
-    teacher: Adapter, student: Adapter, state: BottleneckState, hidden_states: torch.Tensor
-) -> torch.Tensor:
-    """What a frozen teacher adds to the residual at this location.
-
-    Args:
-        teacher: The teacher's module.
-        student: The student's module.
-        state: The state before the student, which a teacher of another kind prepares in its own way.
-        hidden_states: The student's prepared input, (batch, seq_len, hidden).
+def _fuse(
+    layer: BottleneckLayer,
+    block: AdapterDistillation,
+    fusion: TeacherFusion,
+    state: BottleneckState,
+    hidden_states: torch.Tensor,
+    without_student: bool,
+) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
+    """Fuses the teachers of a layer, and the student with them if asked for.
 
     Returns:
-        The update, (batch, seq_len, hidden), without the teacher's dropout.
+        The names of what is fused, the fused output, (batch, seq_len, hidden), and the attention, (batch, seq_len, n).
     """
-    if teacher.original_ln_before != student.original_ln_before:
-        hidden_states, _, _ = teacher.pre_forward(state.hidden_states, state.input_tensor, state.layer_norm)
-    return teacher.adapter_up(teacher.adapter_down(hidden_states)) * teacher.scaling  # (B, T, d)
+    student = layer.adapters[block.student]
+    teachers = {name: layer.adapters[name] for name in block.teachers if name in layer.adapters}
+    joining = {} if without_student else {block.student: student}
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    stacks = fusion.cache.get(teachers, layer.adapters_config, dtype)
+
+    def own_input(name: str) -> torch.Tensor:
+        """The student's prepared input, or what an adapter of another kind makes of the state in its own way."""
+        adapter = layer.adapters[name]
+        if adapter.original_ln_before == student.original_ln_before:
+            return hidden_states
+        prepared, _, _ = adapter.pre_forward(state.hidden_states, state.input_tensor, state.layer_norm)
+        return prepared if hidden_states.requires_grad else prepared.detach()
+
+    if stacks is None or not all(can_be_stacked(adapter) for adapter in joining.values()):
+        adapters = teachers | joining
+        updates = [adapter_update(adapter, own_input(name)) for name, adapter in adapters.items()]
+        return tuple(adapters), *fusion(hidden_states, torch.stack(updates, dim=2))
+    if joining:
+        stacks = [*stacks, stack(joining)]
+    features = [stacked.features(own_input(stacked.names[0])) for stacked in stacks]
+    return tuple(name for s in stacks for name in s.names), *fusion.fuse_stacked(hidden_states, stacks, features)
+
+
+def adapter_update(adapter: Adapter, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What an adapter adds to the residual, without its dropout.
+
+    Args:
+        adapter: The adapter's module.
+        hidden_states: Its input, (batch, seq_len, hidden).
+
+    Returns:
+        The update, (batch, seq_len, hidden), in the data type of the input.
+    """
+    prepared = hidden_states.to(adapter.adapter_up.weight.dtype)
+    return (adapter.adapter_up(adapter.adapter_down(prepared)) * adapter.scaling).to(hidden_states.dtype)  # (B, T, d)
 
 
 def call_with_distillation(

@@ -8,8 +8,22 @@ import torch
 MINIMAL_VARIANCE = 1e-6
 
 
+def token_weights(mask: torch.Tensor) -> torch.Tensor:
+    """The weight of each token in the mean over the tokens of its sequence.
+
+    Args:
+        mask: True (or 1) at the tokens that count, (batch, seq_len).
+
+    Returns:
+        The weights, (batch, seq_len), float32 (float64 for a float64 mask). Those of a sequence sum to 1, or are all 0
+        if no token counts.
+    """
+    mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def feature_matching_loss(
-    student_output: torch.Tensor, fused_output: torch.Tensor, mask: torch.Tensor | None = None
+    student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     r"""Relative squared error of the student's update with respect to the teachers' fused update, in one layer.
 
@@ -27,21 +41,21 @@ def feature_matching_loss(
     Args:
         student_output: The student's update to the residual stream, (batch, seq_len, hidden).
         fused_output: The teachers' fused update, (batch, seq_len, hidden). Detach it where it is a fixed target.
-        mask: True (or 1) at the tokens that count, (batch, seq_len). By default all count.
+        weights: What `token_weights` makes of the padding mask, (batch, seq_len).
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
     """
     dtype = torch.promote_types(student_output.dtype, torch.float32)
-    student_output, fused_output = student_output.to(dtype), fused_output.to(dtype)
-    if mask is None:
-        mask = student_output.new_ones(student_output.shape[:2])  # (B, T)
-    mask = mask.to(dtype)
-    weight = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).unsqueeze(-1)  # (B, T, 1), a row sums to 1 or 0
-    target = fused_output.detach()
-    mean = (weight * target).sum(dim=1, keepdim=True).mean(dim=-1, keepdim=True)  # (B, 1, 1)
-    variance = (weight * (target - mean).square()).sum(dim=1).mean(dim=-1)  # (B,)
-    error = (weight * (student_output - fused_output).square()).sum(dim=1).mean(dim=-1)  # (B,)
+    weights = weights.to(dtype)
+    # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
+    target = fused_output.detach().to(dtype)
+    means = target.mean(dim=-1)  # (B, T)
+    variances = (target - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
+    mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
+    variance = (weights * (variances + (means - mean).square())).sum(dim=1)  # (B,)
+    errors = (student_output.to(dtype) - fused_output.to(dtype)).square().mean(dim=-1)  # (B, T)
+    error = (weights * errors).sum(dim=1)  # (B,)
     return (error / variance.clamp(min=MINIMAL_VARIANCE)).mean()
 
 

@@ -3,6 +3,8 @@
 from adapters import ModelAdaptersMixin
 
 from .composition import AdapterDistillation
+from .layers import bottleneck_layers
+from .stacked import stacked_bytes
 
 
 def is_fusion(parameter: str, student: str) -> bool:
@@ -42,7 +44,7 @@ def parts(model: ModelAdaptersMixin, block: AdapterDistillation) -> dict[str, st
 
 
 def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> str:
-    """A table of the parts with the numbers of their parameters, in all and trained."""
+    """A table of the parts with the numbers of their parameters, in all and trained, and the copy of stage 2."""
     counts: dict[str, list[int]] = {}
     part_of = parts(model, block)
     for name, parameter in model.named_parameters():
@@ -51,6 +53,11 @@ def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> st
         row[1] += parameter.numel() if parameter.requires_grad else 0
     lines = [f"{'part':<32}{'parameters':>14}{'trained':>14}"]
     lines += [f"{part:<32}{total:>14,}{trained:>14,}" for part, (total, trained) in counts.items()]
+    copied = sum(
+        stacked_bytes({name: layer.adapters[name] for name in block.teachers if name in layer.adapters})
+        for _, layer in bottleneck_layers(model, block.student)
+    )
+    lines.append(f"Stage 2 copies the teachers' weights side by side: {copied / 1e6:.2f} MB.")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The live state of a distillation: what a model knows about one of its students."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from adapters import ModelAdaptersConfig
@@ -11,6 +11,18 @@ from .configuration import DistillationConfig, DistillationTrainingArguments
 
 def _default(argument: str) -> Any:
     return DistillationTrainingArguments.__dataclass_fields__[argument].default
+
+
+class TeacherAttention(NamedTuple):
+    """The attention at one location.
+
+    Args:
+        names: What was fused: the teachers, and with the carriers `fused` and `mixed` the student.
+        weights: The mean attention to each of them over non-padding tokens, (n,), detached.
+    """
+
+    names: tuple[str, ...]
+    weights: torch.Tensor
 
 
 @dataclass
@@ -23,14 +35,14 @@ class DistillationRecord:
             `added` still carries its graph and the caller adds it.
         distillation_loss: Mean over layers, unweighted, detached; None in stage 1.
         fusion_regularization: Weighted, detached; None in stage 1.
-        attention: For each location the mean attention per teacher over non-padding tokens.
+        attention: The attention at each location.
     """
 
     added: torch.Tensor
     in_loss: bool
     distillation_loss: torch.Tensor | None
     fusion_regularization: torch.Tensor | None
-    attention: dict[str, dict[str, torch.Tensor]]
+    attention: dict[str, TeacherAttention]
 
 
 @dataclass
@@ -50,7 +62,8 @@ class Distillation:
         weight: The weight of the distillation loss.
         regularization: The weight of the value matrices' regularisation.
         scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
-        fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`).
+        fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
+            where it changes from step to step, or compiled code would be compiled anew.
         observing: Whether forward passes in evaluation mode run the fusion for its attention.
         record: What the last training forward pass added, until the trainer has read it.
     """
@@ -63,7 +76,7 @@ class Distillation:
     weight: float = _default("distillation_weight")
     regularization: float = _default("fusion_regularization")
     scale: float = 1.0
-    fused_probability: float = 1.0
+    fused_probability: float | torch.Tensor = 1.0
     observing: bool = False
     record: DistillationRecord | None = None
 

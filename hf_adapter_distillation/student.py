@@ -16,7 +16,7 @@ from .fusion import TeacherFusion
 from .hub import adapter_digest
 from .layers import bottleneck_layers
 from .state import Distillation, add_distillation, distillations
-from .teachers import Source, check_folder, check_fusable, check_weights, load_teacher, locate_teacher
+from .teachers import Source, check_devices, check_folder, check_fusable, check_weights, load_teacher, locate_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -148,16 +148,21 @@ def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDisti
         The block, whose teachers are on the model.
 
     Raises:
-        ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse.
+        ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse,
+            or a teacher is on another device than the student.
     """
     if isinstance(setup, AdapterDistillation):
         _check_block(model, setup)
+        check_devices(model, setup.student, setup.teachers)
         return setup
     if isinstance(setup, list) and len(setup) == 1:
         setup = setup[0]
-    distillation = distillations(model.adapters_config).get(setup) if isinstance(setup, str) else None
+    if not isinstance(setup, str):
+        return None
+    distillation = distillations(model.adapters_config).get(setup)
     if distillation is None or not distillation.config.teachers:
         return None
+    check_devices(model, setup, distillation.config.teachers)
     return AdapterDistillation(setup, distillation.config.teachers)
 
 
@@ -191,15 +196,17 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     for name, layer in bottleneck_layers(model, block.student):
         if not any(teacher in layer.adapters for teacher in block.teachers):
             continue
+        student = layer.adapters[block.student]
         if "distillation_fusion" not in layer._modules:
             layer.distillation_fusion = nn.ModuleDict()
         if block.student not in layer.distillation_fusion:
-            student = layer.adapters[block.student]
-            weight = next(student.parameters())
+            weight = student.adapter_up.weight
             layer.distillation_fusion[block.student] = TeacherFusion(
                 student.input_size, name, layer in decoder, weight.device, weight.dtype
             )
-        layer.distillation_fusion[block.student].requires_grad_(True).train(layer.training)
+        fusion = layer.distillation_fusion[block.student]
+        fusion.requires_grad_(True).train(layer.training)
+        fusion.cache.clear()
     for below in block.children[:-1]:
         model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
 
@@ -264,6 +271,9 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 f"delete teachers after the training to silence this warning.",
                 stacklevel=4,
             )
+        for _, layer in bottleneck_layers(model, student):
+            if student in (fusions := layer._modules.get("distillation_fusion", {})):
+                fusions[student].cache.clear()
         if not left:
             drop_fusion(model, student)
         if active is not None and active.student == student:

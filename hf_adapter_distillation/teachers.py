@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -181,3 +182,19 @@ def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_co
             f"Teacher {teacher!r} sits at {', '.join(sorted(locations)) or 'no location'}, where the student has no "
             f"modules; give the student a config with one of these set."
         )
+
+
+def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
+    """Refuses teachers on another device than the student. Another data type is cast where the teachers are fused.
+
+    Raises:
+        ValueError: With the first such teacher and both devices.
+    """
+    for layer_name, layer in bottleneck_layers(model, student):
+        device = layer.adapters[student].adapter_up.weight.device
+        for name in teachers:
+            if name in layer.adapters and layer.adapters[name].adapter_up.weight.device != device:
+                raise ValueError(
+                    f"Teacher {name!r} is on {layer.adapters[name].adapter_up.weight.device}, {student!r} on {device} "
+                    f"({layer_name}); call model.to({str(device)!r}) once all adapters are added."
+                )

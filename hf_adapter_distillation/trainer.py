@@ -77,6 +77,7 @@ class DistillationTrainer(AdapterTrainer):
         # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
         self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._attention: dict[tuple[str, ...], torch.Tensor] = {}
         self._record: DistillationRecord
         self._teacher_modules: list[nn.Module] = []
         self._fusion_parameters: list[nn.Parameter] = []
@@ -123,7 +124,7 @@ class DistillationTrainer(AdapterTrainer):
         distillation.enabled = step >= first
         distillation.weight = self.args.distillation_weight
         distillation.regularization = self.args.fusion_regularization
-        distillation.fused_probability = 1 - (step - first) / max(1, self.state.max_steps - 1 - first)
+        distillation.fused_probability = torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first))
         distillation.scale = self._loss_scale(num_items_in_batch)
         for module in self._teacher_modules:  # Trainer puts the whole model into training mode at each step
             module.eval()
@@ -273,9 +274,8 @@ class DistillationTrainer(AdapterTrainer):
         self._sums["stage_2_steps"] += step
         self._sums["distillation_loss"] += step * record.distillation_loss
         self._sums["fusion_regularization"] += step * record.fusion_regularization
-        for attention in record.attention.values():
-            for name, weight in attention.items():
-                self._sums[f"attention/{name}"] += step * weight / len(record.attention)
+        for names, weights in record.attention.values():
+            self._attention[names] = self._attention.get(names, 0.0) + step * weights / len(record.attention)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the loss terms one by one beside Trainer's values.
@@ -291,6 +291,10 @@ class DistillationTrainer(AdapterTrainer):
             sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
             self._sums.clear()
             stage_2_steps = sums.pop("stage_2_steps", 0)
+            for names, total in self._attention.items():
+                for name, weight in zip(names, self.accelerator.reduce(total, "mean").tolist(), strict=True):
+                    sums[f"attention/{name}"] = sums.get(f"attention/{name}", 0.0) + weight
+            self._attention.clear()
             logs["task_loss"] = round(sums.pop("task_loss") / sums.pop("steps"), 6)
             logs |= {name: round(total / stage_2_steps, 6) for name, total in sums.items()}
             logs["stage"] = 2 if stage_2_steps else 1
@@ -349,6 +353,7 @@ class FrozenTeachersCallback(TrainerCallback):
             layer.adapters[name] for layer in layers for name in names if name in layer.adapters
         ]
         trainer._sums.clear()
+        trainer._attention.clear()
         trainer.distillation.training = None  # what an earlier training left for the provenance
         self.digests = {name: adapter_digest(trainer.model, name) for name in names}
         table = trainer.parameter_table()

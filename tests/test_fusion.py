@@ -1,8 +1,14 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adapter_distillation import TeacherFusion
+from hf_adapter_distillation.stacked import StackedAdapters
 
 
 def reference(fusion, hidden_states, updates):
@@ -70,3 +76,159 @@ def test_order_of_teachers_does_not_matter():
     other, other_attention = fusion(hidden_states, updates[:, :, order])
     torch.testing.assert_close(fused, other, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(attention[..., order], other_attention, rtol=1e-12, atol=1e-12)
+
+
+# The stacked form against the plain one
+
+
+def make_stack(n, width, hidden, dtype=torch.float64, live=False):
+    shapes = {"down_weight": (n * width, hidden), "down_bias": (n * width,), "up": (hidden, n * width + n)}
+    tensors = {name: torch.randn(shape, dtype=dtype).requires_grad_(live) for name, shape in shapes.items()}
+    names = tuple(f"adapter{i}" for i in range(n))
+    return StackedAdapters(names=names, **tensors, activation=nn.SiLU(), original_ln_before=True)
+
+
+def updates_of(stacked, hidden_states):
+    """The update of each adapter of a stack, one after the other."""
+    n, m = len(stacked.names), stacked.down_weight.shape[0] // len(stacked.names)
+    updates = []
+    for i in range(n):
+        rows = slice(i * m, (i + 1) * m)
+        z = nn.functional.silu(hidden_states @ stacked.down_weight[rows].T + stacked.down_bias[rows])
+        updates.append(z @ stacked.up[:, rows].T + stacked.up[:, n * m + i])
+    return updates
+
+
+def both_forms(fusion, hidden_states, stacks, autocast=False):
+    """(fused, attention, gradients) of the stacked and of the plain form."""
+    weight = torch.cos(torch.arange(hidden_states.numel())).view_as(hidden_states).to(hidden_states.dtype)
+    live = [tensor for s in stacks for tensor in (s.down_weight, s.down_bias, s.up) if tensor.requires_grad]
+    inputs = [t for t in (hidden_states, *fusion.parameters(), *live) if t.requires_grad]
+
+    def stacked_form():
+        return fusion.fuse_stacked(hidden_states, stacks, [s.features(hidden_states) for s in stacks])
+
+    def plain_form():
+        return fusion(hidden_states, torch.stack([u for s in stacks for u in updates_of(s, hidden_states)], dim=2))
+
+    for form in (stacked_form, plain_form):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            fused, attention = form()
+        yield fused, attention, torch.autograd.grad((fused * weight).sum(), inputs)
+
+
+def random_fusion(hidden, dtype=torch.float64):
+    fusion = TeacherFusion(hidden, dtype=dtype)
+    for parameter in fusion.parameters():
+        nn.init.normal_(parameter, std=hidden**-0.5)
+    return fusion
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(1, 10),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=3),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_the_stacked_form_equals_the_plain_one(batch, seq_len, hidden, shapes, reaches_input, student, seed):
+    torch.manual_seed(seed)
+    stacks = [make_stack(n, width, hidden) for n, width in shapes]
+    if student:
+        stacks.append(make_stack(1, 2, hidden, live=True))
+    hidden_states = torch.randn(batch, seq_len, hidden, dtype=torch.float64, requires_grad=reaches_input)
+    stacked, plain = both_forms(random_fusion(hidden), hidden_states, stacks)
+    torch.testing.assert_close(stacked, plain, rtol=1e-10, atol=1e-10)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the size of each tensor that is computed, and the shapes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.products.append(tuple(result.shape))
+        return result
+
+
+# What Q, K and V are multiplied with first, and (tokens, hidden size, teachers, width) at which that is the cheapest.
+ORDERS = {
+    ("states", "states"): (4, 16, 8, 4),
+    ("states", "up-projections"): (8, 16, 1, 7),
+    ("each other", "states"): (64, 8, 40, 4),
+    ("each other", "up-projections"): (20, 16, 6, 2),
+    ("up-projections", "states"): (64, 8, 6, 3),
+    ("up-projections", "up-projections"): (64, 16, 2, 4),
+}
+orders = pytest.mark.parametrize(("tokens", "hidden", "n", "width"), ORDERS.values(), ids=map(" ".join, ORDERS))
+
+
+@pytest.mark.parametrize(("order", "shape"), ORDERS.items())
+def test_products_are_taken_in_the_cheapest_order(order, shape):
+    tokens, hidden, n, width = shape
+    fusion, stacked = random_fusion(hidden), make_stack(n, width, hidden)
+    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64)
+    features = [stacked.features(hidden_states)]
+    with Shapes() as shapes:
+        fusion.fuse_stacked(hidden_states, [stacked], features)
+    columns = n * width + n
+    through_up = shapes.products.count((hidden, columns))  # K U and Q^T K U, and V U
+    query_key = "each other" if (hidden, hidden) in shapes.products else "states"
+    if through_up >= 2:
+        query_key, through_up = "up-projections", through_up - 2
+    assert (query_key, "up-projections" if through_up else "states") == order
+
+
+@pytest.mark.parametrize("reaches_input", [False, True])
+@orders
+def test_each_order_of_the_products_is_exact(tokens, hidden, n, width, reaches_input):
+    torch.manual_seed(0)
+    stacks = [make_stack(n, width, hidden), make_stack(1, width, hidden, live=True)]
+    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64, requires_grad=reaches_input)
+    stacked, plain = both_forms(random_fusion(hidden), hidden_states, stacks)
+    torch.testing.assert_close(stacked, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@orders
+def test_lower_precision_is_near_float64(tokens, hidden, n, width, dtype, tolerance):
+    torch.manual_seed(0)
+    fusion, stacked = random_fusion(hidden), make_stack(n, width, hidden)
+    stacked = stacked._replace(
+        up=stacked.up * (hidden * width) ** -0.5, down_weight=stacked.down_weight * hidden**-0.5
+    )
+    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64)
+    _, exact = both_forms(fusion, hidden_states, [stacked])
+    copy = StackedAdapters(*(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in stacked))
+    got, _ = both_forms(fusion.float(), hidden_states.float(), [copy], autocast=dtype == torch.bfloat16)
+    names = ["fused", "attention", *(name for name, _ in fusion.named_parameters())]
+    for name, value, wanted in zip(names, (*got[:2], *got[2]), (*exact[:2], *exact[2]), strict=True):
+        # The gradient of the bias is a sum over tokens whose terms cancel.
+        factor = 2 if name == "query.bias" else 1
+        assert (value.double() - wanted).norm() <= factor * tolerance * wanted.norm(), name
+
+
+@pytest.mark.parametrize("reaches_input", [False, True])
+def test_no_tensor_has_the_size_of_the_updates(reaches_input):
+    tokens, hidden, n, width = 30, 16, 12, 2
+    fusion, stacked = random_fusion(hidden), make_stack(n, width, hidden)
+    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64, requires_grad=reaches_input)
+    with Shapes() as shapes:
+        fused, _ = fusion.fuse_stacked(hidden_states, [stacked], [stacked.features(hidden_states)])
+        fused.sum().backward()
+    assert shapes.largest <= (tokens * (n * width + n))
+    assert shapes.largest < math.prod((tokens, n, hidden)) / 4
+    with Shapes() as shapes:
+        fusion(hidden_states, torch.stack(updates_of(stacked, hidden_states), dim=2))
+    assert shapes.largest >= tokens * n * hidden, "the plain form must be seen to have it"
+    assert all(not tensor.requires_grad for tensor in (stacked.down_weight, stacked.down_bias, stacked.up))

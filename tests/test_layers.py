@@ -8,8 +8,9 @@ from adapters import Stack
 from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation, teacher_update
-from hf_adapter_distillation.losses import feature_matching_loss
+from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation
+from hf_adapter_distillation.losses import feature_matching_loss, token_weights
+from hf_adapter_distillation.stacked import StackedAdapters
 from hf_adapter_distillation.state import distillations
 
 
@@ -65,13 +66,14 @@ def test_layers_equal_the_plain_reference(carrier, config, monkeypatch):
         scores = torch.stack([(q * (x @ fusion.key.weight.T)).sum(-1) for x in updates], -1)
         a = scores.softmax(-1)
         fused = sum(a[..., n : n + 1] * (x @ fusion.value.weight.T) for n, x in enumerate(updates))
-        losses.append(feature_matching_loss(u, fused, batch["attention_mask"]))
+        losses.append(feature_matching_loss(u, fused, token_weights(batch["attention_mask"].double())))
         passed_on = residual + (u if carrier == "student" else fused)
         torch.testing.assert_close(result.hidden_states, passed_on, rtol=1e-10, atol=1e-10)
         names = [*TEACHERS, "insurance"][: len(updates)]
         mask = batch["attention_mask"].bool()
         for n, name in enumerate(names):
-            torch.testing.assert_close(record.attention[fusion.location][name], a[..., n][mask].mean().detach())
+            seen = dict(zip(*record.attention[fusion.location], strict=True))
+            torch.testing.assert_close(seen[name], a[..., n][mask].mean().detach())
     torch.testing.assert_close(record.distillation_loss, torch.stack(losses).mean().detach(), rtol=1e-10, atol=1e-12)
     model.set_active_adapters("insurance")
     if carrier == "student":
@@ -84,6 +86,8 @@ def test_evaluation_is_the_plain_student_and_touches_no_teacher(carrier, monkeyp
     model = make_student(make_model(), carrier=carrier)
     noisy(model, "insurance")
     touched = []
+    features = StackedAdapters.features
+    monkeypatch.setattr(StackedAdapters, "features", lambda *args: touched.append(1) or features(*args))
     for name in TEACHERS:
         for _, layer in bottleneck_layers(model, name):
             layer.adapters[name].adapter_down.register_forward_hook(lambda *a: touched.append(1))
@@ -157,20 +161,159 @@ def test_a_teacher_of_another_kind_prepares_its_own_input(monkeypatch):
     model.add_classification_head("bank")
     model.add_adapter("insurance", config="double_seq_bn", distill_from=["bank"])
     model.train_adapter("insurance")
-    seen = []
+    states, seen = [], []
+    features = StackedAdapters.features
 
-    def spy(teacher, student, state, hidden_states):
-        seen.append((teacher, state, hidden_states, teacher_update(teacher, student, state, hidden_states)))
-        return seen[-1][-1]
+    def spy(layer, block, state, lvl=0):
+        states.append(state)
+        return compose_distillation(layer, block, state, lvl)
 
-    monkeypatch.setattr("hf_adapter_distillation.layers.teacher_update", spy)
+    monkeypatch.setattr("hf_adapter_distillation.registration.compose_distillation", spy)
+    monkeypatch.setattr(StackedAdapters, "features", lambda *args: seen.append(args[1]) or features(*args))
     forward_in_stage_2(model)
     assert len(seen) == 2
-    for teacher, state, hidden_states, update in seen:
-        assert torch.equal(hidden_states, state.hidden_states)
-        normalised = state.layer_norm(state.hidden_states + state.input_tensor)
-        torch.testing.assert_close(update, teacher(normalised, residual_input=0)[0])
-        assert not torch.allclose(update, teacher(hidden_states, residual_input=0)[0])
+    for state, hidden_states in zip(states[1::2], seen, strict=True):  # the output blocks
+        assert torch.equal(hidden_states, state.layer_norm(state.hidden_states + state.input_tensor))
+        assert not torch.allclose(hidden_states, state.hidden_states)
+
+
+@pytest.mark.parametrize("carrier", ["student", "fused"])
+@pytest.mark.parametrize("student", ["seq_bn", "double_seq_bn"])
+def test_stacked_teachers_equal_teachers_on_their_own(carrier, student, monkeypatch):
+    """Loss, gradients and attention of the whole model, with teachers of several kinds and widths."""
+    results = []
+    for stacked in (True, False):
+        if not stacked:
+            monkeypatch.setattr("hf_adapter_distillation.stacked.can_be_stacked", lambda adapter: False)
+        model = make_model()
+        for name, config in (("bank", "seq_bn"), ("travel", "double_seq_bn"), ("work", "seq_bn[reduction_factor=4]")):
+            model.add_adapter(name, config=config)
+            model.add_classification_head(name)
+            noisy(model, name)
+        config = had.DistillationConfig(TEACHERS, carrier=carrier, student_start="random")
+        model.add_adapter("insurance", config=student, distill_from=config)
+        model.add_classification_head("insurance")
+        noisy(model, "insurance")
+        model.double()
+        model.train_adapter("insurance")
+        output, record = forward_in_stage_2(model, weight=1.0)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        attention = {location: dict(zip(*row, strict=True)) for location, row in record.attention.items()}
+        results.append((output.loss, gradients, attention))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+    assert any("query" in name and gradient.any() for name, gradient in results[0][1].items())
+
+
+def test_a_teacher_whose_activation_has_weights_runs_on_its_own():
+    model = make_model()
+    for name, config in (("bank", "seq_bn[non_linearity='prelu']"), ("travel", "seq_bn")):
+        model.add_adapter(name, config=config)
+        model.add_classification_head(name)
+        noisy(model, name)
+    model.add_adapter("insurance", config="seq_bn", distill_from=["bank", "travel"])
+    model.train_adapter("insurance")
+    output, record = forward_in_stage_2(model)
+    output.loss.backward()
+    fusion = bottleneck_layers(model, "insurance")[0][1].distillation_fusion["insurance"]
+    assert torch.isfinite(output.loss) and fusion.cache.nbytes == 0
+    assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
+
+
+def test_teachers_of_another_data_type_are_cast():
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_student(make_model(), student_start="random", train=False)
+        for name in TEACHERS:
+            for _, layer in bottleneck_layers(model, name):
+                layer.adapters[name].bfloat16().to(dtype)
+        model.train_adapter("insurance")
+        output, _ = forward_in_stage_2(model)
+        output.loss.backward()
+        losses.append(output.loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_a_teacher_on_another_device_is_refused_before_anything_is_changed():
+    model = make_student(make_model(), train=False)
+    active = model.active_adapters
+    bottleneck_layers(model, "bank")[1][1].adapters["bank"].to("meta")
+    message = r"Teacher 'bank' is on meta, 'insurance' on cpu \(encoder.layer.1.*call model.to\('cpu'\)"
+    for setup in ("insurance", had.AdapterDistillation("insurance", teachers=TEACHERS)):
+        with pytest.raises(ValueError, match=message):
+            model.train_adapter(setup)
+    assert model.active_adapters == active
+    assert not any("distillation_fusion" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+def test_one_token_one_teacher_of_width_one_and_padded_rows_are_finite(carrier):
+    model = make_student(make_model(), teachers=["bank"], config="seq_bn[reduction_factor=32]", carrier=carrier)
+    distillation_of(model).fused_probability = 1.0
+    model.train()
+    one_token = {name: value[:1, :1] if value.dim() == 2 else value[:1] for name, value in make_batch().items()}
+    padded_row = make_batch()
+    padded_row["attention_mask"][1] = 0
+    for batch in (one_token, padded_row):
+        output = model(**batch)
+        output.loss.backward()
+        assert torch.isfinite(output.loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("carrier", ["student", "fused"])
+def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monkeypatch):
+    model = make_student(make_model(), carrier=carrier)
+    seen = []
+    softmax = torch.Tensor.softmax
+
+    def spy(tensor, *args, **kwargs):
+        result = softmax(tensor, *args, **kwargs)
+        seen.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "softmax", spy)
+    with torch.autocast("cpu", dtype=dtype):
+        output, record = forward_in_stage_2(model)
+    output.loss.backward()
+    assert seen == [torch.float32] * 2 and record.distillation_loss.dtype == torch.float32
+    cache = bottleneck_layers(model, "insurance")[0][1].distillation_fusion["insurance"].cache
+    small = cache.nbytes
+    forward_in_stage_2(model)
+    assert cache.nbytes == 2 * small > 0
+
+
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+def test_compiled_without_graph_breaks(carrier):
+    results = []
+    for compiled in (False, True):
+        model = make_student(make_model(), carrier=carrier, student_start="random").train()
+        torch.manual_seed(5)
+        distillation_of(model).fused_probability = torch.tensor(0.5)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        output = run(**make_batch())
+        output.loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and "embeddings" not in n}
+        results.append((output.loss, gradients))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_gradient_checkpointing_computes_nothing_more_often_than_it_must(monkeypatch):
+    calls = []
+    features = StackedAdapters.features
+    monkeypatch.setattr(StackedAdapters, "features", lambda *args: calls.append(1) or features(*args))
+    counts = []
+    for checkpointing in (False, True):
+        model = make_student(make_model())
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls.clear()
+        output, _ = forward_in_stage_2(model)
+        output.loss.backward()
+        counts.append(len(calls))
+    assert counts == [2, 4]  # once in each of the two layers, and once more in the layer's recomputation
 
 
 def test_mixed_draws_between_student_and_fused():
@@ -213,9 +356,9 @@ def test_mixture_of_reduction_factors_and_locations():
     model.train_adapter("insurance")
     output, record = forward_in_stage_2(model)
     output.loss.backward()
-    teachers_at = {location: set(row) for location, row in record.attention.items()}
+    teachers_at = {location: set(row.names) for location, row in record.attention.items()}
     assert sorted(map(len, teachers_at.values())) == [1, 1, 3, 3]  # attention blocks have one teacher, outputs all
-    assert all(abs(sum(row.values()) - 1) < 1e-6 for row in record.attention.values())
+    assert all(abs(row.weights.sum() - 1) < 1e-6 for row in record.attention.values())
     assert torch.isfinite(output.loss)
 
 

@@ -65,7 +65,9 @@ def test_the_stage_switches_at_the_right_step(trainer_args):
     def note(args, state, control, **kwargs):
         distillation = distillations(model.adapters_config)["insurance"]
         moved = not torch.equal(fusion, start)
-        seen.append((state.global_step - 1, distillation.enabled, moved, round(distillation.fused_probability, 6)))
+        seen.append(
+            (state.global_step - 1, distillation.enabled, moved, round(distillation.fused_probability.item(), 6))
+        )
 
     args = trainer_args(max_steps=10, distillation_start=0.55, keep_fusion=True, weight_decay=0.1, warmup_steps=0)
     trainer_for(model, args, callbacks=[EachStep(note)]).train()
@@ -258,11 +260,13 @@ def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
 
 
 def test_the_table_of_parameters(trainer_args, capsys):
-    model = make_student(make_model())
+    model = make_student(make_model(), config="double_seq_bn[reduction_factor=0.5]")
     trainer = trainer_for(model, trainer_args(disable_tqdm=False, max_steps=1, logging_strategy="no"))
-    rows = {
-        line.rsplit(maxsplit=2)[0]: line.rsplit(maxsplit=2)[1:] for line in trainer.parameter_table().splitlines()[1:]
-    }
+    lines = trainer.parameter_table().splitlines()
+    copied = sum(p.numel() for name, p in model.named_parameters() if any(f".adapters.{t}." in name for t in TEACHERS))
+    assert lines[-1] == f"Stage 2 copies the teachers' weights side by side: {4 * copied / 1e6:.2f} MB."
+    assert copied == 50_304
+    rows = {line.rsplit(maxsplit=2)[0]: line.rsplit(maxsplit=2)[1:] for line in lines[1:-1]}
     trained = {part for part, (_, count) in rows.items() if count != "0"}
     assert trained == {"student insurance", "fusion (training only)", "head insurance"}
     assert {"base model", "teacher bank", "head bank"} <= set(rows)
@@ -271,6 +275,21 @@ def test_the_table_of_parameters(trainer_args, capsys):
     trainer.train()
     out = capsys.readouterr().out
     assert out.count("fusion (training only)") == 1
+
+
+@pytest.mark.parametrize("carrier", ["student", "mixed"])
+def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args):
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        arguments = trainer_args(torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None)
+        trainer = trainer_for(make_student(make_model(), carrier=carrier, student_start="random"), arguments)
+        losses.append(trainer.train().training_loss)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch._dynamo.reset()
 
 
 # Checkpoints

@@ -1,0 +1,163 @@
+"""The bottleneck adapters of one layer side by side, so that a matrix product serves all of them."""
+
+from typing import NamedTuple
+
+import torch
+from adapters import ModelAdaptersConfig
+from torch import nn
+
+from ._compat import Adapter
+
+
+class StackedAdapters(NamedTuple):
+    r"""Adapters of the same width and activation.
+
+    The update of adapter n is :math:`u_n = W^{up}_n z_n + b_n` with the bottleneck features
+    :math:`z_n = \mathrm{act}(W^{down}_n h + b^{down}_n)`. An adapter's scaling is part of its up-projection here.
+
+    Args:
+        names: The adapters, n of them, each of width m.
+        down_weight: The down-projections, (n * m, hidden).
+        down_bias: Their biases, (n * m,).
+        up: The up-projections and behind them their biases, (hidden, n * m + n).
+        activation: The activation.
+        original_ln_before: Whether their input is the normalised sum of the layer's input and the residual stream, as
+            in adapters' configs.
+    """
+
+    names: tuple[str, ...]
+    down_weight: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    activation: nn.Module
+    original_ln_before: bool
+
+    @property
+    def width(self) -> int:
+        """The number of bottleneck features of all adapters, n * m."""
+        return len(self.down_bias)
+
+    def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The bottleneck features of all adapters.
+
+        Args:
+            hidden_states: The input of the adapters, (batch, seq_len, hidden).
+
+        Returns:
+            The features, (batch, seq_len, n, m).
+        """
+        down = nn.functional.linear(hidden_states, self.down_weight, self.down_bias)  # (B, T, n * m)
+        return self.activation(down).unflatten(-1, (len(self.names), -1))  # (B, T, n, m)
+
+
+def can_be_stacked(adapter: Adapter) -> bool:
+    """Whether an adapter is linear at both ends, with an activation that has no weights of its own."""
+    ends = (adapter.adapter_down[0], adapter.adapter_up)
+    return (
+        len(adapter.adapter_down) == 2
+        and all(isinstance(end, nn.Linear) for end in ends)
+        and not list(adapter.non_linearity.parameters())
+    )
+
+
+def stack(adapters: dict[str, Adapter], dtype: torch.dtype | None = None) -> StackedAdapters:
+    """Copies the weights of adapters of one width, activation and input side by side.
+
+    Args:
+        adapters: The adapters' modules by name.
+        dtype: The data type of the copy. By default that of the weights.
+
+    Returns:
+        The stacked adapters; gradients flow to the weights that are trained.
+    """
+    modules = list(adapters.values())
+    downs, ups = [module.adapter_down[0] for module in modules], [module.adapter_up for module in modules]
+    scales = [s.unsqueeze(-1) if isinstance(s, torch.Tensor) else s for s in (m.scaling for m in modules)]
+    weights = [up.weight * scale for up, scale in zip(ups, scales, strict=True)]  # (d, m) each
+    biases = [up.bias.unsqueeze(-1) * scale for up, scale in zip(ups, scales, strict=True)]  # (d, 1) each
+    return StackedAdapters(
+        names=tuple(adapters),
+        down_weight=torch.cat([down.weight for down in downs]).to(dtype),
+        down_bias=torch.cat([down.bias for down in downs]).to(dtype),
+        up=torch.cat([*weights, *biases], dim=1).to(dtype),
+        activation=modules[0].non_linearity,
+        original_ln_before=modules[0].original_ln_before,
+    )
+
+
+def stacked_bytes(adapters: dict[str, Adapter]) -> int:
+    """The size of what stacking adapters copies in the data type of their weights, 0 if one cannot be stacked."""
+    if not all(map(can_be_stacked, adapters.values())):
+        return 0
+    ends = [end for adapter in adapters.values() for end in (adapter.adapter_down[0], adapter.adapter_up)]
+    return sum(parameter.nbytes for end in ends for parameter in end.parameters())
+
+
+class StackCache:
+    """The stacked weights of frozen teachers, copied once and again where a teacher, its place or type has changed."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees the copy."""
+        self._stacks: list[StackedAdapters] | None = None
+        self._dtype: torch.dtype | None = None
+        self._teachers: dict[str, Adapter] = {}
+        self._sources: list[tuple[dict, str, nn.Parameter, int, int]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the copy, in bytes."""
+        return sum(
+            t.nbytes for stacked in self._stacks or () for t in (stacked.down_weight, stacked.down_bias, stacked.up)
+        )
+
+    @torch.no_grad()
+    def get(
+        self, teachers: dict[str, Adapter], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
+    ) -> list[StackedAdapters] | None:
+        """The stacked teachers.
+
+        Args:
+            teachers: The teachers' modules by name.
+            adapters_config: The configs of the model's adapters.
+            dtype: The data type wanted.
+
+        Returns:
+            A stack for each combination of width, activation and input that the teachers have; None if one of the
+            teachers cannot be stacked.
+        """
+        if torch.compiler.is_compiling():  # compiled code cannot check a cache, and copies by itself
+            return _stack_alike(teachers, adapters_config, dtype)
+        if dtype != self._dtype or not self._is_fresh(teachers):
+            self.clear()
+            self._stacks = _stack_alike(teachers, adapters_config, dtype)
+            self._dtype, self._teachers = dtype, teachers
+            self._sources = [
+                (module._parameters, name, p, p._version, p.data_ptr())
+                for teacher in teachers.values()
+                for module in teacher.modules()
+                for name, p in module.named_parameters(recurse=False)
+            ]
+        return self._stacks
+
+    def _is_fresh(self, teachers: dict[str, Adapter]) -> bool:
+        """Whether the modules are those that were copied, and each weight is the same tensor, unchanged."""
+        return teachers == self._teachers and all(
+            owner.get(name) is p and p._version == version and p.data_ptr() == address
+            for owner, name, p, version, address in self._sources
+        )
+
+
+def _stack_alike(
+    teachers: dict[str, Adapter], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
+) -> list[StackedAdapters] | None:
+    if not all(map(can_be_stacked, teachers.values())):
+        return None
+    groups: dict[tuple, dict[str, Adapter]] = {}
+    for name, teacher in teachers.items():
+        activation = adapters_config.get(name)["non_linearity"].lower()
+        kind = (teacher.down_sample, activation, teacher.original_ln_before)
+        groups.setdefault(kind, {})[name] = teacher
+    return [stack(group, dtype) for group in groups.values()]
