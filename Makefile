@@ -1,11 +1,11 @@
-# make demo | test | quality | docs: all that a contributor needs. Everything is installed into .venv.
+# make demo | test | quality | docs | bench: all that a contributor needs. Everything is installed into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test quality docs clean
+.PHONY: install demo test quality docs bench clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,12 @@ quality: install
 
 docs: install
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# The quick tables; make bench BENCH=stage2_step ARGS="--teachers 1 2 4" for others.
+BENCH ?= stage2_step inference
+
+bench: install
+	for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) docs/_build outputs build *.egg-info

@@ -80,7 +80,7 @@ class TeacherFusion(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""Computes the same from the bottleneck features, without the update of any single adapter.
 
-        With the up-projection W and bias b of an adapter, the update is u = W z + b and
+        With the up-projection W and bias b of an adapter, the update is u = W z + b and (but for the query's bias)
 
         .. math::
             q \cdot K u = (h^\top Q^\top K W) z + h^\top Q^\top K b, \quad
@@ -100,7 +100,7 @@ class TeacherFusion(nn.Module):
             the stacks, (batch, seq_len, n_teachers), each row of which sums to 1.
         """
         width = sum(stacked.up.shape[1] for stacked in stacks)
-        tokens, hidden_size = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
+        tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
         in_graph = int(hidden_states.requires_grad)
         # Multiply-adds of each order, forward and backward, divided by the hidden size; what they share is left out.
         product_first = 3 * hidden_size + 2 * tokens < 5 * tokens  # K^T Q before K^T Q h

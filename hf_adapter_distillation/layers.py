@@ -31,10 +31,10 @@ class DistillationPass:
         self.fusions: dict[str, TeacherFusion] = {}
         self.losses: list[torch.Tensor] = []
         self.attention: dict[str, TeacherAttention] = {}
-        self._weights: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weights: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def weights(self, fusion: TeacherFusion, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights of the tokens in means that leave out padding, made once for all layers of a shape.
+        """The weights of the tokens in means that leave out padding, made once for all layers of a stack.
 
         Args:
             fusion: The fusion of the layer.
@@ -43,17 +43,17 @@ class DistillationPass:
         Returns:
             The weights in the mean over each sequence, and in the mean over the batch, (batch, seq_len) each.
         """
-        shape = hidden_states.shape[:2]
-        key = (fusion.in_decoder, shape, hidden_states.device)
-        if key not in self._weights:
+        batch, seq_len = hidden_states.shape[:2]
+        made = self._weights.get(fusion.in_decoder)
+        if made is None or made[0].shape != (batch, seq_len) or made[0].device != hidden_states.device:
             mask = self.masks[fusion.in_decoder]
             if mask is not None:
                 mask = mask.reshape(-1, mask.shape[-1])  # multiple choice: (B, C, T)
-            if mask is None or mask.shape != shape:
-                mask = torch.ones(shape)
+            if mask is None or mask.shape != (batch, seq_len):
+                mask = torch.ones(batch, seq_len)
             mask = mask.to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
-            self._weights[key] = token_weights(mask), mask / mask.sum().clamp(min=1)
-        return self._weights[key]
+            made = self._weights[fusion.in_decoder] = token_weights(mask), mask / mask.sum().clamp(min=1)
+        return made
 
     def draw(self, device: torch.device) -> bool | torch.Tensor:
         """Whether a layer passes on the fused output; for the carrier `mixed` each layer draws anew.
@@ -119,8 +119,7 @@ def compose_distillation(
     # The carrier "student" leaves the task loss to the student: its fusion explains the student and steers nothing.
     matched_only = current.distillation.config.carrier == "student" or not current.training
     hidden_states = student_input.hidden_states.detach() if matched_only else student_input.hidden_states  # (B, T, d)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (matched_only or passes_fused is not False)):
-        names, fused_output, attention = _fuse(layer, block, fusion, state, hidden_states, matched_only)
+    names, fused_output, attention = _fuse(layer, block, fusion, state, hidden_states, without_student=matched_only)
 
     sequence_weights, batch_weights = current.weights(fusion, hidden_states)
     target = fused_output if matched_only else fused_output.detach()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from conftest import make_dataset, make_model, noisy
 import hf_adapter_distillation as had
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+
 PAGES = ["README.md", "docs/quickstart.md"]
 
 
@@ -80,3 +85,36 @@ def test_the_table_of_the_readme_is_that_of_the_result_file():
             f"{row['MB']:.2f}", f"{row['train_s']:.0f}",
         )  # fmt: skip
         assert f"| {method} | {' | '.join(cells)} |" in readme
+
+
+def test_the_costs_in_the_readme_are_those_of_the_result_files():
+    results = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("stage2_step", "inference")
+    }
+    step = {(row["method"], row["teachers"]): row["time_ratio"] for row in results["stage2_step"]["rows"]}
+    request = {
+        row["method"]: row["time_ratio"]
+        for row in results["inference"]["rows"]
+        if (row["shape"], row["batch"]) == ("minilm", 32)
+    }
+    sentences = (
+        f"A step of stage 2 takes {step['student', 8]:.1f} times as long as a plain adapter's with 8 teachers and "
+        f"{step['student', 32]:.1f} times with 32; a step of adapters' `Fuse` takes {step['Fuse', 8]:.1f} and "
+        f"{step['Fuse', 32]:.1f} times as long (MiniLM, 16 x 32 tokens, two CPU cores). A request takes as long as a "
+        f"plain adapter's ({request['distilled student']:.2f} times, batch 32), with `Fuse` of 8 teachers "
+        f"{request['Fuse of 8 + own']:.1f} times as long."
+    )
+    assert sentences in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_tables_of_the_performance_page_are_those_of_the_result_files():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    markers = re.findall(r"<!-- table: (\w+) (\S+) -->\n\n((?:\|.*\n)+)", page)
+    assert len(markers) == page.count("<!-- table") == 6
+    for name, file, table in markers:
+        results = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        assert table.strip() == report.TABLES[name](results)
+        assert f"`{results['environment']['command']}`" in page
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (ROOT / "docs" / image).is_file(), image

@@ -300,6 +300,24 @@ def test_compiled_without_graph_breaks(carrier):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("carrier", ["student", "mixed"])
+def test_compiled_code_takes_sequences_of_any_length(carrier):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_student(make_model(), carrier=carrier, student_start="random").train()
+    distillation_of(model).fused_probability = torch.tensor(0.5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seq_len in (8, 6, 7, 12, 9):
+        batch = make_batch(seq_len=seq_len)
+        losses = []
+        for run in (compiled, model):
+            torch.manual_seed(1)
+            losses.append(run(**batch).loss)
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first length, and any
+    torch._dynamo.reset()
+
+
 def test_gradient_checkpointing_computes_nothing_more_often_than_it_must(monkeypatch):
     calls = []
     features = StackedAdapters.features
@@ -404,6 +422,13 @@ def test_language_adapter_below_the_student_is_frozen_and_runs():
     block_logits = model(**make_batch()).logits
     model.set_active_adapters(Stack("german", "insurance"))
     assert torch.equal(model(**make_batch()).logits, block_logits)
+
+
+def test_the_weights_of_the_tokens_are_made_once_for_all_layers(monkeypatch):
+    calls = []
+    monkeypatch.setattr("hf_adapter_distillation.layers.token_weights", lambda m: calls.append(m) or token_weights(m))
+    forward_in_stage_2(make_student(make_model(), config="double_seq_bn"))
+    assert len(calls) == 1 and calls[0].shape == make_batch()["attention_mask"].shape
 
 
 def test_two_models_do_not_mix_their_losses():

@@ -1,0 +1,96 @@
+"""The tables of the docs, in Markdown, from the result files.
+
+python benchmarks/report.py stage2_step benchmarks/results/stage2_step.json
+python benchmarks/report.py inference benchmarks/results/inference.json
+python benchmarks/report.py profile_training benchmarks/results/profile_training.json
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+def markdown(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: int, reduction_factor: int) -> float:
+    """The multiply-adds of a step with the carrier `student`, relative to those of a plain adapter's step.
+
+    Counted are matrix products, forward and backward. The base model's layers take 12 d^2 a token each way, and no
+    gradient goes below the first adapter; adapters are `seq_bn` of width m = d / reduction_factor.
+    """
+    tokens, d, layers = batch * seq_len, config.hidden_size, config.num_hidden_layers
+    m = d // reduction_factor
+    base = 12 * d * d + 2 * seq_len * d  # forward; the attention's products double in backward
+    backward = (12 * d * d + 4 * seq_len * d) * (layers - 1) / layers
+    plain = tokens * (base + backward + 6 * m * d)
+    features, columns = n_teachers * m, n_teachers * (m + 1)
+    teachers = tokens * d * (features + 4 * columns)
+    query_key = min(5 * columns, 3 * d + 2 * tokens, 5 * tokens) * d * d
+    value = min(3 * tokens * d, columns * (2 * d + tokens)) * d
+    return (plain + teachers + query_key + value) / plain
+
+
+def stage2_step(results: dict[str, Any]) -> str:
+    """A row for each shape and number of teachers: times, then memory, relative to the plain adapter's step."""
+    from measure import SHAPES
+
+    arguments = results["arguments"]
+    methods = list(dict.fromkeys(row["method"] for row in results["rows"] if row["method"] != "plain"))
+    held = [method for method in methods if method != "per teacher"]
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in results["rows"]:
+        cells.setdefault((row["shape"], row["teachers"]), {})[row["method"]] = row
+    rows = []
+    for (shape, n), by_method in cells.items():
+        limit = arithmetic(SHAPES[shape](), arguments["batch"], arguments["seq_len"], n, arguments["reduction_factor"])
+        times = [f"{by_method[m]['time_ratio']:.2f}" if m in by_method else "–" for m in methods]
+        peaks = [f"{by_method[m]['peak_ratio']:.2f}" if m in by_method else "–" for m in held]
+        rows.append([shape, n, f"{by_method['plain']['ms']:.0f}", *times, f"{limit:.2f}", *peaks])
+    header = ["shape", "N", "plain, ms", *methods, "arithmetic", *(f"memory: {method}" for method in held)]
+    return markdown(header, rows)
+
+
+def inference(results: dict[str, Any]) -> str:
+    """A row for each shape and method: latency at each batch size, memory, and what a tenant stores."""
+    batches = results["arguments"]["batches"]
+    cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        cells.setdefault((row["shape"], row["method"]), {}).setdefault(row["batch"], row)
+    rows = []
+    for (shape, method), by_batch in cells.items():
+        times = [f"{by_batch[b]['ms']:.1f} ({by_batch[b]['time_ratio']:.2f})" for b in batches]
+        last = by_batch[batches[-1]]
+        rows.append(
+            [shape, method, *times, f"{last['peak_mb']:.0f}", f"{last['parameters']:,}", f"{last['stored_mb']:.2f}"]
+        )
+    header = ["shape", "method", *(f"batch {b}, ms" for b in batches), "peak MB", "parameters", "stored MB"]
+    return markdown(header, rows)
+
+
+def profile_training(results: dict[str, Any]) -> str:
+    """A row for each method: the seconds of each part of an epoch."""
+    seconds = results["seconds"]
+    header = ["", *next(iter(seconds.values()))]
+    return markdown(header, ([method, *(f"{s:.2f}" for s in parts.values())] for method, parts in seconds.items()))
+
+
+TABLES = {table.__name__: table for table in (stage2_step, inference, profile_training)}
+
+
+def main() -> None:
+    """Prints a table."""
+    name, path = sys.argv[1:]
+    print(TABLES[name](json.loads(Path(path).read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()

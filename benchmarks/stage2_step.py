@@ -1,0 +1,210 @@
+"""What a training step of stage 2 costs: forward, backward and optimizer step, against a plain adapter's.
+
+In one run, in turns: a plain adapter, the carriers `student`, `fused` and `mixed`, the same with each teacher on its
+own (`per teacher`, the plain path), and adapters' `Fuse`.
+
+    python benchmarks/stage2_step.py
+    python benchmarks/stage2_step.py --shapes minilm bert-base gpt2 --teachers 1 2 4 8 16 32 64 128
+    python benchmarks/stage2_step.py --shapes bert-base --device cuda --dtype bfloat16
+"""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from adapters import Fuse
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
+from measure import SHAPES, autocast, compare, environment, make_batch, make_model, peak_bytes, ratio, write
+from transformers import HfArgumentParser
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.state import distillations
+
+CARRIERS = ("student", "fused", "mixed")
+
+
+@dataclass
+class Arguments:
+    """The arguments of the benchmark; the defaults are the quick run."""
+
+    shapes: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": f"Of {', '.join(SHAPES)}."})
+    teachers: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Numbers of teachers."})
+    methods: list[str] = field(
+        default_factory=lambda: [*CARRIERS, "per teacher", "Fuse"], metadata={"help": "What is compared."}
+    )
+    batch: int = field(default=16, metadata={"help": "Sequences in a batch."})
+    seq_len: int = field(default=32, metadata={"help": "Tokens in a sequence."})
+    reduction_factor: int = field(default=16, metadata={"help": "Hidden size / width of all bottlenecks."})
+    rounds: int = field(default=7, metadata={"help": "Steps of each method that are timed."})
+    max_gb: float = field(
+        default=8.0, metadata={"help": "Fuse and per teacher are left out where they would hold more, in 10^9 bytes."}
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 for mixed precision."})
+    output: str = field(
+        default="outputs/stage2_step.json", metadata={"help": "The JSON file; the plot is written beside it."}
+    )
+
+
+class Steps:
+    """The training steps of all methods on one model, which takes one setup after the other.
+
+    Args:
+        args: The arguments.
+        shape: The shape of the model.
+        n_teachers: The number of teachers.
+    """
+
+    def __init__(self, args: Arguments, shape: str, n_teachers: int) -> None:
+        self.args = args
+        self.model = make_model(shape, args.device)
+        self.batch = make_batch(self.model, args.batch, args.seq_len)
+        config = f"seq_bn[reduction_factor={args.reduction_factor}]"
+        self.teachers = [f"teacher{n}" for n in range(n_teachers)]
+        for name in [*self.teachers, "plain"]:
+            self.model.add_adapter(name, config=config)
+        self.model.add_classification_head("plain")
+        for method in args.methods:
+            if method != "Fuse":
+                carrier = "student" if method == "per teacher" else method
+                distill_from = had.DistillationConfig(self.teachers, carrier=carrier, student_start="random")
+                self.model.add_adapter(method, config=config, distill_from=distill_from)
+                self.model.add_classification_head(method)
+        self.fuse = Fuse(*self.teachers, "plain", name="fuse")
+        if "Fuse" in args.methods:
+            self.model.add_adapter_fusion(self.fuse)
+        self.model.to(args.device)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    def prepare(self, method: str) -> None:
+        """Activates a method, as a user would before training, and takes a step, since training is a row of steps."""
+        if method == "Fuse":
+            self.model.train_adapter_fusion(self.fuse)
+            self.model.active_head = "plain"
+        else:
+            self.model.train_adapter(method)
+            self.model.active_head = method
+        self.model.train()
+        if method not in self.optimizers:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizers[method] = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        if method in CARRIERS:
+            distillations(self.model.adapters_config)[
+                method
+            ].fused_probability = 0.5  # its mean over stage 2, for `mixed`
+
+    def forward_backward(self, method: str) -> None:
+        """The loss and its gradients."""
+        alone = mock.patch("hf_adapter_distillation.stacked.can_be_stacked", return_value=False)
+        with autocast(self.args.device, self.args.dtype), alone if method == "per teacher" else nullcontext():
+            loss = self.model(**self.batch).loss
+        loss.backward()
+
+    def step(self, method: str) -> None:
+        """One training step."""
+        self.forward_backward(method)
+        self.optimizers[method].step()
+        self.optimizers[method].zero_grad()
+
+    def held_bytes(self, method: str) -> int:
+        """The peak of forward and backward above model, optimizer and gradients, in bytes."""
+        self.prepare(method)
+        self.forward_backward(method)  # so that the gradients exist
+        peak = peak_bytes(partial(self.forward_backward, method), self.args.device)
+        self.optimizers[method].zero_grad()
+        return peak
+
+
+def fits(args: Arguments, shape: str, n_teachers: int) -> bool:
+    """Whether the updates, keys and values of all teachers, three copies each way, stay below `max_gb`."""
+    config = SHAPES[shape]()
+    elements = args.batch * args.seq_len * n_teachers * config.hidden_size * config.num_hidden_layers
+    return 6 * 4 * elements < args.max_gb * 1e9
+
+
+def measure(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
+    """Measures all methods side by side; returns a row for each."""
+    every = fits(args, shape, n_teachers)
+    methods = ["plain", *(m for m in args.methods if every or m in CARRIERS)]
+    steps = Steps(args, shape, n_teachers)
+    times = compare(
+        {m: (partial(steps.prepare, m), partial(steps.step, m)) for m in methods}, args.rounds, args.device
+    )
+    held = {method: steps.held_bytes(method) for method in methods}
+    return [
+        {
+            "shape": shape,
+            "batch": args.batch,
+            "seq_len": args.seq_len,
+            "teachers": n_teachers,
+            "method": method,
+            "ms": round(1000 * median(times[method]), 3),
+            "time_ratio": round(ratio(times[method], times["plain"]), 3),
+            "peak_mb": round(held[method] / 1e6, 1),
+            "peak_ratio": round(held[method] / held["plain"], 3),
+        }
+        for method in methods
+    ]
+
+
+def draw(rows: list[dict[str, Any]], title: str) -> Figure:
+    """Time and memory relative to a plain adapter's step, over the number of teachers."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(1.5 + 4 * len(shapes), 7), layout="constrained", dpi=120)
+    axes = figure.subplots(2, len(shapes), squeeze=False, sharex=True)
+    for column, shape in enumerate(shapes):
+        for row_axes, value in zip(axes, ("time_ratio", "peak_ratio"), strict=True):
+            ax = row_axes[column]
+            for method in dict.fromkeys(row["method"] for row in rows):
+                points = [(r["teachers"], r[value]) for r in rows if r["shape"] == shape and r["method"] == method]
+                style = {"color": "black", "linestyle": ":"} if method == "plain" else {"marker": "o", "markersize": 4}
+                ax.plot(*zip(*points, strict=True), label=method, **style)
+            ax.set(xscale="log", yscale="log")
+            ax.set_xticks(sorted({row["teachers"] for row in rows}))
+            ax.set_yticks([1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(ScalarFormatter())
+                axis.set_minor_locator(NullLocator())
+            ax.set_ylim(0.9, None)
+            ax.grid(alpha=0.3)
+        axes[0][column].set_title(shape)
+        axes[1][column].set_xlabel("teachers")
+    axes[0][0].set_ylabel("time of a step / plain adapter")
+    axes[1][0].set_ylabel("peak memory / plain adapter")
+    axes[0][0].legend()
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    if unknown := set(args.shapes) - set(SHAPES):
+        raise SystemExit(f"stage2_step.py: --shapes {min(unknown)} is unknown; choose of {', '.join(SHAPES)}.")
+    about = environment(args.device)
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    print(f"\n{args.batch} x {args.seq_len} tokens, {args.dtype}, medians of {args.rounds} rounds; ratios to `plain`")
+    print(f"{'shape':<12}{'teachers':>9}  {'method':<12}{'ms':>10}{'time':>8}{'peak MB':>10}{'memory':>8}")
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        for n_teachers in args.teachers:
+            for row in measure(args, shape, n_teachers):
+                rows.append(row)
+                print(
+                    f"{shape:<12}{n_teachers:>9}  {row['method']:<12}{row['ms']:>10.1f}{row['time_ratio']:>8.2f}"
+                    f"{row['peak_mb']:>10.1f}{row['peak_ratio']:>8.2f}",
+                    flush=True,
+                )
+            write(Path(args.output), {"environment": about, "arguments": asdict(args), "rows": rows})
+    figure = draw(rows, f"A step of stage 2, {args.batch} x {args.seq_len} tokens, {args.dtype}\n{about['device']}")
+    figure.savefig(Path(args.output).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
