@@ -173,11 +173,18 @@ ORDERS = {
 orders = pytest.mark.parametrize(("tokens", "hidden", "n", "width"), ORDERS.values(), ids=map(" ".join, ORDERS))
 
 
-@pytest.mark.parametrize(("order", "shape"), ORDERS.items())
-def test_products_are_taken_in_the_cheapest_order(order, shape):
+@pytest.mark.parametrize(
+    ("order", "shape", "reaches_input"),
+    [
+        *((order, shape, False) for order, shape in ORDERS.items()),
+        # A gradient to the hidden states passes through all columns, unless these meet a query of their own.
+        (("each other", "states"), ORDERS["up-projections", "states"], True),
+    ],
+)
+def test_products_are_taken_in_the_cheapest_order(order, shape, reaches_input):
     tokens, hidden, n, width = shape
     fusion, stacked = random_fusion(hidden), make_stack(n, width, hidden)
-    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64)
+    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64, requires_grad=reaches_input)
     features = [stacked.features(hidden_states)]
     with Shapes() as shapes:
         fusion.fuse_stacked(hidden_states, [stacked], features)

@@ -220,10 +220,35 @@ def test_a_teacher_whose_activation_has_weights_runs_on_its_own():
     assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
 
 
-def test_teachers_of_another_data_type_are_cast():
+def test_a_student_whose_activation_has_weights_is_fused_on_its_own():
+    model = make_student(make_model(), train=False)
+    config = had.DistillationConfig(TEACHERS, carrier="fused", student_start="random")
+    model.add_adapter("insurance", config="seq_bn[non_linearity='prelu']", distill_from=config, overwrite_ok=True)
+    model.train_adapter("insurance")
+    noisy(model, "insurance")
+    output, record = forward_in_stage_2(model)
+    output.loss.backward()
+    assert [row.names for row in record.attention.values()] == [(*TEACHERS, "insurance")] * 2
+    activation = bottleneck_layers(model, "insurance")[0][1].adapters["insurance"].non_linearity
+    assert all(p.grad.any() for p in activation.parameters()) and list(activation.parameters())
+    plain = distillation_of(model).record.distillation_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_adapter_distillation.stacked.can_be_stacked", lambda adapter: False)
+        model.train_adapter("insurance")
+        _, alone = forward_in_stage_2(model)
+    torch.testing.assert_close(plain, alone.distillation_loss)
+    stack_of_student = "hf_adapter_distillation.layers.stack"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_of_student, lambda adapters: pytest.fail("the student must not be stacked"))
+        model.train_adapter("insurance")
+        forward_in_stage_2(model)
+
+
+@pytest.mark.parametrize("config", ["seq_bn", "seq_bn[non_linearity='prelu']"])
+def test_teachers_of_another_data_type_are_cast(config):
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = make_student(make_model(), student_start="random", train=False)
+        model = make_student(make_model(), config=config, student_start="random", train=False)
         for name in TEACHERS:
             for _, layer in bottleneck_layers(model, name):
                 layer.adapters[name].bfloat16().to(dtype)
@@ -231,7 +256,7 @@ def test_teachers_of_another_data_type_are_cast():
         output, _ = forward_in_stage_2(model)
         output.loss.backward()
         losses.append(output.loss.item())
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0 if config == "seq_bn" else 1e-2)
 
 
 def test_a_teacher_on_another_device_is_refused_before_anything_is_changed():

@@ -74,7 +74,11 @@ def test_what_cannot_be_stacked():
 
 def test_a_stack_for_each_width_activation_and_input():
     model = model_with(
-        a="seq_bn", b="seq_bn[reduction_factor=4]", c="seq_bn", d="seq_bn[non_linearity='gelu']", e="double_seq_bn"
+        a="seq_bn",
+        b="seq_bn[reduction_factor=4]",
+        c="seq_bn",
+        d="seq_bn[non_linearity='gelu']",
+        e="double_seq_bn[non_linearity='relu']",
     )
     adapters = adapters_of(model, ["a", "b", "c", "d"])
     output = next(layer for name, layer in bottleneck_layers(model, "e") if name.endswith("0.output"))
