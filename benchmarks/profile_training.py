@@ -36,7 +36,7 @@ PARTS = ("data", "forward", "backward", "clipping", "optimizer", "rest")
 class Arguments:
     """The arguments of the profile."""
 
-    data: str = field(default=str(BUNDLED), metadata={"help": "As for the example."})
+    data: str = field(default="", metadata={"help": "As for the example. Default: the bundled data."})
     tenant: str = field(default="", metadata={"help": "The new tenant. Default: the last one."})
     batch_size: int = field(default=8, metadata={"help": "Pairs in a training batch."})
     rounds: int = field(default=5, metadata={"help": "Epochs of each method that are timed, in turns."})
@@ -102,7 +102,7 @@ def main() -> None:
     platform = example.Platform(
         example.Arguments(batch_size=args.batch_size, output_dir=str(Path(args.output).parent / "profile"))
     )
-    tenants = load_tenants(args.data, seed=1)
+    tenants = load_tenants(args.data or str(BUNDLED), seed=1)
     new = next((tenant for tenant in tenants if tenant.name == args.tenant), tenants[-1])
     hold_out(new, platform.args.shots)
     pairs = make_pairs(new, "train", platform.tokenizer, platform.args.shots, platform.args.n_wrong, 1)
