@@ -92,7 +92,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 def compare(
     calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], rounds: int, device: str
 ) -> dict[str, list]:
-    """Times the calls in turns, so that whatever slows the machine down slows all of them.
+    """Times the calls in turns, each turn in another order: whatever slows the machine down slows all of them.
 
     Args:
         calls: For each name a preparation, which is not timed, and the call.

@@ -83,7 +83,7 @@ class Steps:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     def prepare(self, method: str) -> None:
-        """Activates a method, as a user would before training, and takes a step, since training is a row of steps."""
+        """Activates a method, as a user would before training; the step after it copies the teachers anew."""
         if method == "Fuse":
             self.model.train_adapter_fusion(self.fuse)
             self.model.active_head = "plain"
