@@ -10,33 +10,26 @@ there must be bitwise those of the model that trained it, or the benchmark fails
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import measure
 import torch
 from adapters import Fuse
 from matplotlib.figure import Figure
-from measure import SHAPES, autocast, compare, environment, make_batch, make_model, peak_bytes, ratio, write
-from transformers import HfArgumentParser
+from measure import autocast, compare, make_batch, make_model, peak_bytes, ratio
 
 import hf_adapter_distillation as had  # noqa: F401
 
 
 @dataclass
-class Arguments:
-    """The arguments of the benchmark; the defaults are the quick run."""
+class Arguments(measure.Arguments):
+    """The arguments of the benchmark."""
 
-    shapes: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": f"Of {', '.join(SHAPES)}."})
-    teachers: list[int] = field(default_factory=lambda: [8], metadata={"help": "Numbers of teachers."})
     batches: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Numbers of sequences in a batch."})
-    seq_len: int = field(default=32, metadata={"help": "Tokens in a sequence."})
-    reduction_factor: int = field(default=16, metadata={"help": "Hidden size / width of all bottlenecks."})
-    rounds: int = field(default=20, metadata={"help": "Calls of each method that are timed."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 for mixed precision."})
     output: str = field(
         default="outputs/inference.json", metadata={"help": "The JSON file; the plot is written beside it."}
     )
@@ -140,7 +133,7 @@ def size(save: Callable[[str], None]) -> dict[str, float]:
         return {"stored_mb": sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6}
 
 
-def measure(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
+def compare_requests(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
     """Measures all methods side by side; returns a row for each method and batch size."""
     platform = Platform(args, shape, n_teachers)
     platform.check_reloaded(make_batch(platform.model, max(args.batches), args.seq_len))
@@ -191,33 +184,27 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
         ax.margins(x=0.12)
         ax.set(title=f"batch {batch}", xlabel="latency / plain adapter")
     panels[0].invert_yaxis()
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(f"A request, {title}", fontsize="medium")
     return figure
+
+
+def header(args: Arguments) -> str:
+    """What is printed above the rows."""
+    columns = f"{'shape':<11}{'batch':>6}  {'method':<20}{'ms':>9}{'time':>7}{'peak MB':>9}"
+    return f"ratios to `plain adapter`\n{columns}{'parameters':>13}{'stored MB':>11}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """What is printed of a row."""
+    return (
+        f"{row['shape']:<11}{row['batch']:>6}  {row['method']:<20}{row['ms']:>9.2f}{row['time_ratio']:>7.2f}"
+        f"{row['peak_mb']:>9.1f}{row['parameters']:>13,}{row['stored_mb']:>11.2f}"
+    )
 
 
 def main() -> None:
     """Runs the benchmark."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if unknown := set(args.shapes) - set(SHAPES):
-        raise SystemExit(f"inference.py: --shapes {min(unknown)} is unknown; choose of {', '.join(SHAPES)}.")
-    about = environment(args.device)
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    print(f"\n{args.seq_len} tokens, {args.dtype}, medians of {args.rounds} rounds; ratios to `plain adapter`")
-    header = f"{'shape':<11}{'batch':>6}  {'method':<20}{'ms':>9}{'time':>7}{'peak MB':>9}"
-    print(f"{header}{'parameters':>13}{'stored MB':>11}")
-    rows: list[dict[str, Any]] = []
-    for shape in args.shapes:
-        for n_teachers in args.teachers:
-            for row in measure(args, shape, n_teachers):
-                rows.append(row)
-                print(
-                    f"{shape:<11}{row['batch']:>6}  {row['method']:<20}{row['ms']:>9.2f}{row['time_ratio']:>7.2f}"
-                    f"{row['peak_mb']:>9.1f}{row['parameters']:>13,}{row['stored_mb']:>11.2f}",
-                    flush=True,
-                )
-            write(Path(args.output), {"environment": about, "arguments": asdict(args), "rows": rows})
-    figure = draw(rows, f"A request of {args.seq_len} tokens, {args.dtype}\n{about['device']}")
-    figure.savefig(Path(args.output).with_suffix(".png"))
+    measure.run(Arguments, compare_requests, header, line, draw)
     print("The saved students, loaded into fresh models, have bitwise the same logits.")
 
 

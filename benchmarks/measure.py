@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import adapters
 import torch
 import transformers
 from adapters import AutoAdapterModel
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, GPT2Config, PretrainedConfig
+from transformers import BertConfig, GPT2Config, HfArgumentParser, PretrainedConfig
 
 import hf_adapter_distillation as had
 
@@ -35,6 +37,57 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "bert-base": BertConfig,
     "gpt2": lambda: GPT2Config(pad_token_id=0),
 }
+
+
+@dataclass
+class Arguments:
+    """The arguments that the benchmarks of a model share; the defaults are the quick run."""
+
+    shapes: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": f"Of {', '.join(SHAPES)}."})
+    teachers: list[int] = field(default_factory=lambda: [8], metadata={"help": "Numbers of teachers."})
+    seq_len: int = field(default=32, metadata={"help": "Tokens in a sequence."})
+    reduction_factor: int = field(default=16, metadata={"help": "Hidden size / width of all bottlenecks."})
+    rounds: int = field(default=20, metadata={"help": "Calls of each method that are timed."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 for mixed precision."})
+    output: str = field(default="", metadata={"help": "The JSON file; the plot is written beside it."})
+
+
+def run(
+    cls: type[Arguments],
+    measure: Callable[[Any, str, int], list[dict[str, Any]]],
+    header: Callable[[Any], str],
+    line: Callable[[dict[str, Any]], str],
+    draw: Callable[[list[dict[str, Any]], str], Figure],
+) -> None:
+    """Measures each shape with each number of teachers; prints rows as they come, writes JSON and plot.
+
+    Args:
+        cls: The arguments of the benchmark.
+        measure: Gives the rows of a shape and a number of teachers.
+        header: What is printed above the rows.
+        line: What is printed of a row.
+        draw: Draws all rows, with a title.
+
+    Raises:
+        SystemExit: If a shape is unknown.
+    """
+    (args,) = HfArgumentParser(cls).parse_args_into_dataclasses()
+    if unknown := set(args.shapes) - set(SHAPES):
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"{script}: --shapes {min(unknown)} is unknown; choose of {', '.join(SHAPES)}.")
+    about = environment(args.device)
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    print(f"\n{args.seq_len} tokens a sequence, {args.dtype}, medians of {args.rounds} rounds; {header(args)}")
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        for n_teachers in args.teachers:
+            for row in measure(args, shape, n_teachers):
+                rows.append(row)
+                print(line(row), flush=True)
+            write(Path(args.output), {"environment": about, "arguments": asdict(args), "rows": rows})
+    title = f"{args.seq_len} tokens a sequence, {args.dtype}\n{about['device']}"
+    draw(rows, title).savefig(Path(args.output).with_suffix(".png"))
 
 
 def make_model(shape: str, device: str) -> torch.nn.Module:

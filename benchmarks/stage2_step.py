@@ -9,19 +9,18 @@ own (`per teacher`, the plain path), and adapters' `Fuse`.
 """
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
 
+import measure
 import torch
 from adapters import Fuse
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
-from measure import SHAPES, autocast, compare, environment, make_batch, make_model, peak_bytes, ratio, write
-from transformers import HfArgumentParser
+from measure import SHAPES, autocast, compare, make_batch, make_model, peak_bytes, ratio
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.state import distillations
@@ -30,23 +29,18 @@ CARRIERS = ("student", "fused", "mixed")
 
 
 @dataclass
-class Arguments:
-    """The arguments of the benchmark; the defaults are the quick run."""
+class Arguments(measure.Arguments):
+    """The arguments of the benchmark."""
 
-    shapes: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": f"Of {', '.join(SHAPES)}."})
     teachers: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Numbers of teachers."})
     methods: list[str] = field(
         default_factory=lambda: [*CARRIERS, "per teacher", "Fuse"], metadata={"help": "What is compared."}
     )
     batch: int = field(default=16, metadata={"help": "Sequences in a batch."})
-    seq_len: int = field(default=32, metadata={"help": "Tokens in a sequence."})
-    reduction_factor: int = field(default=16, metadata={"help": "Hidden size / width of all bottlenecks."})
     rounds: int = field(default=7, metadata={"help": "Steps of each method that are timed."})
     max_gb: float = field(
         default=8.0, metadata={"help": "Fuse and per teacher are left out where they would hold more, in 10^9 bytes."}
     )
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 for mixed precision."})
     output: str = field(
         default="outputs/stage2_step.json", metadata={"help": "The JSON file; the plot is written beside it."}
     )
@@ -128,7 +122,7 @@ def fits(args: Arguments, shape: str, n_teachers: int) -> bool:
     return 6 * 4 * elements < args.max_gb * 1e9
 
 
-def measure(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
+def compare_steps(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
     """Measures all methods side by side; returns a row for each."""
     every = fits(args, shape, n_teachers)
     methods = ["plain", *(m for m in args.methods if every or m in CARRIERS)]
@@ -178,32 +172,27 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     axes[0][0].set_ylabel("time of a step / plain adapter")
     axes[1][0].set_ylabel("peak memory / plain adapter")
     axes[0][0].legend()
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(f"A step of stage 2, {rows[0]['batch']} sequences, {title}", fontsize="medium")
     return figure
+
+
+def header(args: Arguments) -> str:
+    """What is printed above the rows."""
+    columns = f"{'shape':<12}{'teachers':>9}  {'method':<12}{'ms':>10}{'time':>8}{'peak MB':>10}{'memory':>8}"
+    return f"{args.batch} sequences, ratios to `plain`\n{columns}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """What is printed of a row."""
+    return (
+        f"{row['shape']:<12}{row['teachers']:>9}  {row['method']:<12}{row['ms']:>10.1f}{row['time_ratio']:>8.2f}"
+        f"{row['peak_mb']:>10.1f}{row['peak_ratio']:>8.2f}"
+    )
 
 
 def main() -> None:
     """Runs the benchmark."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if unknown := set(args.shapes) - set(SHAPES):
-        raise SystemExit(f"stage2_step.py: --shapes {min(unknown)} is unknown; choose of {', '.join(SHAPES)}.")
-    about = environment(args.device)
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    print(f"\n{args.batch} x {args.seq_len} tokens, {args.dtype}, medians of {args.rounds} rounds; ratios to `plain`")
-    print(f"{'shape':<12}{'teachers':>9}  {'method':<12}{'ms':>10}{'time':>8}{'peak MB':>10}{'memory':>8}")
-    rows: list[dict[str, Any]] = []
-    for shape in args.shapes:
-        for n_teachers in args.teachers:
-            for row in measure(args, shape, n_teachers):
-                rows.append(row)
-                print(
-                    f"{shape:<12}{n_teachers:>9}  {row['method']:<12}{row['ms']:>10.1f}{row['time_ratio']:>8.2f}"
-                    f"{row['peak_mb']:>10.1f}{row['peak_ratio']:>8.2f}",
-                    flush=True,
-                )
-            write(Path(args.output), {"environment": about, "arguments": asdict(args), "rows": rows})
-    figure = draw(rows, f"A step of stage 2, {args.batch} x {args.seq_len} tokens, {args.dtype}\n{about['device']}")
-    figure.savefig(Path(args.output).with_suffix(".png"))
+    measure.run(Arguments, compare_steps, header, line, draw)
 
 
 if __name__ == "__main__":
