@@ -3,6 +3,7 @@
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Faq:
     question: str
     answer: str = ""
     train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
 
 
@@ -39,10 +41,10 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
         data: A JSON file of the bundled form, `data_full.json` of CLINC150 (or its folder) with `domains.json` beside
             it, or the id of a Hub dataset with a class column and a text column, whose classes are dealt to tenants in
             order.
-        seed: For shuffling the queries of an FAQ.
+        seed: For shuffling the training queries of an FAQ.
 
     Returns:
-        The tenants; all queries are in `train`, but for data with a test split of its own.
+        The tenants; all queries are in `train`, but for data with validation and test splits of their own.
 
     Raises:
         ValueError: If the data is none of these.
@@ -55,29 +57,34 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
             tenants = _from_bundled(content, random.Random(seed))
         elif {"train", "test"} <= content.keys() and (path.parent / "domains.json").is_file():
             domains = json.loads((path.parent / "domains.json").read_text(encoding="utf-8"))
-            tenants = _from_classes(content["train"], content["test"], domains)
+            splits = [content["train"], content.get("val", []), content["test"]]
+            tenants = _from_classes(splits, domains, random.Random(seed))
         else:
             raise ValueError(f"{path} has neither 'tenants' nor 'train', 'test' and a domains.json beside it.")
     elif data.endswith(".json") or data.startswith((".", "/")):
         raise ValueError(f"--data {data} does not exist; give a JSON file, a CLINC150 folder or a Hub dataset id.")
     else:
-        tenants = _from_hub(data)
+        tenants = _from_hub(data, random.Random(seed))
     if len(tenants) < 2:
         raise ValueError(f"--data {data} has {len(tenants)} tenants; at least two are needed, one of them new.")
     return tenants
 
 
-def hold_out(tenant: Tenant, shots: int) -> None:
-    """Keeps `shots` queries of each FAQ for training; the others are for testing, if there is no test split.
+def hold_out(tenant: Tenant, shots: int, n_validation: int = 0) -> None:
+    """Keeps `shots` queries of each FAQ for training.
+
+    Of the others, `n_validation` are for validation and the rest for testing, if there are no splits for that.
 
     Raises:
-        ValueError: If an FAQ has no more than `shots` queries, none of which would be left for testing.
+        ValueError: If an FAQ has so few queries that none would be left for testing.
     """
     for faq in tenant.faqs:
-        if len(faq.train) <= shots and not faq.test:
+        held = 0 if faq.validation else n_validation
+        if len(faq.train) <= shots + held and not faq.test:
             raise ValueError(f"{shots} training queries are too many: {faq.question!r} has {len(faq.train)} in all.")
         faq.train, rest = faq.train[:shots], faq.train[shots:]
-        faq.test = faq.test or rest
+        faq.validation = faq.validation or rest[:held]
+        faq.test = faq.test or rest[held:]
 
 
 def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
@@ -91,18 +98,21 @@ def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
     return tenants
 
 
-def _from_classes(train: list, test: list, domains: dict[str, list[str]]) -> list[Tenant]:
-    queries: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for split, rows in enumerate((train, test)):
+def _from_classes(splits: Sequence[list], domains: dict[str, list[str]], rng: random.Random) -> list[Tenant]:
+    """The tenants of rows of text and class, in the splits train, validation and test."""
+    queries: dict[str, tuple[list[str], list[str], list[str]]] = defaultdict(lambda: ([], [], []))
+    for split, rows in enumerate(splits):
         for text, intent in rows:
             queries[intent][split].append(text)
+    for train, _, _ in queries.values():
+        rng.shuffle(train)
     return [
         Tenant(domain.replace(" ", "_"), [Faq(name.replace("_", " "), "", *queries[name]) for name in names])
         for domain, names in domains.items()
     ]
 
 
-def _from_hub(data: str) -> list[Tenant]:
+def _from_hub(data: str, rng: random.Random) -> list[Tenant]:
     loaded = datasets.load_dataset(data, "plus") if data == "clinc/clinc_oos" else datasets.load_dataset(data)
     features = loaded["train"].features
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -111,12 +121,12 @@ def _from_hub(data: str) -> list[Tenant]:
         raise ValueError(f"--data {data} needs one class column, a text column and the splits train and test.")
     label = features[classes[0]]
     names = [name for name in label.names if name not in ("oos", "out_of_scope")]
-    rows = {
-        split: [(row[texts[0]], label.int2str(row[classes[0]])) for row in loaded[split]]
-        for split in ("train", "test")
-    }
+    splits = [
+        [(row[texts[0]], label.int2str(row[classes[0]])) for row in loaded.get(split, [])]
+        for split in ("train", "validation", "test")
+    ]
     parts = [names[start : start + CLASSES_PER_TENANT] for start in range(0, len(names), CLASSES_PER_TENANT)]
-    return _from_classes(rows["train"], rows["test"], {f"tenant_{i}": part for i, part in enumerate(parts)})
+    return _from_classes(splits, {f"tenant_{i}": part for i, part in enumerate(parts)}, rng)
 
 
 def make_pairs(
@@ -126,7 +136,7 @@ def make_pairs(
 
     Args:
         tenant: The tenant.
-        split: `"train"` or `"test"`.
+        split: `"train"`, `"validation"` or `"test"`.
         tokenizer: The cross-encoder's tokenizer.
         n_queries: How many queries of an FAQ are used at most.
         n_wrong: How many wrong FAQs a query is paired with; None for all of them.

@@ -35,6 +35,7 @@ from transformers import (
     BatchEncoding,
     DataCollatorWithPadding,
     HfArgumentParser,
+    PrinterCallback,
     TrainingArguments,
     set_seed,
 )
@@ -109,12 +110,14 @@ class Platform:
             **kwargs,
         )
 
-    def train(self, dataset: Dataset, what: str, epochs: float, trainer_cls: type = AdapterTrainer) -> float:
-        """Trains the active setup; returns the seconds."""
-        print(f"\n{what}: {len(dataset)} pairs, {epochs:g} epochs")
-        kwargs: dict = {}
+    def train(
+        self, dataset: Dataset, epochs: float, trainer_cls: type = AdapterTrainer, what: str = "", **kwargs: object
+    ) -> float:
+        """Trains the active setup, with further training arguments if given; returns the seconds."""
+        if what:
+            print(f"\n{what}: {len(dataset)} pairs, {epochs:g} epochs")
         if trainer_cls is had.DistillationTrainer:
-            kwargs = {"cls": had.DistillationTrainingArguments, "keep_fusion": True, "logging_steps": 50}
+            kwargs["cls"] = had.DistillationTrainingArguments
         trainer = trainer_cls(
             model=self.model,
             args=self.training_arguments(epochs, **kwargs),
@@ -122,6 +125,7 @@ class Platform:
             data_collator=self.collator,
             processing_class=self.tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)
         return trainer.train().metrics["train_runtime"]
 
     def batches(self, dataset: Dataset, size: int) -> list[BatchEncoding]:
@@ -139,7 +143,7 @@ class Platform:
 
     def evaluate(self, dataset: Dataset, n_faqs: int) -> dict[str, float]:
         """The metrics of the active setup on the test pairs."""
-        batches = tqdm(self.batches(dataset, n_faqs), desc="queries", leave=False)
+        batches = tqdm(self.batches(dataset, n_faqs), desc="queries", leave=False, disable=None)
         scores = [score for batch in batches for score in self.score(batch)]
         return self.metric.compute(predictions=scores, references=dataset["labels"], query_ids=dataset["query_ids"])
 
@@ -148,7 +152,7 @@ class Platform:
     ) -> dict[str, float]:
         """The median time of a query, a batch with all its FAQs, for each setup; they take turns at each query."""
         times: dict[str, list[float]] = {name: [] for name in setups}
-        for batch in tqdm(batches, desc="latency", leave=False):
+        for batch in tqdm(batches, desc="latency", leave=False, disable=None):
             for name, setup in setups.items():
                 self.model.set_active_adapters(setup)
                 start = time.perf_counter()
@@ -171,7 +175,7 @@ def train_teachers(platform: Platform, tenants: list[Tenant]) -> list[str]:
         platform.add_head(tenant.name)
         platform.model.train_adapter(tenant.name)
         pairs = make_pairs(tenant, "train", platform.tokenizer, args.teacher_queries, args.n_wrong, args.seed)
-        platform.train(pairs, f"Teacher {number} of {len(tenants)}, {tenant.name}", args.teacher_epochs)
+        platform.train(pairs, args.teacher_epochs, what=f"Teacher {number} of {len(tenants)}, {tenant.name}")
     return [tenant.name for tenant in tenants]
 
 
@@ -200,7 +204,7 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
         model.add_adapter(name, config=ADAPTER)
         platform.add_head(name)
         model.train_adapter(name)
-        return platform.train(train, what, epochs)
+        return platform.train(train, epochs, what=what)
 
     seconds = plain("plain", args.epochs, "Plain adapter")
     finish("plain adapter", seconds, lambda path: model.save_adapter(str(path / "plain"), "plain"))
@@ -210,7 +214,7 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
     model.add_adapter_fusion(fusion)
     model.train_adapter_fusion(fusion)
     model.active_head = "own"
-    seconds += platform.train(train, "AdapterFusion, fusion", args.epochs / 2)
+    seconds += platform.train(train, args.epochs / 2, what="AdapterFusion, fusion")
 
     def save_fusion(path: Path) -> None:
         model.save_adapter_fusion(str(path / "fusion"), fusion)
@@ -223,14 +227,16 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
     model.average_head("average", teachers)
     model.train_adapter("average")
     model.active_head = "average"
-    seconds = platform.train(train, "Plain adapter from the teachers' average", args.epochs)
+    seconds = platform.train(train, args.epochs, what="Plain adapter from the teachers' average")
     finish("teachers' average", seconds, lambda path: model.save_adapter(str(path / "average"), "average"))
 
     set_seed(args.seed)
     config = had.DistillationConfig(teachers=teachers, carrier=args.carrier)
     model.add_adapter(tenant.name, config=ADAPTER, distill_from=config)
     model.train_adapter(tenant.name)
-    seconds = platform.train(train, "AdapterDistillation", args.epochs, had.DistillationTrainer)
+    seconds = platform.train(
+        train, args.epochs, had.DistillationTrainer, "AdapterDistillation", keep_fusion=True, logging_steps=50
+    )
     finish("AdapterDistillation", seconds, lambda path: model.save_adapter(str(path / tenant.name), tenant.name))
 
     times = platform.milliseconds(setups, platform.batches(test, len(tenant.faqs))[:24])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters import AutoAdapterModel
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -17,8 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    BertModel,
     DistilBertConfig,
     GPT2Config,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     T5Config,
     set_seed,
@@ -140,6 +143,7 @@ def trainer_args(tmp_path):
             "per_device_train_batch_size": 4,
             "num_train_epochs": 2,
             "learning_rate": 1e-2,
+            "distillation_start": 0.5,
             "report_to": [],
             "save_strategy": "no",
             "disable_tqdm": True,
@@ -150,3 +154,25 @@ def trainer_args(tmp_path):
         return had.DistillationTrainingArguments(**{**defaults, **kwargs})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """The folder of a tiny BERT with a tokenizer trained on a few sentences."""
+    folder = str(tmp_path_factory.mktemp("encoder"))
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    texts = ["my card is gone", "when does the train leave", "what do i pay for the parcel", "how is the weather"]
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder

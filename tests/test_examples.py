@@ -13,8 +13,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from faq_data import BUNDLED, hold_out, load_tenants, make_pairs  # noqa: E402
 from retrieval_metric import RetrievalMetric  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers  # noqa: E402
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 TENANTS = json.loads(BUNDLED.read_text())["tenants"]
 
@@ -32,20 +31,6 @@ def test_bundled_data_is_what_it_says():
     assert len(set(queries)) == len(queries) == 1008
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    texts = [query for tenant in TENANTS[:1] for faq in tenant["faqs"] for query in faq["queries"]]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
 def test_split_has_no_query_twice():
     for tenant in load_tenants(str(BUNDLED), seed=1):
         hold_out(tenant, 3)
@@ -54,7 +39,18 @@ def test_split_has_no_query_twice():
             assert not set(faq.train) & set(faq.test)
 
 
-def test_pairs(tokenizer):
+def test_validation_queries_are_held_out_where_there_is_no_split():
+    tenant = load_tenants(str(BUNDLED), seed=1)[0]
+    whole = set(tenant.faqs[0].train)
+    hold_out(tenant, 3, n_validation=4)
+    parts = [tenant.faqs[0].train, tenant.faqs[0].validation, tenant.faqs[0].test]
+    assert [len(part) for part in parts] == [3, 4, 7] and whole == set().union(*parts)
+    with pytest.raises(ValueError, match="10 training queries are too many"):
+        hold_out(load_tenants(str(BUNDLED), seed=1)[0], 10, n_validation=4)
+
+
+def test_pairs(tiny_encoder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     tenant = load_tenants(str(BUNDLED), seed=1)[0]
     hold_out(tenant, 10)
     train = make_pairs(tenant, "train", tokenizer, n_queries=3, n_wrong=2, seed=1)
@@ -68,13 +64,17 @@ def test_pairs(tokenizer):
 
 def test_clinc150_form(tmp_path):
     rows = [[f"{intent} query {i}", intent] for intent in ("pay_bill", "book_hotel", "oos") for i in range(3)]
-    (tmp_path / "data_full.json").write_text(json.dumps({"train": rows, "val": [], "test": rows[:1] + rows[3:4]}))
+    splits = {"train": rows, "val": rows[1:2], "test": rows[:1] + rows[3:4]}
+    (tmp_path / "data_full.json").write_text(json.dumps(splits))
     (tmp_path / "domains.json").write_text(json.dumps({"small bank": ["pay_bill"], "travel": ["book_hotel"]}))
     for data in (tmp_path, tmp_path / "data_full.json"):
         bank, travel = load_tenants(str(data), seed=1)
         assert (bank.name, travel.name) == ("small_bank", "travel")
         (faq,) = bank.faqs
         assert (faq.question, len(faq.train), faq.test) == ("pay bill", 3, ["pay_bill query 0"])
+        assert faq.validation == ["pay_bill query 1"]
+    orders = {tuple(load_tenants(str(tmp_path), seed)[0].faqs[0].train) for seed in range(9)}
+    assert len(orders) > 1, "a seed draws its own training queries"
 
 
 def test_hub_form(monkeypatch):
@@ -92,6 +92,7 @@ def test_hub_form(monkeypatch):
     assert asked == [("clinc/clinc_oos", "plus")]
     assert (len(first.faqs), len(second.faqs)) == (15, 5)
     assert (first.faqs[0].question, first.faqs[0].train, first.faqs[0].test) == ("intent 0", ["query 1"], ["query 1"])
+    assert first.faqs[0].validation == []
     monkeypatch.setattr("faq_data.datasets.load_dataset", lambda *args: {"train": split.remove_columns("intent")})
     with pytest.raises(ValueError, match="needs one class column, a text column and the splits train and test"):
         load_tenants("me/no-classes", seed=1)
@@ -132,15 +133,10 @@ def run_example(monkeypatch, *arguments):
     faq_retrieval.main()
 
 
-def test_example_runs_on_a_tiny_model(tokenizer, tmp_path, monkeypatch, capsys):
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    config = BertConfig(
-        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertModel(config).save_pretrained(tmp_path / "tiny")
+def test_example_runs_on_a_tiny_model(tiny_encoder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     run_example(
-        monkeypatch, "--model", str(tmp_path / "tiny"), "--quick", "--output_dir", str(out), "--new_tenant", "bank",
+        monkeypatch, "--model", tiny_encoder, "--quick", "--output_dir", str(out), "--new_tenant", "bank",
         "--test_queries", "1", "--shots", "1", "--ask", "my card is gone", "--carrier", "mixed",
     )  # fmt: skip
     printed = capsys.readouterr().out
