@@ -77,7 +77,7 @@ def take_times(trainer: Trainer) -> dict[str, float]:
 def epoch(platform: example.Platform, pairs: Dataset, method: str, teachers: list[str]) -> dict[str, float]:
     """The times of one epoch of a new adapter, a plain one or one that is distilled from the first step."""
     model, distils = platform.model, method != "plain adapter"
-    config = had.DistillationConfig(teachers, carrier=method) if distils else None
+    config = had.DistillationConfig(teachers, method, student_start="average") if distils else None
     model.add_adapter("new", config=example.ADAPTER, distill_from=config)
     platform.add_head("new")
     model.train_adapter("new")

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
-Carrier = Literal["student", "fused", "mixed"]
-StudentStart = Literal["teachers", "random"]
+Carrier = Literal["student", "fused", "mixed", "dual"]
+StudentStart = Literal["teachers", "average", "random"]
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -28,10 +28,12 @@ class DistillationConfig:
             learns to explain the student; `"fused"`: the fusion of teachers and student, which then learns from the
             task as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from 1 to 0 over
             stage 2, else the student's (the module replacement of BERT-of-Theseus,
-            https://arxiv.org/abs/2002.02925).
-        student_start: Where the student starts. `"teachers"`: at the average of the teachers' weights and of their
-            heads, where their configurations agree with the student's; `"random"`: at the adapter's own
-            initialisation.
+            https://arxiv.org/abs/2002.02925); `"dual"`: two passes, one with the fused output and one with the
+            student's, each with the task loss, matched in each layer and in the logits, at twice the cost.
+        student_start: Where the student starts. `"average"`: at the average of the teachers' weights and of their
+            heads, where their configurations agree with the student's; `"teachers"`: from there `DistillationTrainer`
+            moves it to the average of the teachers' updates on the training inputs, before the first step and without
+            labels (`start.fit_start`); `"random"`: at the adapter's own initialisation.
 
     Raises:
         ValueError: If `carrier` or `student_start` is unknown. The teachers are checked against the student and the
@@ -41,6 +43,18 @@ class DistillationConfig:
     teachers: Sequence[str]
     carrier: Carrier = "student"
     student_start: StudentStart = "teachers"
+
+    @classmethod
+    def paper(cls, teachers: Sequence[str]) -> "DistillationConfig":
+        """What the paper fixes: a student that learns the task from its own start, and from its fused teachers then.
+
+        Args:
+            teachers: The teachers.
+
+        Returns:
+            A config with `carrier="student"` and `student_start="random"`, for which half of the steps are stage 1.
+        """
+        return cls(teachers, carrier="student", student_start="random")
 
     def __post_init__(self) -> None:
         _check_choice("carrier", self.carrier, get_args(Carrier))
@@ -57,15 +71,16 @@ class DistillationTrainingArguments(TrainingArguments):
         ValueError: If a value is out of its range.
     """
 
-    distillation_start: float = field(
-        default=0.5,
+    distillation_start: float | None = field(
+        default=None,
         metadata={
             "help": "Fraction of all steps that is spent in stage 1, plain training of the student on its own data. "
-            "0 distils from the first step, 1 never distils."
+            "0 distils from the first step, 1 never distils. Default: 0 for a student that starts at its teachers, "
+            "0.5 for one that starts at random."
         },
     )
     distillation_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the distillation loss beside the task loss in stage 2."}
+        default=1.0, metadata={"help": "Weight of the distillation loss beside the task loss in stage 2."}
     )
     fusion_learning_rate: float | None = field(
         default=None,
@@ -85,7 +100,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.distillation_start <= 1:
+        if self.distillation_start is not None and not 0 <= self.distillation_start <= 1:
             raise ValueError(
                 f"distillation_start={self.distillation_start} is out of range; "
                 "it is a fraction of all steps, from 0 to 1."

@@ -9,7 +9,8 @@ from adapters import AdapterSetup, ModelAdaptersMixin
 from ._compat import Adapter, BottleneckLayer, BottleneckState, ForwardContext
 from .composition import AdapterDistillation, find_block
 from .fusion import TeacherFusion
-from .losses import feature_matching_loss, token_weights, value_regularization
+from .losses import feature_matching_loss, logit_matching_loss, token_weights, value_regularization
+from .regression import UpProjectionFit
 from .stacked import can_be_stacked, stack
 from .state import Distillation, DistillationRecord, TeacherAttention, distillations
 
@@ -22,15 +23,22 @@ class DistillationPass:
         masks: The attention mask of the encoder (or the only stack of layers) and that of the decoder, (batch,
             seq_len) each, None where all tokens count.
         training: Whether the losses are wanted, or the attention alone.
+        part: `"fused"` or `"student"` in the two passes of the carrier `dual`, which are matched after the second.
     """
 
-    def __init__(self, distillation: Distillation, masks: dict[bool, torch.Tensor | None], training: bool) -> None:
+    def __init__(
+        self, distillation: Distillation, masks: dict[bool, torch.Tensor | None], training: bool, part: str = ""
+    ) -> None:
         self.distillation = distillation
         self.masks = masks
         self.training = training
+        self.part = part
         self.fusions: dict[str, TeacherFusion] = {}
         self.losses: list[torch.Tensor] = []
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.attention: dict[str, TeacherAttention] = {}
+        self.logit_loss: torch.Tensor | float = 0.0
+        self.fused_task_loss: torch.Tensor | None = None
         self._weights: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def weights(self, fusion: TeacherFusion, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,17 +68,12 @@ class DistillationPass:
 
         Compiled code cannot branch on what was drawn: there the draw is a tensor, and both outputs are computed.
         """
-        carrier = self.distillation.config.carrier
+        carrier = self.part or self.distillation.config.carrier
         if not self.training or carrier != "mixed":
             return self.training and carrier == "fused"
         if torch.compiler.is_compiling():
             return torch.rand((), device=device) < self.distillation.fused_probability
         return bool(torch.rand(()) < self.distillation.fused_probability)
-
-    def add(self, fusion: TeacherFusion, loss: torch.Tensor, attention: TeacherAttention) -> None:
-        """Takes the terms of one location. What gradient checkpointing adds again in backward comes after the sum."""
-        self.losses.append(loss)
-        self.attention[fusion.location] = attention
 
 
 def bottleneck_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, BottleneckLayer]]:
@@ -105,7 +108,8 @@ def compose_distillation(
         return layer.compose_stack(block, state, lvl)
     fusion = fusions[block.student]
     current.fusions[fusion.location] = fusion
-    if not (current.distillation.enabled or current.distillation.observing):
+    distillation = current.distillation
+    if not (distillation.enabled or distillation.observing or distillation.fits is not None):
         return layer.compose_stack(block, state, lvl)
 
     for below in block.children[:-1]:
@@ -114,18 +118,32 @@ def compose_distillation(
     student_input = layer.pre_block(block.student, state)
     student_state = layer.compose_single(block.student, student_input, lvl + 1)
     student_output = student_state.bottleneck_up  # (B, T, d), what the adapter adds to the residual
+    sequence_weights, batch_weights = current.weights(fusion, student_output)
+    if distillation.fits is not None:
+        student, hidden_states = layer.adapters[block.student], student_input.hidden_states  # (B, T, d)
+        teachers = [layer.adapters[name] for name in block.teachers]  # of the student's config
+        update = torch.stack([adapter_update(teacher, hidden_states) for teacher in teachers]).mean(dim=0)  # (B, T, d)
+        fit = distillation.fits.setdefault(fusion.location, UpProjectionFit())
+        fit.add(student.adapter_down(hidden_states), update / student.scaling, sequence_weights)
+        return student_state._replace(hidden_states=student_input.adapter_residual + update)
+    # What gradient checkpointing appends again in backward, here and below, comes after the sum.
+    if current.part == "student":
+        current.outputs.append((student_output, sequence_weights))
+        return student_state
 
     passes_fused = current.draw(student_output.device)
     # The carrier "student" leaves the task loss to the student: its fusion explains the student and steers nothing.
-    matched_only = current.distillation.config.carrier == "student" or not current.training
+    matched_only = distillation.config.carrier == "student" or not current.training
     hidden_states = student_input.hidden_states.detach() if matched_only else student_input.hidden_states  # (B, T, d)
     names, fused_output, attention = _fuse(layer, block, fusion, state, hidden_states, without_student=matched_only)
 
-    sequence_weights, batch_weights = current.weights(fusion, hidden_states)
-    target = fused_output if matched_only else fused_output.detach()
-    loss = feature_matching_loss(student_output, target, sequence_weights)
     mean_attention = torch.einsum("bt,btn->n", batch_weights, attention.to(batch_weights.dtype))
-    current.add(fusion, loss, TeacherAttention(names, mean_attention))
+    current.attention[fusion.location] = TeacherAttention(names, mean_attention)
+    target = fused_output if matched_only else fused_output.detach()
+    if current.part == "fused":
+        current.outputs.append((target, sequence_weights))
+    else:
+        current.losses.append(feature_matching_loss(student_output, target, sequence_weights))
     if passes_fused is False:
         return student_state
     passed_on = student_input.adapter_residual + fused_output  # (B, T, d)
@@ -212,14 +230,42 @@ def call_with_distillation(
     block = find_block(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
     training = model.training and torch.is_grad_enabled()
-    if distillation is None or not (training or distillation.observing):
+    if distillation is None or not (training or distillation.observing or distillation.fits is not None):
         return original(context, model, forward, *args, **kwargs)
 
-    current = DistillationPass(distillation, _masks(args, kwargs), training)
-    vars(context)["distillation_pass"] = current
-    output = original(context, model, forward, *args, **kwargs)
+    masks = _masks(args, kwargs)
+
+    def run(context: ForwardContext, part: str) -> tuple[DistillationPass, Any]:
+        current = vars(context)["distillation_pass"] = DistillationPass(distillation, masks, training, part)
+        return current, original(context, model, forward, *args, **kwargs)
+
+    if training and distillation.enabled and distillation.config.carrier == "dual":
+        with type(context)(model, *args, **kwargs) as fused_context:
+            fused, fused_output = run(fused_context, "fused")
+        current, output = run(context, "student")
+        _match(current, output, fused, fused_output)
+    else:
+        current, output = run(context, "")
     distillation.record = _fold(current, output)
     return output
+
+
+def _match(current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any) -> None:
+    """Gathers the terms of the carrier `dual` in the student's pass: each layer's output, logits and both task losses.
+
+    Raises:
+        ValueError: If the outputs have no loss, which the fusion would have to learn from.
+    """
+    if not isinstance(output, dict) or output.get("loss") is None:
+        raise ValueError(
+            "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
+        )
+    pairs = zip(current.outputs, fused.outputs, strict=True)
+    current.losses = [feature_matching_loss(student, target, weights) for (student, weights), (target, _) in pairs]
+    logits = [name for name in output if name.endswith("logits")]
+    current.logit_loss = sum(logit_matching_loss(output[name], fused_output[name]) for name in logits)
+    current.fused_task_loss = fused_output["loss"]
+    current.fusions, current.attention = fused.fusions, fused.attention
 
 
 def _masks(args: tuple, kwargs: dict[str, Any]) -> dict[bool, torch.Tensor | None]:
@@ -234,7 +280,7 @@ def _masks(args: tuple, kwargs: dict[str, Any]) -> dict[bool, torch.Tensor | Non
 def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
     """Adds the gathered terms to the loss of the output, if it has one."""
     if not current.training:
-        return DistillationRecord(torch.zeros(()), False, None, None, current.attention)
+        return DistillationRecord(torch.zeros(()), False, None, None, None, current.attention)
     distillation, fusions = current.distillation, current.fusions.values()
     added = torch.zeros(())
     if not current.losses or distillation.config.carrier == "mixed":
@@ -242,12 +288,16 @@ def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
         added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
     distillation_loss = regularization = None
     if current.losses:
-        distillation_loss = torch.stack(current.losses).mean()
+        distillation_loss = torch.stack(current.losses).mean() + current.logit_loss
         regularization = distillation.regularization * value_regularization(f.value.weight for f in fusions)
         added = added + distillation.scale * (distillation.weight * distillation_loss + regularization)
         distillation_loss, regularization = distillation_loss.detach(), regularization.detach()
+    fused_task_loss = current.fused_task_loss
+    if fused_task_loss is not None:
+        added = added + fused_task_loss
+        fused_task_loss = fused_task_loss.detach()
     in_loss = isinstance(output, dict) and output.get("loss") is not None
     if in_loss:
         output["loss"] = output["loss"] + added
         added = added.detach()
-    return DistillationRecord(added, in_loss, distillation_loss, regularization, current.attention)
+    return DistillationRecord(added, in_loss, distillation_loss, regularization, fused_task_loss, current.attention)

@@ -59,6 +59,22 @@ def feature_matching_loss(
     return (error / variance.clamp(min=MINIMAL_VARIANCE)).mean()
 
 
+def logit_matching_loss(student_logits: torch.Tensor, fused_logits: torch.Tensor) -> torch.Tensor:
+    """Squared difference of the student's logits from those of the fused pass, for the carrier `dual`.
+
+    Logit regression (Ba and Caruana, https://arxiv.org/abs/1312.6184) fits all heads: classes, labels, scores, tokens.
+
+    Args:
+        student_logits: The student's logits, of any shape.
+        fused_logits: The logits of the fused pass, of the same shape. No gradient flows through them.
+
+    Returns:
+        The mean over all logits, a float32 scalar (float64 for float64 inputs).
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return (student_logits.to(dtype) - fused_logits.detach().to(dtype)).square().mean()
+
+
 def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:
     r"""Squared Frobenius distance of the value matrices from the identity, summed over layers.
 

@@ -7,6 +7,7 @@ import torch
 from adapters import ModelAdaptersConfig
 
 from .configuration import DistillationConfig, DistillationTrainingArguments
+from .regression import UpProjectionFit
 
 
 def _default(argument: str) -> Any:
@@ -35,6 +36,7 @@ class DistillationRecord:
             `added` still carries its graph and the caller adds it.
         distillation_loss: Mean over layers, unweighted, detached; None in stage 1.
         fusion_regularization: Weighted, detached; None in stage 1.
+        fused_task_loss: The task loss of the fused pass of the carrier `dual`, detached; None for the others.
         attention: The attention at each location.
     """
 
@@ -42,6 +44,7 @@ class DistillationRecord:
     in_loss: bool
     distillation_loss: torch.Tensor | None
     fusion_regularization: torch.Tensor | None
+    fused_task_loss: torch.Tensor | None
     attention: dict[str, TeacherAttention]
 
 
@@ -56,7 +59,8 @@ class Distillation:
     Args:
         config: What is distilled; `config.teachers` holds the names on the model.
         sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
-        start_digest: The digest of the student's weights where it started, until its head has started, too.
+        start_digest: The digest of the average of the teachers' weights where the student started; else None.
+        head_started: Whether the head had its chance to start at the average of the teachers' heads.
         training: What a finished training adds to the provenance (arguments, teachers' digests).
         enabled: Whether forward passes in training mode distil (stage 2) or not (stage 1).
         weight: The weight of the distillation loss.
@@ -64,6 +68,7 @@ class Distillation:
         scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
         fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
             where it changes from step to step, or compiled code would be compiled anew.
+        fits: What the layers gather for `start.fit_start`, by location, while it runs.
         observing: Whether forward passes in evaluation mode run the fusion for its attention.
         record: What the last training forward pass added, until the trainer has read it.
     """
@@ -71,12 +76,14 @@ class Distillation:
     config: DistillationConfig
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digest: str | None = None
+    head_started: bool = False
     training: dict[str, Any] | None = None
     enabled: bool = True
     weight: float = _default("distillation_weight")
     regularization: float = _default("fusion_regularization")
     scale: float = 1.0
     fused_probability: float | torch.Tensor = 1.0
+    fits: dict[str, UpProjectionFit] | None = None
     observing: bool = False
     record: DistillationRecord | None = None
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, Stack
 from torch import nn
 from transformers.utils import logging
@@ -13,8 +12,8 @@ from transformers.utils import logging
 from .composition import AdapterDistillation, check_teachers, find_block
 from .configuration import DistillationConfig
 from .fusion import TeacherFusion
-from .hub import adapter_digest
 from .layers import bottleneck_layers
+from .start import start_at_average, start_head
 from .state import Distillation, add_distillation, distillations
 from .teachers import Source, check_devices, check_folder, check_fusable, check_weights, load_teacher, locate_teacher
 
@@ -83,57 +82,8 @@ def add_student(
         sources={name: source for name, (_, _, source) in located.items()},
     )
     add_distillation(model.adapters_config, student, distillation)
-    if distillation_config.student_start == "teachers":
-        start_at_teachers(model, student, distillation)
-
-
-def _mean(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
-    states = [module.state_dict() for module in modules]
-    return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
-
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in module.state_dict().items()}
-
-
-def start_at_teachers(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
-    """Sets the student to the average of its teachers, if their configs agree; its head follows in `start_head`."""
-    ignored = {"dropout", "init_weights", "init_weights_seed"}  # no part of what the weights compute
-
-    def relevant(name: str) -> dict:
-        return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
-
-    teachers = distillation.config.teachers
-    if other := [name for name in teachers if relevant(name) != relevant(student)]:
-        logger.warning(
-            f"{student!r} starts at random weights: its config is not that of teacher {other[0]!r}, so there is no "
-            f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
-        )
-        return
-    for _, layer in bottleneck_layers(model, student):
-        layer.adapters[student].load_state_dict(_mean([layer.adapters[name] for name in teachers]))
-    distillation.start_digest = adapter_digest(model, student)
-
-
-def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
-    """Sets the student's head to the average of its teachers' heads, where their shapes agree; adds it if missing.
-
-    Happens once, before the first training, and only as long as the student's weights are those it started from: a
-    student that was trained or loaded meanwhile keeps its head.
-    """
-    unchanged = distillation.start_digest == adapter_digest(model, student)
-    distillation.start_digest = None
-    teachers = distillation.config.teachers
-    if not unchanged or any(name not in model.heads for name in teachers):
-        return
-    heads = [model.heads[name] for name in teachers]
-    if student not in model.heads:
-        if all(head.config == heads[0].config for head in heads):
-            model.average_head(student, list(teachers))
-        return
-    head = model.heads[student]
-    if all(type(other) is type(head) and _shapes(other) == _shapes(head) for other in heads):
-        head.load_state_dict(_mean(heads))
+    if distillation_config.student_start != "random":
+        start_at_average(model, student, distillation)
 
 
 def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
@@ -225,8 +175,7 @@ def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool
     if not hasattr(model, "heads"):
         return
     distillation = distillations(model.adapters_config)[student]
-    if distillation.start_digest is not None:
-        start_head(model, student, distillation)
+    start_head(model, student, distillation)
     for name, head in model.heads.items():
         head.requires_grad_(name == student)
     if student in model.heads:

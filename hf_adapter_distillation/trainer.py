@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -9,21 +10,21 @@ import torch
 from adapters import AdapterTrainer, ModelAdaptersMixin, Stack
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ._compat import (
     ADAPTER_CONFIG_NAME,
     SAFE_HEAD_WEIGHTS_NAME,
     SAFE_WEIGHTS_NAME,
-    BottleneckLayer,
     loss_counts_items,
 )
+from .callback import FrozenTeachersCallback
 from .composition import AdapterDistillation, find_block
 from .configuration import DistillationTrainingArguments
-from .hub import adapter_digest, provenance, read_provenance
+from .hub import adapter_digest, read_provenance
 from .parts import check_trainable, is_fusion, parameter_table
+from .start import fit_start, start_examples
 from .state import Distillation, DistillationRecord, distillations
 from .student import drop_fusion
 
@@ -35,6 +36,7 @@ FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
 class DistillationTrainer(AdapterTrainer):
     """Trains a student adapter in two stages in one `train()`.
 
+    A student that starts at its teachers' average is first moved to the average of their updates (`start.fit_start`).
     Stage 1 trains the student and its head on the task alone; stage 2, from the step
     `ceil(distillation_start * max_steps)` on, adds the distillation loss (`losses.feature_matching_loss`, the mean
     over layers times `distillation_weight`) and trains the fusion with it. Evaluation runs the student alone. There is
@@ -76,6 +78,11 @@ class DistillationTrainer(AdapterTrainer):
         check_trainable(self.model, self.block)
         # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
         self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
+        if self.distillation.config.carrier == "dual" and (self.label_smoother or self.compute_loss_func):
+            raise ValueError(
+                "The carrier 'dual' needs the model's own loss in both of its passes; leave out "
+                "label_smoothing_factor and compute_loss_func, or choose the carrier 'mixed'."
+            )
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._attention: dict[tuple[str, ...], torch.Tensor] = {}
         self._record: DistillationRecord
@@ -112,12 +119,49 @@ class DistillationTrainer(AdapterTrainer):
         self.model.set_active_adapters(Stack(*self.block.children))
         return output
 
+    def fit_start(self) -> None:
+        """Moves a student that still is the average of its teachers' weights to the average of their updates.
+
+        `train` does it before the first step; a student that was trained, loaded or resumed stays what it is.
+        """
+        student, distillation = self.block.student, self.distillation
+        if distillation.config.student_start != "teachers":
+            return
+        if distillation.start_digest != adapter_digest(self.model, student):
+            return
+        examples = start_examples(self.train_dataset, self.args.seed)
+        if examples is None:
+            logger.warning(
+                f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
+                "Pass DistillationConfig(student_start='average') to silence this."
+            )
+            return
+
+        def forward_passes() -> None:
+            with torch.random.fork_rng():  # the order of the training data stays what it is
+                for inputs in self.get_test_dataloader(examples):
+                    inputs = self._prepare_inputs(inputs)
+                    if self.label_smoother is not None or self.compute_loss_func is not None:
+                        inputs.pop("labels", None)
+                    with self.compute_loss_context_manager():
+                        self.model(**inputs)
+
+        explained = fit_start(self.model, student, forward_passes, partial(self.accelerator.reduce, reduction="sum"))
+        logger.info(f"{student!r} starts at the teachers' mean update, {explained:.1%} of which it explains.")
+
     # The stages
+
+    @property
+    def distillation_start(self) -> float:
+        """The fraction of all steps in stage 1: the argument of that name, or what its default is for this student."""
+        if self.args.distillation_start is not None:
+            return self.args.distillation_start
+        return 0.5 if self.distillation.start_digest is None else 0.0
 
     @property
     def first_distillation_step(self) -> int:
         """The number of the first step of stage 2, counted from 0."""
-        return ceil(self.args.distillation_start * self.state.max_steps)
+        return ceil(self.distillation_start * self.state.max_steps)
 
     def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
         distillation, step, first = self.distillation, self.state.global_step, self.first_distillation_step
@@ -270,6 +314,10 @@ class DistillationTrainer(AdapterTrainer):
             self._sums["task_loss"] += loss
             return
         added = self.distillation.weight * record.distillation_loss + record.fusion_regularization
+        if record.fused_task_loss is not None:
+            fused_task_loss = record.fused_task_loss / self.distillation.scale  # normalised as the task loss is
+            added = added + fused_task_loss
+            self._sums["fused_task_loss"] += step * fused_task_loss
         self._sums["task_loss"] += loss - step * added
         self._sums["stage_2_steps"] += step
         self._sums["distillation_loss"] += step * record.distillation_loss
@@ -328,58 +376,6 @@ def _active_block(model: PreTrainedModel) -> AdapterDistillation:
             "A student whose teachers were all deleted has nothing to learn from."
         )
     return block
-
-
-class FrozenTeachersCallback(TrainerCallback):
-    """Shows what is trained, and holds the teachers to being frozen.
-
-    Args:
-        trainer: The trainer.
-    """
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-        self.digests: dict[str, str] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Writes the table of parameters above the progress bar and notes the teachers' digests."""
-        trainer = self.trainer
-        check_trainable(trainer.model, trainer.block)
-        layers = [m for m in trainer.model.base_model.modules() if isinstance(m, BottleneckLayer)]
-        names = trainer.block.teachers
-        trainer._teacher_modules = [
-            layer.adapters[name] for layer in layers for name in names if name in layer.adapters
-        ]
-        trainer._sums.clear()
-        trainer._attention.clear()
-        trainer.distillation.training = None  # what an earlier training left for the provenance
-        self.digests = {name: adapter_digest(trainer.model, name) for name in names}
-        table = trainer.parameter_table()
-        logger.info(table)
-        if not args.disable_tqdm and state.is_world_process_zero:
-            tqdm.write(table)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Compares the digests and notes the settings for the provenance of the saved student."""
-        trainer = self.trainer
-        check_trainable(trainer.model, trainer.block)
-        teachers = provenance(trainer.model, trainer.distillation)["teachers"]
-        for teacher in teachers:
-            if teacher["digest"] != self.digests[teacher["name"]]:
-                raise RuntimeError(
-                    f"The weights of teacher {teacher['name']!r} changed in training; reload it before you use it."
-                )
-        settings = ("distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed")
-        trainer.distillation.training = {
-            "teachers": teachers,
-            **{name: getattr(args, name) for name in (*settings, "fusion_learning_rate")},
-            "steps": state.global_step,
-            "first_distillation_step": trainer.first_distillation_step,
-        }
 
 
 AdapterDistillationTrainer = DistillationTrainer

@@ -9,11 +9,16 @@ def test_defaults():
     assert (config.carrier, config.student_start) == ("student", "teachers")
 
 
+def test_the_setting_of_the_paper():
+    config = DistillationConfig.paper(["a", "b"])
+    assert (config.teachers, config.carrier, config.student_start) == (["a", "b"], "student", "random")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed'"),
-        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'random'"),
+        ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed', 'dual'"),
+        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'average'"),
     ],
 )
 def test_bad_config(kwargs, message):

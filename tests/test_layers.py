@@ -8,6 +8,7 @@ from adapters import Stack
 from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.fusion import TeacherFusion
 from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation
 from hf_adapter_distillation.losses import feature_matching_loss, token_weights
 from hf_adapter_distillation.stacked import StackedAdapters
@@ -81,7 +82,7 @@ def test_layers_equal_the_plain_reference(carrier, config, monkeypatch):
         torch.testing.assert_close(output.loss, plain + 0.7 * record.distillation_loss, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
 def test_evaluation_is_the_plain_student_and_touches_no_teacher(carrier, monkeypatch):
     model = make_student(make_model(), carrier=carrier)
     noisy(model, "insurance")
@@ -118,14 +119,14 @@ def test_stage_1_is_plain_training_and_keeps_the_fusion_in_the_graph():
     assert torch.equal(model(**make_batch()).loss, output.loss)
 
 
-@pytest.mark.parametrize(("carrier", "task_reaches_fusion"), [("student", False), ("fused", True), ("mixed", True)])
-def test_what_the_task_loss_trains(carrier, task_reaches_fusion):
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
+def test_what_the_task_loss_trains(carrier):
     model = make_student(make_model(), carrier=carrier)
     noisy(model, "insurance")  # at the average of the teachers their fusion has no need of queries
     output, _ = forward_in_stage_2(model, weight=0.0, regularization=0.0, fused_probability=1.0)
     output.loss.backward()
     fusion = [p.grad for name, p in model.named_parameters() if "distillation_fusion" in name]
-    assert any(grad.any() for grad in fusion) == task_reaches_fusion
+    assert any(grad.any() for grad in fusion) == (carrier != "student")
     assert all(p.grad is None for name, p in model.named_parameters() if any(f".{t}." in name for t in TEACHERS))
 
 
@@ -271,7 +272,7 @@ def test_a_teacher_on_another_device_is_refused_before_anything_is_changed():
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
 def test_one_token_one_teacher_of_width_one_and_padded_rows_are_finite(carrier):
     model = make_student(make_model(), teachers=["bank"], config="seq_bn[reduction_factor=32]", carrier=carrier)
     distillation_of(model).fused_probability = 1.0
@@ -309,7 +310,7 @@ def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monke
     assert cache.nbytes == 2 * small > 0
 
 
-@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
 def test_compiled_without_graph_breaks(carrier):
     results = []
     for compiled in (False, True):
@@ -325,7 +326,7 @@ def test_compiled_without_graph_breaks(carrier):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("carrier", ["student", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", "mixed", "dual"])
 def test_compiled_code_takes_sequences_of_any_length(carrier):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -357,6 +358,48 @@ def test_gradient_checkpointing_computes_nothing_more_often_than_it_must(monkeyp
         output.loss.backward()
         counts.append(len(calls))
     assert counts == [2, 4]  # once in each of the two layers, and once more in the layer's recomputation
+
+
+def test_dual_matches_a_fused_pass_and_a_students_pass(monkeypatch):
+    fuse = TeacherFusion.fuse_stacked
+    model = make_student(make_model().double(), carrier="dual", student_start="random").double()
+    output, record = forward_in_stage_2(model, weight=0.7, regularization=0.01)
+    seen = {}
+    for carrier in ("fused", "student"):
+        single = copy.deepcopy(model)
+        distillation_of(single).config.carrier = carrier
+        updates, targets = [], []
+        for _, layer in bottleneck_layers(single, "insurance"):
+            layer.adapters["insurance"].register_forward_hook(lambda *args, u=updates: u.append(args[2][2]))
+        monkeypatch.setattr(TeacherFusion, "fuse_stacked", lambda *args, t=targets: t.append(fuse(*args)) or t[-1])
+        part, _ = forward_in_stage_2(single, weight=0.0, regularization=0.0)
+        seen[carrier] = part, updates, [target for target, _ in targets]
+    monkeypatch.undo()
+    fused, student = seen["fused"], seen["student"]
+    weights = token_weights(make_batch()["attention_mask"].double())
+    matched = [feature_matching_loss(u, f, weights) for u, f in zip(student[1], fused[2], strict=True)]
+    logits = (student[0].logits - fused[0].logits).square().mean()
+    torch.testing.assert_close(record.distillation_loss, (torch.stack(matched).mean() + logits).detach())
+    torch.testing.assert_close(record.fused_task_loss, fused[0].loss.detach())
+    expected = student[0].loss + fused[0].loss + 0.7 * record.distillation_loss + record.fusion_regularization
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(output.logits, student[0].logits)
+    gradients = []
+    for weight in (0.0, 0.7):  # the fused pass is a fixed target: matching moves the student alone
+        model.zero_grad()
+        forward_in_stage_2(model, weight=weight)[0].loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    moved = {name for name, grad in gradients[0].items() if not torch.equal(grad, gradients[1][name])}
+    assert any("adapters.insurance" in name for name in moved)
+    assert not any("distillation_fusion" in name for name in moved)
+
+
+def test_dual_without_a_loss_of_the_model_is_refused():
+    model = make_student(make_model(), carrier="dual").train()
+    batch = make_batch()
+    del batch["labels"]
+    with pytest.raises(ValueError, match="The carrier 'dual' needs the loss of the model's output"):
+        model(**batch)
 
 
 def test_mixed_draws_between_student_and_fused():
@@ -413,10 +456,11 @@ def test_a_layer_that_the_student_leaves_out_has_no_fusion():
     assert len(record.attention) == 1
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("carrier", ["mixed", "dual"])
+def test_gradient_checkpointing_changes_nothing(carrier):
     results = []
     for checkpointing in (False, True):
-        model = make_student(make_model().double(), carrier="mixed", student_start="random")
+        model = make_student(make_model().double(), carrier=carrier, student_start="random")
         model.double().train()
         if checkpointing:
             model.gradient_checkpointing_enable()

@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adapter_distillation.losses import MINIMAL_VARIANCE, feature_matching_loss, token_weights, value_regularization
+from hf_adapter_distillation.losses import (
+    MINIMAL_VARIANCE,
+    feature_matching_loss,
+    logit_matching_loss,
+    token_weights,
+    value_regularization,
+)
 
 
 def reference(student, fused, mask):
@@ -79,3 +85,14 @@ def test_half_precision_is_computed_in_float32():
 def test_value_regularization():
     values = [torch.eye(3), torch.eye(2) + torch.tensor([[0.0, 2.0], [1.0, 0.0]])]
     assert value_regularization(values).item() == pytest.approx(5.0)
+
+
+def test_logits_by_hand():
+    student = torch.tensor([[1.0, 2.0], [0.0, -1.0]], requires_grad=True)
+    fused = torch.tensor([[1.0, 0.0], [3.0, -1.0]], requires_grad=True)
+    loss = logit_matching_loss(student, fused)
+    loss.backward()
+    assert loss.item() == pytest.approx((4 + 9) / 4)
+    assert student.grad.tolist() == [[0.0, 1.0], [-1.5, 0.0]] and fused.grad is None
+    assert logit_matching_loss(student.bfloat16(), fused.bfloat16()).dtype == torch.float32
+    assert logit_matching_loss(student.double(), fused.double()).dtype == torch.float64

@@ -36,7 +36,7 @@ def dataset_for(family, head):
     return make_dataset(labels="classification" if head == "classification" else "tokens")
 
 
-@pytest.mark.parametrize("carrier", ["student", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", "mixed", "dual"])
 @pytest.mark.parametrize(("family", "kind", "head"), CASES)
 def test_both_stages(family, kind, head, carrier, trainer_args, tmp_path):
     model = make_model(family, kind)

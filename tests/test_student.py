@@ -74,7 +74,7 @@ def test_a_missing_head_is_made_from_the_teachers_heads():
         torch.testing.assert_close(weight, sum(head[key] for head in heads) / 3)
 
 
-@pytest.mark.parametrize("start", ["teachers", "random"])
+@pytest.mark.parametrize("start", ["teachers", "average", "random"])
 def test_where_the_student_starts(start):
     model = with_teachers()
     model.add_adapter("insurance", distill_from=had.DistillationConfig(teachers=TEACHERS, student_start=start))
@@ -84,10 +84,10 @@ def test_where_the_student_starts(start):
     for _, layer in bottleneck_layers(model, "insurance"):
         for key, weight in layer.adapters["insurance"].named_parameters():
             mean = sum(dict(layer.adapters[name].named_parameters())[key] for name in TEACHERS) / 3
-            assert torch.allclose(weight, mean, atol=1e-6) == (start == "teachers")
+            assert torch.allclose(weight, mean, atol=1e-6) == (start != "random")
     for key, weight in model.heads["insurance"].named_parameters():
         mean = sum(dict(model.heads[name].named_parameters())[key] for name in TEACHERS) / 3
-        torch.testing.assert_close(weight, mean if start == "teachers" else fresh_head[key])
+        torch.testing.assert_close(weight, fresh_head[key] if start == "random" else mean)
 
 
 @pytest.mark.parametrize("adapter_trained", [False, True])

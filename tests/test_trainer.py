@@ -43,7 +43,7 @@ def trainer_for(model, args, **kwargs):
 
 
 @pytest.mark.parametrize("kind", ["flex", "classification"])
-@pytest.mark.parametrize("carrier", ["student", "fused", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
 def test_training_moves_the_student_and_nothing_of_the_teachers(kind, carrier, trainer_args):
     model = make_student(make_model(kind=kind), carrier=carrier)
     before = snapshot(model)
@@ -85,8 +85,24 @@ def test_the_ends_of_distillation_start(start, first, trainer_args):
     assert stages == ({2} if start == 0 else {1})
 
 
+@pytest.mark.parametrize(
+    ("start", "config", "first"),
+    [("teachers", "seq_bn", 0), ("average", "seq_bn", 0), ("random", "seq_bn", 4), ("teachers", "double_seq_bn", 4)],
+)
+def test_a_student_that_starts_at_its_teachers_has_no_stage_1_by_default(start, config, first, trainer_args):
+    model = make_student(make_model(), train=False, student_start=start)
+    distill_from = had.DistillationConfig(TEACHERS, student_start=start)
+    model.add_adapter("insurance", config=config, distill_from=distill_from, overwrite_ok=True)
+    model.add_classification_head("insurance", overwrite_ok=True)
+    model.train_adapter("insurance")
+    trainer = trainer_for(model, trainer_args(distillation_start=None))
+    trainer.train()
+    assert trainer.state.max_steps == 8 and trainer.first_distillation_step == first
+    assert trainer.distillation.training["distillation_start"] == first / 8
+
+
 def test_without_stage_2_it_is_plain_adapter_training(trainer_args):
-    model, plain = make_student(make_model()), make_student(make_model())
+    model, plain = (make_student(make_model(), student_start="average") for _ in range(2))
     trainer_for(model, trainer_args(distillation_start=1.0)).train()
     plain.train_adapter(Stack("insurance"))
     AdapterTrainer(model=plain, args=trainer_args(), train_dataset=make_dataset()).train()
@@ -112,9 +128,11 @@ def test_a_second_train_starts_again(trainer_args):
     assert second.training_loss < first.training_loss
 
 
-def test_loss_terms_are_logged_and_add_up(trainer_args):
+@pytest.mark.parametrize("carrier", ["student", "dual"])
+def test_loss_terms_are_logged_and_add_up(carrier, trainer_args):
     trainer = trainer_for(
-        make_student(make_model()), trainer_args(distillation_weight=0.7, gradient_accumulation_steps=2)
+        make_student(make_model(), carrier=carrier),
+        trainer_args(distillation_weight=0.7, gradient_accumulation_steps=2),
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
@@ -122,8 +140,9 @@ def test_loss_terms_are_logged_and_add_up(trainer_args):
     for log in logs:
         total = log["task_loss"]
         if log["stage"] == 2:
-            total += 0.7 * log["distillation_loss"] + log["fusion_regularization"]
-            assert sum(log[f"attention/{teacher}"] for teacher in TEACHERS) == pytest.approx(1, abs=1e-5)
+            total += 0.7 * log["distillation_loss"] + log["fusion_regularization"] + log.get("fused_task_loss", 0)
+            fused = TEACHERS if carrier == "student" else [*TEACHERS, "insurance"]
+            assert sum(log[f"attention/{name}"] for name in fused) == pytest.approx(1, abs=1e-5)
         else:
             assert "distillation_loss" not in log
         assert log["loss"] == pytest.approx(total, abs=1e-4)  # Trainer rounds the loss to 4 places
@@ -155,7 +174,6 @@ def gradients(model, args, batch_size, accumulation, **kwargs):
     return found, trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("family", "kind", "labels"),
     [
@@ -164,14 +182,15 @@ def gradients(model, args, batch_size, accumulation, **kwargs):
         ("gpt2", "causal_lm", "tokens"),
     ],
 )
-def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels, smoothing, trainer_args):
+@pytest.mark.parametrize(("carrier", "smoothing"), [("fused", 0.0), ("fused", 0.1), ("dual", 0.0)])
+def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels, carrier, smoothing, trainer_args):
     """8 x 1 equals 2 x 4. Labels are as many in each micro-batch, so that the task loss itself does not differ."""
     dataset = make_dataset(8, labels)
     if labels == "tokens":
         dataset = dataset.map(lambda row: {"attention_mask": [1] * 8, "labels": row["input_ids"]})
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
-        model = make_student(make_model(family, kind, dtype=torch.float64).double(), carrier="fused")
+        model = make_student(make_model(family, kind, dtype=torch.float64).double(), carrier=carrier)
         model.double()
 
         def args(**kwargs):
@@ -182,7 +201,9 @@ def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels,
     assert whole.keys() == split.keys() and any("distillation_fusion" in name for name in whole)
     for name, grad in whole.items():
         torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
-    for key in ("task_loss", "distillation_loss", "fusion_regularization"):
+    terms = {"task_loss", "distillation_loss", "fusion_regularization"} | {"fused_task_loss"} & log.keys()
+    assert ("fused_task_loss" in terms) == (carrier == "dual")
+    for key in terms:
         assert log[key] == pytest.approx(other[key], abs=2e-6), key  # logged with 6 places
 
 
@@ -438,6 +459,9 @@ def test_bad_trainers(trainer_args, tmp_path):
         ValueError, match="embeddings.word_embeddings.weight is trainable, but .* call model.train_adapter"
     ):
         trainer_for(model, trainer_args())
+    for outside in ({"args": trainer_args(label_smoothing_factor=0.1)}, {"compute_loss_func": lambda *args: None}):
+        with pytest.raises(ValueError, match="The carrier 'dual' needs the model's own loss in both of its passes"):
+            trainer_for(make_student(make_model(), carrier="dual"), **{"args": trainer_args(), **outside})
     model = make_student(make_model())
     model.delete_head("insurance")
     distillations(model.adapters_config)["insurance"].config.student_start = "random"

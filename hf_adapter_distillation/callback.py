@@ -1,0 +1,70 @@
+"""Both ends of a distillation: the start of the student, and the proof that the teachers are what they were."""
+
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ._compat import BottleneckLayer
+from .hub import adapter_digest, provenance
+from .parts import check_trainable
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class FrozenTeachersCallback(TrainerCallback):
+    """Shows what is trained, starts the student at its teachers, and holds those to being frozen.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: "DistillationTrainer") -> None:
+        self.trainer = trainer
+        self.digests: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the teachers' digests, fits the start, and writes the table of parameters."""
+        trainer = self.trainer
+        check_trainable(trainer.model, trainer.block)
+        layers = [m for m in trainer.model.base_model.modules() if isinstance(m, BottleneckLayer)]
+        names = trainer.block.teachers
+        trainer._teacher_modules = [
+            layer.adapters[name] for layer in layers for name in names if name in layer.adapters
+        ]
+        trainer._sums.clear()
+        trainer._attention.clear()
+        trainer.distillation.training = None  # what an earlier training left for the provenance
+        self.digests = {name: adapter_digest(trainer.model, name) for name in names}
+        trainer.fit_start()
+        table = trainer.parameter_table()
+        logger.info(table)
+        if not args.disable_tqdm and state.is_world_process_zero:
+            tqdm.write(table)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compares the digests and notes the settings for the provenance of the saved student."""
+        trainer = self.trainer
+        check_trainable(trainer.model, trainer.block)
+        teachers = provenance(trainer.model, trainer.distillation)["teachers"]
+        for teacher in teachers:
+            if teacher["digest"] != self.digests[teacher["name"]]:
+                raise RuntimeError(
+                    f"The weights of teacher {teacher['name']!r} changed in training; reload it before you use it."
+                )
+        settings = ("distillation_weight", "fusion_regularization", "learning_rate", "seed", "fusion_learning_rate")
+        trainer.distillation.training = {
+            "teachers": teachers,
+            "distillation_start": trainer.distillation_start,
+            **{name: getattr(args, name) for name in settings},
+            "steps": state.global_step,
+            "first_distillation_step": trainer.first_distillation_step,
+        }
