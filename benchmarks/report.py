@@ -3,6 +3,8 @@
 python benchmarks/report.py stage2_step benchmarks/results/stage2_step.json
 python benchmarks/report.py inference benchmarks/results/inference.json
 python benchmarks/report.py profile_training benchmarks/results/profile_training.json
+python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
+python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
 """
 
 import json
@@ -11,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import quality
 from transformers import PretrainedConfig
 
 
@@ -46,11 +49,11 @@ def stage2_step(results: dict[str, Any]) -> str:
     arguments = results["arguments"]
     methods = list(dict.fromkeys(row["method"] for row in results["rows"] if row["method"] != "plain"))
     held = [method for method in methods if method != "per teacher"]
-    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    measured: dict[tuple[str, int], dict[str, Any]] = {}
     for row in results["rows"]:
-        cells.setdefault((row["shape"], row["teachers"]), {})[row["method"]] = row
+        measured.setdefault((row["shape"], row["teachers"]), {})[row["method"]] = row
     rows = []
-    for (shape, n), by_method in cells.items():
+    for (shape, n), by_method in measured.items():
         limit = arithmetic(SHAPES[shape](), arguments["batch"], arguments["seq_len"], n, arguments["reduction_factor"])
         times = [f"{by_method[m]['time_ratio']:.2f}" if m in by_method else "–" for m in methods]
         peaks = [f"{by_method[m]['peak_ratio']:.2f}" if m in by_method else "–" for m in held]
@@ -62,11 +65,11 @@ def stage2_step(results: dict[str, Any]) -> str:
 def inference(results: dict[str, Any]) -> str:
     """A row for each shape and method: latency at each batch size, memory, and what a tenant stores."""
     batches = results["arguments"]["batches"]
-    cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    measured: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in results["rows"]:
-        cells.setdefault((row["shape"], row["method"]), {}).setdefault(row["batch"], row)
+        measured.setdefault((row["shape"], row["method"]), {}).setdefault(row["batch"], row)
     rows = []
-    for (shape, method), by_batch in cells.items():
+    for (shape, method), by_batch in measured.items():
         times = [f"{by_batch[b]['ms']:.1f} ({by_batch[b]['time_ratio']:.2f})" for b in batches]
         last = by_batch[batches[-1]]
         rows.append(
@@ -83,13 +86,41 @@ def profile_training(results: dict[str, Any]) -> str:
     return markdown(header, ([method, *(f"{s:.2f}" for s in parts.values())] for method, parts in seconds.items()))
 
 
-TABLES = {table.__name__: table for table in (stage2_step, inference, profile_training)}
+def read(path: Path) -> Any:
+    """The content of a result file: a dict, or for JSON lines a list of them."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def streaming_tenants(lines: list[dict[str, Any]]) -> str:
+    """The methods of the streaming tenants."""
+    return markdown(*quality.methods(lines))
+
+
+def variants(lines: list[dict[str, Any]]) -> str:
+    """The variants of AdapterDistillation."""
+    return markdown(*quality.variants(lines))
+
+
+def tenants(lines: list[dict[str, Any]]) -> str:
+    """The methods tenant by tenant."""
+    return markdown(*quality.tenants(lines))
+
+
+TABLES = {
+    table.__name__: table for table in (stage2_step, inference, profile_training, streaming_tenants, variants, tenants)
+}
 
 
 def main() -> None:
     """Prints a table."""
-    name, path = sys.argv[1:]
-    print(TABLES[name](json.loads(Path(path).read_text(encoding="utf-8"))))
+    name, path = sys.argv[1], Path(sys.argv[2])
+    results = read(path)
+    print(TABLES[name](results))
+    if name == "streaming_tenants":
+        quality.draw_cost(results).savefig(path.with_name(f"{path.stem}_cost.png"))
+        if any("attention" in line for line in results):
+            quality.draw_attention(results).savefig(path.with_name(f"{path.stem}_attention.png"))
 
 
 if __name__ == "__main__":

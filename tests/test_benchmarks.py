@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig
@@ -13,8 +14,11 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import inference  # noqa: E402
 import measure  # noqa: E402
+import quality  # noqa: E402
 import report  # noqa: E402
 import stage2_step  # noqa: E402
+import streaming_tenants  # noqa: E402
+from onboarding import METHODS  # noqa: E402
 
 
 def tiny():
@@ -115,3 +119,174 @@ def test_arithmetic_by_hand():
     value = 2 * 10 * 32**2 + 16 * 10 * 32  # (V W) (a z)
     wanted = (plain + teachers + query_key + value) / plain
     assert report.arithmetic(config, batch=2, seq_len=8, n_teachers=2, reduction_factor=8) == pytest.approx(wanted)
+
+
+# The streaming tenants
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
+    """Runs the benchmark on three tenants of two FAQs; returns its lines and what it printed."""
+    queries = [f"how is the {thing}" for thing in "card train parcel weather day pay".split()]
+    faqs = [{"question": f"what is {name}", "queries": queries} for name in ("my card", "the weather")]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"tenants": [{"name": name, "faqs": faqs} for name in ("bank", "rail", "post")]}))
+
+    def main(*arguments):
+        output = tmp_path / "lines.jsonl"
+        short = "--shots 1 --steps 2 --batch_size 2 --n_wrong 1 --test_queries 1 --search_queries 1 --seeds 1"
+        teachers = f"--teacher_queries 2 --teacher_epochs 1 --teachers_dir {tmp_path / 'teachers'}"
+        command = f"{short} {teachers} --data {data} --model {tiny_encoder} --output {output}".split()
+        monkeypatch.setattr(sys, "argv", ["streaming_tenants.py", *command, *arguments])
+        streaming_tenants.main()
+        return report.read(output), capsys.readouterr().out
+
+    return main
+
+
+def test_every_method_onboards_a_tenant(benchmark):
+    lines, out = benchmark("--tenants", "post", "--search_tenants", "1")
+    tests = [line for line in lines if line["queries"] == "test"]
+    assert [line["method"] for line in tests] == list(METHODS)
+    for line in tests:
+        assert (line["tenant"], line["seed"], line["teachers"]) == ("post", 1, 2)
+        assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "mrr"))
+        assert line["ms_ratio"] > 0 and line["MB"] > 0
+        assert (line["seconds"] > 0) == (line["method"] != "teachers' average, untrained")
+        assert line["environment"]["torch"] == torch.__version__ and line["arguments"]["shots"] == 1
+        attention = line.get("attention", {})
+        assert bool(attention) == (line["method"].startswith("AdapterDistillation"))
+        assert all(set(row) >= {"bank", "rail"} for row in attention.values())
+    searched = {(line["method"], line["learning_rate"]) for line in lines if line["queries"] == "validation"}
+    expected = {(name, rate) for name, m in METHODS.items() if not m.rate_of for rate in m.rates if rate}
+    assert searched == expected
+    sizes = {line["method"]: line["MB"] for line in tests}
+    assert sizes["full fine-tuning"] > sizes["AdapterFusion"] > sizes["plain adapter"]
+    assert sizes["AdapterDistillation"] == pytest.approx(sizes["plain adapter"], rel=0.3)
+    table = report.streaming_tenants(lines).splitlines()
+    assert len(table) == 2 + len(METHODS) and len({line.count("|") for line in table}) == 1
+
+
+def test_a_rerun_goes_on_where_the_first_stopped(benchmark, tmp_path, monkeypatch):
+    methods = ["--methods", "plain adapter", "teachers' average, untrained", "--search_tenants", "0"]
+    first, _ = benchmark(*methods, "--tenants", "bank")
+    assert [(line["method"], line["tenant"]) for line in first] == [(m, "bank") for m in methods[1:3]]
+    with (tmp_path / "lines.jsonl").open("a") as file:
+        file.write('{"method": "plain adapter", "tena')  # killed while it wrote
+    monkeypatch.setattr(streaming_tenants, "train_teacher", None)  # they are kept
+    second, _ = benchmark(*methods)
+    assert second[:2] == first and len(second) == 6
+    third, _ = benchmark(*methods)
+    assert third == second
+
+
+def test_streaming_takes_the_tenants_before_as_teachers(benchmark):
+    methods = ("--methods", "teachers' average, untrained")
+    lines, _ = benchmark(*methods, "--streaming", "--search_tenants", "0", "--bf16")
+    assert [(line["tenant"], line["teachers"]) for line in lines] == [("rail", 1), ("post", 2)]
+
+
+def test_processes_change_nothing_but_the_time(benchmark, tmp_path):
+    arguments = ("--methods", "AdapterDistillation", "--search_tenants", "0", "--tenants", "bank", "rail")
+    alone, _ = benchmark(*arguments)
+    (tmp_path / "lines.jsonl").unlink()
+    together, _ = benchmark(*arguments, "--processes", "2")
+    together.sort(key=lambda line: line["tenant"])
+    for line, other in zip(alone, together, strict=True):
+        assert (line["tenant"], line["mrr"]) == (other["tenant"], other["mrr"])
+        assert line["auc"] == pytest.approx(other["auc"])
+        assert other["environment"]["threads"] == 1
+
+
+def test_each_method_takes_its_best_learning_rate():
+    def line(method, rate, mrr):
+        return {"method": method, "learning_rate": rate, "mrr": mrr, "queries": "validation"}
+
+    lines = [line("plain adapter", 1e-3, 0.5), line("plain adapter", 1e-3, 0.7), line("plain adapter", 2e-3, 0.61)]
+    lines.append({"method": "plain adapter", "learning_rate": 1e-3, "mrr": 0.0, "queries": "test"})
+    rates = streaming_tenants.chosen_rates(["plain adapter", "multi-task adapter", "AdapterFusion"], lines)
+    assert rates == {
+        "plain adapter": 2e-3,
+        "multi-task adapter": 2e-3,
+        "AdapterFusion": METHODS["AdapterFusion"].rates[0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "--methods 'magic' is unknown; choose of 'full fine-tuning', 'plain adapter'"),
+        (["--tenants", "zoo"], "--tenants zoo is not in the data; choose of bank, rail, post"),
+        (["--streaming", "--tenants", "bank"], "--tenants bank is the first to arrive and has no teachers"),
+        (["--shots", "-1"], "--shots -1 is out of range"),
+        (["--shots", "6"], "6 training queries are too many"),
+        (["--steps", "0"], "--steps 0 is out of range"),
+        (["--processes", "0"], "--processes 0 is out of range"),
+        (["--device", "cuda"], "--device cuda finds no GPU"),
+        (["--data", "missing.json"], "--data missing.json does not exist"),
+    ],
+)
+def test_bad_arguments_train_nothing(arguments, message, benchmark, monkeypatch):
+    monkeypatch.setattr(streaming_tenants, "run_all", None)
+    with pytest.raises(SystemExit, match=message) as caught:
+        benchmark(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_results_and_teachers_of_other_arguments_are_refused(benchmark, tmp_path):
+    methods = ["--methods", "teachers' average, untrained", "--tenants", "bank"]
+    benchmark(*methods)
+    with pytest.raises(SystemExit, match="lines.jsonl holds runs with --steps 2, not 3; choose another --output"):
+        benchmark(*methods, "--steps", "3")
+    (tmp_path / "lines.jsonl").unlink()
+    with pytest.raises(SystemExit, match="was made with --teacher_epochs 1, not 2; choose another --teachers_dir"):
+        benchmark(*methods, "--teacher_epochs", "2")
+
+
+def runs(method, accuracies, **kwargs):
+    """Lines of two tenants and two seeds."""
+    cells = [(tenant, seed) for tenant in ("bank", "rail") for seed in (1, 2)]
+    costs = {"ms_ratio": 2.0, "MB": 1.5, "seconds": 7.0, "learning_rate": 0.001, "queries": "test"}
+    return [
+        {"method": method, "tenant": tenant, "seed": seed, "auc": a, "accuracy_at_1": a, "mrr": a, **costs, **kwargs}
+        for (tenant, seed), a in zip(cells, accuracies, strict=True)
+    ]
+
+
+def test_the_tables_by_hand():
+    lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7]) + runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6])
+    lines += runs("AdapterDistillation", [0, 0, 0, 0], queries="validation")
+    lines += runs("AdapterDistillation: mixed", [0.7, 0.6, 0.7, 0.6])[:2]
+    header, _, plain, student = report.streaming_tenants(lines).splitlines()
+    cells = [cell.strip() for cell in student.strip("|").split("|")]
+    assert cells[:3] == ["AdapterDistillation", "0.001", "4"] and cells[9:] == ["1 / 1", "2.00", "1.50", "7"]
+    assert cells[4].startswith("0.625 [0.6") and cells[6].startswith("+2.5 [")
+    assert cells[7] == "–" and cells[8] == cells[6], "there is no run of the average, and AUC is accuracy here"
+    low, high = (float(x) for x in cells[6].split("[")[1].rstrip("]").split(","))
+    assert -10 <= low < 2.5 < high <= 10
+    assert "| +0.0 [+0.0, +0.0] |" in plain and "0 / 0" in plain
+    _, _, defaults, mixed = report.variants(lines).splitlines()
+    assert defaults == "| the defaults | 2 | 0.600 | 0.600 | 0.600 | – | – | 7 |"
+    assert mixed.startswith("| mixed | 2 | 0.650 | 0.650 | 0.650 | +5.0 [")
+    assert report.tenants(lines).splitlines()[2:] == ["| bank | 0.500 | 0.600 |", "| rail | 0.700 | 0.650 |"]
+
+
+def test_the_plots(tmp_path, monkeypatch, capsys):
+    table = {f"layer {layer}": {"rail": 0.3, "post": 0.7} for layer in range(3)}
+    lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7])
+    lines += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6], attention=table)
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["report.py", "streaming_tenants", str(path)])
+    report.main()
+    assert capsys.readouterr().out.strip() == report.streaming_tenants(lines)
+    for plot in ("cost", "attention"):
+        assert (tmp_path / f"lines_{plot}.png").stat().st_size > 10_000
+
+
+def test_the_interval_covers_the_mean_of_samples():
+    generator = np.random.default_rng(0)
+    covered = [low <= 0 <= high for _, low, high in (quality.interval(generator.normal(size=20)) for _ in range(100))]
+    assert 85 <= sum(covered) <= 100
+    mean, low, high = quality.interval([0.25])
+    assert mean == 0.25 and np.isnan(low) and np.isnan(high)

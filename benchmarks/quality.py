@@ -1,0 +1,149 @@
+"""What the lines of `streaming_tenants.py` say: means with intervals, paired differences, and plots."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap
+
+PLAIN, AVERAGE, DISTILLED = "plain adapter", "teachers' average", "AdapterDistillation"
+Lines = list[dict[str, Any]]
+Runs = dict[tuple[str, int], float]
+Table = tuple[list[str], list[list[object]]]
+
+
+def runs_of(lines: Lines, key: str) -> dict[str, Runs]:
+    """A value of the test runs by method, and by tenant and seed."""
+    found: dict[str, Runs] = {}
+    for line in lines:
+        if line["queries"] == "test":
+            found.setdefault(line["method"], {})[line["tenant"], line["seed"]] = line[key]
+    return found
+
+
+def interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """The mean, and its 95% interval by resampling the values."""
+    values = np.array(list(values))
+    if len(values) < 2:
+        return float(values.mean()), float("nan"), float("nan")
+    low, high = bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
+    return float(values.mean()), float(low), float(high)
+
+
+def by_tenant(runs: Runs) -> dict[str, float]:
+    """The means over the seeds."""
+    names = dict.fromkeys(tenant for tenant, _ in runs)
+    return {name: float(np.mean([value for (tenant, _), value in runs.items() if tenant == name])) for name in names}
+
+
+def differences(runs: Runs, others: Runs) -> Runs:
+    """The paired differences, where both ran."""
+    return {cell: value - others[cell] for cell, value in runs.items() if cell in others}
+
+
+def points(runs: Runs, others: Runs) -> str:
+    """The mean paired difference with its interval, in points of 1/100."""
+    paired = differences(runs, others)
+    return (
+        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in interval(paired.values()))) if paired else "–"
+    )
+
+
+def methods(lines: Lines) -> Table:
+    """A row for each method: quality with its interval over tenants and seeds, paired differences, and costs."""
+    metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
+    costs = {key: runs_of(lines, key) for key in ("ms_ratio", "MB", "seconds")}
+    rates, accuracy = runs_of(lines, "learning_rate"), metrics["accuracy_at_1"]
+    rows = []
+    for method in (name for name in accuracy if ":" not in name):
+        quality = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs[method].values())) for runs in metrics.values()]
+        against = [points(accuracy[method], accuracy.get(other, {})) for other in (PLAIN, AVERAGE)]
+        against.append(points(metrics["auc"][method], metrics["auc"][PLAIN]))
+        paired = by_tenant(differences(accuracy[method], accuracy[PLAIN]))
+        wins = [sum(value > 1e-9 for value in paired.values()), sum(value < -1e-9 for value in paired.values())]
+        ms, megabytes, seconds = (float(np.median(list(runs[method].values()))) for runs in costs.values())
+        rate = next(iter(rates[method].values()))
+        row = [method, f"{rate:g}", len(accuracy[method]), *quality, *against, f"{wins[0]} / {wins[1]}"]
+        rows.append([*row, f"{ms:.2f}", f"{megabytes:.2f}", f"{seconds:.0f}"])
+    header = ["method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain", "above teachers' average"]
+    header.append("points of AUC above plain")
+    return [*header, "tenants better / worse than plain", "query time / plain", "MB a tenant", "training s"], rows
+
+
+def variants(lines: Lines) -> Table:
+    """A row for each variant of AdapterDistillation, over the tenants and seeds that all of them ran for."""
+    metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr", "seconds")}
+    names = [name for name in metrics["mrr"] if name == DISTILLED or ":" in name]
+    common = set.intersection(*(set(metrics["mrr"][name]) for name in names))
+    rows = []
+    for name in names:
+        runs = {key: {cell: values[name][cell] for cell in common} for key, values in metrics.items()}
+        means = [f"{np.mean(list(runs[key].values())):.3f}" for key in ("auc", "accuracy_at_1", "mrr")]
+        against = [points(runs[key], metrics[key][DISTILLED]) for key in ("accuracy_at_1", "mrr")]
+        against = against if name != DISTILLED else ["–", "–"]
+        label = name.removeprefix(f"{DISTILLED}: ") if name != DISTILLED else "the defaults"
+        rows.append([label, len(common), *means, *against, f"{np.median(list(runs['seconds'].values())):.0f}"])
+    header = ["AdapterDistillation with", "runs", "AUC", "accuracy@1", "MRR"]
+    return [*header, "points of accuracy@1 above the defaults", "points of MRR", "training s"], rows
+
+
+def tenants(lines: Lines) -> Table:
+    """A row for each tenant: the accuracy@1 of each method, the mean over the seeds."""
+    means = {method: by_tenant(runs) for method, runs in runs_of(lines, "accuracy_at_1").items() if ":" not in method}
+    rows: list[list[object]] = [
+        [name, *(f"{of_method[name]:.3f}" if name in of_method else "–" for of_method in means.values())]
+        for name in means[PLAIN]
+    ]
+    return ["new tenant", *means], rows
+
+
+def draw_cost(lines: Lines) -> Figure:
+    """The accuracy@1 of each method with its interval, and the time of a query."""
+    accuracy, times = runs_of(lines, "accuracy_at_1"), runs_of(lines, "ms_ratio")
+    names = [method for method in accuracy if ":" not in method]
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    for row, method in enumerate(names):
+        mean, low, high = interval(accuracy[method].values())
+        axes.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=f"C{row}")
+    labels = [f"{method} ({np.median(list(times[method].values())):.2f})" for method in names]
+    axes.set_yticks(range(len(names)), labels)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set(xlabel="accuracy@1, 95% interval", title="Quality, and in brackets the time of a query / plain adapter")
+    return figure
+
+
+def draw_attention(lines: Lines) -> Figure:
+    """Where the knowledge came from: the attention of each new tenant's fusion, by teacher and by layer."""
+    tables = [
+        (line["tenant"], line["attention"]) for line in lines if line["method"] == DISTILLED and "attention" in line
+    ]
+    new = list(dict.fromkeys(tenant for tenant, _ in tables))
+    found = dict.fromkeys(name for _, table in tables for row in table.values() for name in row)
+    teachers = [name for name in new if name in found] + [name for name in found if name not in new]
+    layers = list(tables[0][1])
+    by_teacher = np.full((len(new), len(teachers)), np.nan)
+    highest = np.zeros((len(new), len(layers)))
+    for row, name in enumerate(new):
+        own = [table for tenant, table in tables if tenant == name]
+        for column, teacher in enumerate(teachers):
+            if teacher in own[0][layers[0]]:
+                by_teacher[row, column] = np.mean([table[layer][teacher] for table in own for layer in layers])
+        for column, layer in enumerate(layers):
+            highest[row, column] = np.mean([max(table[layer].values()) for table in own])
+    figure = Figure(figsize=(14, 5), layout="constrained", dpi=120)
+    left, right = figure.subplots(1, 2)
+    for axes, values, labels, title in (
+        (left, by_teacher, teachers, "Attention by teacher, mean over layers and seeds"),
+        (right, highest, [str(number) for number in range(len(layers))], "Attention of a layer's strongest teacher"),
+    ):
+        image = axes.imshow(values, aspect="auto", cmap="viridis")
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(new)), new)
+        axes.set(title=title, ylabel="new tenant")
+        figure.colorbar(image, ax=axes)
+    left.set_xlabel("teacher")
+    right.set_xlabel("location, from bottom to top")
+    return figure
