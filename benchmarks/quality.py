@@ -75,7 +75,7 @@ def variants(lines: Lines) -> Table:
     """A row for each variant of AdapterDistillation, over the tenants and seeds that all of them ran for."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr", "seconds")}
     names = [name for name in metrics["mrr"] if name == DISTILLED or ":" in name]
-    common = set.intersection(*(set(metrics["mrr"][name]) for name in names))
+    common = sorted(set.intersection(*(set(metrics["mrr"][name]) for name in names)))
     rows = []
     for name in names:
         runs = {key: {cell: values[name][cell] for cell in common} for key, values in metrics.items()}

@@ -8,6 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 import adapters
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from adapters import AutoAdapterModel
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -154,6 +155,14 @@ def trainer_args(tmp_path):
         return had.DistillationTrainingArguments(**{**defaults, **kwargs})
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_mixed_precision_for_the_next_test():
+    """TrainingArguments(bf16=True) leaves an environment variable and accelerate's shared state behind."""
+    yield
+    if os.environ.pop("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")
