@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapters import AdapterTrainer, Fuse
+from adapters import AdapterTrainer
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer, set_seed
 
@@ -48,16 +48,8 @@ class Onboarding:
         self, share: float = 1.0, dataset: Dataset | None = None, trainer_cls: type = AdapterTrainer, **options: Any
     ) -> None:
         """Trains the active setup for a share of the steps."""
-        options = {"max_steps": round(share * self.steps), "disable_tqdm": True, **self.options, **options}
+        options = {"max_steps": round(share * self.steps), **self.options, **options}
         self.seconds += self.platform.train(dataset or self.train, 1, trainer_cls, **options)
-
-    def add(self, distill_from: had.DistillationConfig | None = None, config: str = example.ADAPTER) -> None:
-        """Adds the new tenant's adapter and activates it for training."""
-        set_seed(self.platform.args.seed)
-        self.platform.model.add_adapter(NEW, config=config, distill_from=distill_from)
-        if distill_from is None or distill_from.student_start == "random":
-            self.platform.add_head(NEW)
-        self.platform.model.train_adapter(NEW)
 
     def save(self, folder: str) -> None:
         """Saves the new tenant's adapter and head."""
@@ -78,19 +70,14 @@ def full_fine_tuning(run: Onboarding) -> Save:
 
 def plain_adapter(run: Onboarding) -> Save:
     """An adapter from its own random start."""
-    run.add()
+    run.platform.new_adapter(NEW)
     run.fit()
     return run.save
 
 
 def teachers_average(run: Onboarding, trained: bool) -> Save:
     """An adapter and a head that start as the average of the others', with adapters' own functions."""
-    set_seed(run.platform.args.seed)
-    model = run.platform.model
-    model.average_adapter(NEW, run.teachers)
-    model.average_head(NEW, run.teachers)
-    model.train_adapter(NEW)
-    model.active_head = NEW
+    run.platform.average(NEW, run.teachers)
     if trained:
         run.fit()
     return run.save
@@ -98,17 +85,13 @@ def teachers_average(run: Onboarding, trained: bool) -> Save:
 
 def adapter_fusion(run: Onboarding) -> Save:
     """An adapter of its own for half of the steps, then adapters' fusion of all adapters for the other half."""
-    model = run.platform.model
-    run.add()
+    run.platform.new_adapter(NEW)
     run.fit(0.5)
-    fusion = Fuse(*run.teachers, NEW, name="fusion")
-    model.add_adapter_fusion(fusion)
-    model.train_adapter_fusion(fusion)
-    model.active_head = NEW
+    fusion = run.platform.fuse(NEW, run.teachers)
     run.fit(0.5)
 
     def save(folder: str) -> None:
-        model.save_adapter_fusion(f"{folder}/fusion", fusion)
+        run.platform.model.save_adapter_fusion(f"{folder}/fusion", fusion)
         run.save(folder)
 
     return save
@@ -116,23 +99,23 @@ def adapter_fusion(run: Onboarding) -> Save:
 
 def multi_task_adapter(run: Onboarding) -> Save:
     """One adapter and head for all tenants, trained on the pairs of all of them."""
-    run.add()
+    run.platform.new_adapter(NEW)
     run.fit(dataset=concatenate_datasets([run.train, *run.others]))
     return run.save
 
 
 def adapter_distillation(
-    run: Onboarding, config: dict[str, Any] | None = None, arguments: dict[str, Any] | None = None
+    run: Onboarding, config: Callable[..., had.DistillationConfig] = had.DistillationConfig, **arguments: Any
 ) -> Save:
     """The student of `DistillationTrainer`; settings that are not given are the package's defaults."""
-    run.add(had.DistillationConfig(run.teachers, **(config or {})))
-    run.fit(trainer_cls=had.DistillationTrainer, keep_fusion=True, **(arguments or {}))
+    run.platform.new_adapter(NEW, config(run.teachers))
+    run.fit(trainer_cls=had.DistillationTrainer, keep_fusion=True, **arguments)
     return run.save
 
 
 def untrained_student(run: Onboarding) -> Save:
     """The student where `DistillationTrainer` starts it: without a step, and without a label of the new tenant."""
-    run.add(had.DistillationConfig(run.teachers))
+    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers))
     platform = run.platform
     trainer = had.DistillationTrainer(
         model=platform.model,
@@ -154,10 +137,15 @@ class Method(NamedTuple):
     rate_of: str = ""
 
 
-def _variant(rate_of: str = "AdapterDistillation", **settings: Any) -> Method:
-    """AdapterDistillation with other settings than the defaults, those of the config or those of the training."""
-    of_config = {name: settings.pop(name) for name in ("carrier", "student_start") if name in settings}
-    return Method(partial(adapter_distillation, config=of_config, arguments=settings), rate_of=rate_of)
+def _configured(rate_of: str = "AdapterDistillation", **settings: Any) -> Method:
+    """AdapterDistillation with another config than the default."""
+    config = partial(had.DistillationConfig, **settings)
+    return Method(partial(adapter_distillation, config=config), rate_of=rate_of)
+
+
+def _trained(**arguments: Any) -> Method:
+    """AdapterDistillation with other training arguments than the defaults."""
+    return Method(partial(adapter_distillation, **arguments), rate_of="AdapterDistillation")
 
 
 METHODS = {
@@ -169,17 +157,19 @@ METHODS = {
     "multi-task adapter": Method(multi_task_adapter, rate_of="plain adapter"),
     "AdapterDistillation, untrained": Method(untrained_student, rates=(0.0,)),
     "AdapterDistillation": Method(adapter_distillation),
-    "AdapterDistillation: paper": _variant("plain adapter", carrier="student", student_start="random"),
-    "AdapterDistillation: fused": _variant(carrier="fused"),
-    "AdapterDistillation: mixed": _variant(carrier="mixed"),
-    "AdapterDistillation: dual": _variant(carrier="dual"),
-    "AdapterDistillation: fused, random start": _variant("plain adapter", carrier="fused", student_start="random"),
-    "AdapterDistillation: mixed, random start": _variant("plain adapter", carrier="mixed", student_start="random"),
-    "AdapterDistillation: dual, random start": _variant("plain adapter", carrier="dual", student_start="random"),
-    "AdapterDistillation: average start": _variant(student_start="average"),
-    "AdapterDistillation: stage 2 from 0.25": _variant(distillation_start=0.25),
-    "AdapterDistillation: stage 2 from 0.5": _variant(distillation_start=0.5),
-    "AdapterDistillation: never stage 2": _variant(distillation_start=1.0),
-    "AdapterDistillation: weight 0.1": _variant(distillation_weight=0.1),
-    "AdapterDistillation: weight 3": _variant(distillation_weight=3.0),
+    "AdapterDistillation: paper": Method(
+        partial(adapter_distillation, config=had.DistillationConfig.paper), rate_of="plain adapter"
+    ),
+    "AdapterDistillation: fused": _configured(carrier="fused"),
+    "AdapterDistillation: mixed": _configured(carrier="mixed"),
+    "AdapterDistillation: dual": _configured(carrier="dual"),
+    "AdapterDistillation: fused, random start": _configured("plain adapter", carrier="fused", student_start="random"),
+    "AdapterDistillation: mixed, random start": _configured("plain adapter", carrier="mixed", student_start="random"),
+    "AdapterDistillation: dual, random start": _configured("plain adapter", carrier="dual", student_start="random"),
+    "AdapterDistillation: average start": _configured(student_start="average"),
+    "AdapterDistillation: stage 2 from 0.25": _trained(distillation_start=0.25),
+    "AdapterDistillation: stage 2 from 0.5": _trained(distillation_start=0.5),
+    "AdapterDistillation: never stage 2": _trained(distillation_start=1.0),
+    "AdapterDistillation: weight 0.1": _trained(distillation_weight=0.1),
+    "AdapterDistillation: weight 3": _trained(distillation_weight=3.0),
 }

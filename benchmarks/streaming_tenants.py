@@ -29,7 +29,7 @@ from adapters import Stack
 from measure import environment
 from onboarding import METHODS, NEW, Onboarding, example
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, HfArgumentParser, set_seed
+from transformers import BatchEncoding, HfArgumentParser
 
 import hf_adapter_distillation as had
 
@@ -117,16 +117,18 @@ def options(args: Arguments) -> dict[str, Any]:
     return {"use_cpu": args.device == "cpu", "bf16": args.bf16, "disable_tqdm": True, "logging_strategy": "no"}
 
 
+def shots_of(args: Arguments, tenant: Tenant) -> int:
+    """The training queries of each FAQ of a new tenant."""
+    return args.shots or max(len(faq.train) for faq in tenant.faqs)
+
+
 def train_teacher(args: Arguments, name: str) -> str:
     """Trains and keeps the adapter of a tenant; returns a line about it."""
     settings = {"learning_rate": args.teacher_learning_rate, "batch_size": args.teacher_batch_size}
     platform, tenants = load(args, TEACHER_SEED, **settings)
     tenant = next(tenant for tenant in tenants if tenant.name == name)
     hold_out(tenant, args.teacher_queries, args.search_queries)
-    set_seed(TEACHER_SEED)  # the same initial weights for all
-    platform.model.add_adapter(name, config=example.ADAPTER)
-    platform.add_head(name)
-    platform.model.train_adapter(name)
+    platform.new_adapter(name)
     pairs = make_pairs(tenant, "train", platform.tokenizer, args.teacher_queries, args.n_wrong, TEACHER_SEED)
     seconds = platform.train(pairs, args.teacher_epochs, **options(args))
     test = make_pairs(tenant, "validation", platform.tokenizer, args.search_queries, None, TEACHER_SEED)
@@ -167,7 +169,7 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     number = [tenant.name for tenant in tenants].index(job.tenant)
     new = tenants.pop(number)
     others = tenants[:number] if args.streaming else tenants
-    shots = args.shots or max(len(faq.train) for faq in new.faqs)
+    shots = shots_of(args, new)
     model, tokenizer = platform.model, platform.tokenizer
 
     def pairs(tenant: Tenant, split: str, n_queries: int, n_wrong: int | None) -> Any:
@@ -301,7 +303,7 @@ def main() -> None:
         if args.streaming and names[0] in args.tenants:
             raise ValueError(f"--tenants {names[0]} is the first to arrive and has no teachers; leave it out.")
         for tenant in tenants:
-            hold_out(tenant, max(args.shots, args.teacher_queries), args.search_queries)
+            hold_out(tenant, max(shots_of(args, tenant), args.teacher_queries), args.search_queries)
         lines = read_lines(Path(args.output))
         check_lines(args, lines)
         missing = teachers_to_train(args, names)

@@ -95,6 +95,30 @@ class Platform:
         """Adds the pair-scoring head of a tenant."""
         self.model.add_classification_head(name, num_labels=2, id2label={0: "wrong", 1: "right"})
 
+    def new_adapter(self, name: str, distill_from: had.DistillationConfig | None = None) -> None:
+        """Adds an adapter and activates it for training; a student that starts at its teachers takes their head."""
+        set_seed(self.args.seed)  # the same initial weights for all
+        self.model.add_adapter(name, config=ADAPTER, distill_from=distill_from)
+        if distill_from is None or distill_from.student_start == "random":
+            self.add_head(name)
+        self.model.train_adapter(name)
+
+    def average(self, name: str, adapters: list[str]) -> None:
+        """Adds the average of adapters and of their heads, and activates it for training."""
+        set_seed(self.args.seed)
+        self.model.average_adapter(name, adapters)
+        self.model.average_head(name, adapters)
+        self.model.train_adapter(name)
+        self.model.active_head = name
+
+    def fuse(self, name: str, adapters: list[str]) -> Fuse:
+        """Adds AdapterFusion of an adapter with others under its own head, and activates it for training."""
+        fusion = Fuse(*adapters, name, name="fusion")
+        self.model.add_adapter_fusion(fusion)
+        self.model.train_adapter_fusion(fusion)
+        self.model.active_head = name
+        return fusion
+
     def training_arguments(self, epochs: float, cls: type = TrainingArguments, **kwargs: object) -> TrainingArguments:
         """The arguments that all trainings share; batches of similar lengths waste little on padding."""
         return cls(
@@ -170,10 +194,7 @@ def train_teachers(platform: Platform, tenants: list[Tenant]) -> list[str]:
     """Trains an adapter for each existing tenant; returns their names."""
     args = platform.args
     for number, tenant in enumerate(tenants, start=1):
-        set_seed(args.seed)  # the same initial weights for all
-        platform.model.add_adapter(tenant.name, config=ADAPTER)
-        platform.add_head(tenant.name)
-        platform.model.train_adapter(tenant.name)
+        platform.new_adapter(tenant.name)
         pairs = make_pairs(tenant, "train", platform.tokenizer, args.teacher_queries, args.n_wrong, args.seed)
         platform.train(pairs, args.teacher_epochs, what=f"Teacher {number} of {len(tenants)}, {tenant.name}")
     return [tenant.name for tenant in tenants]
@@ -200,20 +221,14 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
         }
 
     def plain(name: str, epochs: float, what: str) -> float:
-        set_seed(args.seed)
-        model.add_adapter(name, config=ADAPTER)
-        platform.add_head(name)
-        model.train_adapter(name)
+        platform.new_adapter(name)
         return platform.train(train, epochs, what=what)
 
     seconds = plain("plain", args.epochs, "Plain adapter")
     finish("plain adapter", seconds, lambda path: model.save_adapter(str(path / "plain"), "plain"))
 
     seconds = plain("own", args.epochs / 2, "AdapterFusion, own adapter")
-    fusion = Fuse(*teachers, "own", name="fusion")
-    model.add_adapter_fusion(fusion)
-    model.train_adapter_fusion(fusion)
-    model.active_head = "own"
+    fusion = platform.fuse("own", teachers)
     seconds += platform.train(train, args.epochs / 2, what="AdapterFusion, fusion")
 
     def save_fusion(path: Path) -> None:
@@ -222,18 +237,11 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
 
     finish("AdapterFusion", seconds, save_fusion)
 
-    set_seed(args.seed)
-    model.average_adapter("average", teachers)
-    model.average_head("average", teachers)
-    model.train_adapter("average")
-    model.active_head = "average"
+    platform.average("average", teachers)
     seconds = platform.train(train, args.epochs, what="Plain adapter from the teachers' average")
     finish("teachers' average", seconds, lambda path: model.save_adapter(str(path / "average"), "average"))
 
-    set_seed(args.seed)
-    config = had.DistillationConfig(teachers=teachers, carrier=args.carrier)
-    model.add_adapter(tenant.name, config=ADAPTER, distill_from=config)
-    model.train_adapter(tenant.name)
+    platform.new_adapter(tenant.name, had.DistillationConfig(teachers=teachers, carrier=args.carrier))
     seconds = platform.train(
         train, args.epochs, had.DistillationTrainer, "AdapterDistillation", keep_fusion=True, logging_steps=50
     )

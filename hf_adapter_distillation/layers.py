@@ -109,7 +109,7 @@ def compose_distillation(
     fusion = fusions[block.student]
     current.fusions[fusion.location] = fusion
     distillation = current.distillation
-    if not (distillation.enabled or distillation.observing or distillation.fits is not None):
+    if not (distillation.enabled or distillation.in_evaluation):
         return layer.compose_stack(block, state, lvl)
 
     for below in block.children[:-1]:
@@ -230,7 +230,7 @@ def call_with_distillation(
     block = find_block(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
     training = model.training and torch.is_grad_enabled()
-    if distillation is None or not (training or distillation.observing or distillation.fits is not None):
+    if distillation is None or not (training or distillation.in_evaluation):
         return original(context, model, forward, *args, **kwargs)
 
     masks = _masks(args, kwargs)

@@ -87,6 +87,11 @@ class Distillation:
     observing: bool = False
     record: DistillationRecord | None = None
 
+    @property
+    def in_evaluation(self) -> bool:
+        """Whether forward passes in evaluation mode run the teachers, too."""
+        return self.observing or self.fits is not None
+
     def take_record(self) -> DistillationRecord:
         """The record of the last forward pass, which is then forgotten together with its graph."""
         assert self.record is not None, "no forward pass of the student went before"

@@ -222,6 +222,7 @@ def test_each_method_takes_its_best_learning_rate():
         (["--streaming", "--tenants", "bank"], "--tenants bank is the first to arrive and has no teachers"),
         (["--shots", "-1"], "--shots -1 is out of range"),
         (["--shots", "6"], "6 training queries are too many"),
+        (["--shots", "0"], "6 training queries are too many"),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--processes", "0"], "--processes 0 is out of range"),
         (["--device", "cuda"], "--device cuda finds no GPU"),
