@@ -98,6 +98,56 @@ def tenants(lines: Lines) -> Table:
     return ["new tenant", *means], rows
 
 
+def by_budget(lines: Lines) -> dict[tuple[int, int], Lines]:
+    """The lines by queries an FAQ (0 for all) and steps, the smallest budgets first."""
+    found: dict[tuple[int, int], Lines] = {}
+    for line in lines:
+        found.setdefault((line["shots"], line["arguments"]["steps"]), []).append(line)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] or float("inf"), item[0][1])))
+
+
+def training_data(lines: Lines) -> Table:
+    """A row for each amount of data and method: quality, and paired differences from the plain adapter."""
+    rows: list[list[object]] = []
+    for (shots, steps), of_budget in by_budget(lines).items():
+        metrics = {key: runs_of(of_budget, key) for key in ("auc", "accuracy_at_1", "mrr")}
+        rates = runs_of(of_budget, "learning_rate")
+        for method in (name for name in (PLAIN, AVERAGE, DISTILLED) if name in rates):
+            runs = {key: found[method] for key, found in metrics.items()}
+            row = [shots or "all", steps, method, f"{next(iter(rates[method].values())):g}", len(runs["auc"])]
+            row += [f"{np.mean(list(values.values())):.3f}" for values in runs.values()]
+            row += [points(runs[key], metrics[key][PLAIN]) for key in ("accuracy_at_1", "auc")]
+            lowest = min(by_tenant(differences(runs["auc"], metrics["auc"][PLAIN])).values())
+            rows.append([*row, f"{100 * lowest:+.1f}"])
+    header = ["queries an FAQ", "steps", "method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain"]
+    return [*header, "points of AUC above plain", "the same, lowest tenant"], rows
+
+
+def draw_training_data(lines: Lines) -> Figure:
+    """The accuracy@1 and the AUC of the methods by amount of data, with their intervals."""
+    budgets = by_budget(lines)
+    compared = [method for method in (PLAIN, AVERAGE, DISTILLED) if method in runs_of(lines, "auc")]
+    figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
+    for axes, (key, label) in zip(
+        figure.subplots(1, 2), (("accuracy_at_1", "accuracy@1"), ("auc", "AUC")), strict=True
+    ):
+        for number, method in enumerate(compared):
+            places, drawn = [], []
+            for place, of_budget in enumerate(budgets.values()):
+                if method in (runs := runs_of(of_budget, key)):
+                    places.append(place + 0.1 * (number - 1))
+                    drawn.append(interval(runs[method].values()))
+            means, lows, highs = np.array(drawn).T
+            axes.errorbar(places, means, yerr=[means - lows, highs - means], fmt="o", capsize=3, label=method)
+        ticks = [f"{shots or 'all'} queries,\n{steps} steps" for shots, steps in budgets]
+        axes.set_xticks(range(len(budgets)), ticks)
+        axes.set(ylabel=f"{label}, 95% interval")
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.suptitle("Quality by training queries of each FAQ")
+    return figure
+
+
 def draw_cost(lines: Lines) -> Figure:
     """The accuracy@1 of each method with its interval, and the time of a query."""
     accuracy, times = runs_of(lines, "accuracy_at_1"), runs_of(lines, "ms_ratio")

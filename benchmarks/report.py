@@ -5,6 +5,7 @@ python benchmarks/report.py inference benchmarks/results/inference.json
 python benchmarks/report.py profile_training benchmarks/results/profile_training.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
+python benchmarks/report.py training_data benchmarks/results/streaming_tenants_*.jsonl
 """
 
 import json
@@ -86,10 +87,12 @@ def profile_training(results: dict[str, Any]) -> str:
     return markdown(header, ([method, *(f"{s:.2f}" for s in parts.values())] for method, parts in seconds.items()))
 
 
-def read(path: Path) -> Any:
-    """The content of a result file: a dict, or for JSON lines a list of them."""
+def read(path: Path, *more: Path) -> Any:
+    """The content of a result file: a dict, or for JSON lines a list of them, those of all files."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    if path.suffix != ".jsonl":
+        return json.loads(text)
+    return [json.loads(line) for file in (path, *more) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def streaming_tenants(lines: list[dict[str, Any]]) -> str:
@@ -107,16 +110,24 @@ def tenants(lines: list[dict[str, Any]]) -> str:
     return markdown(*quality.tenants(lines))
 
 
+def training_data(lines: list[dict[str, Any]]) -> str:
+    """The methods by amount of training data."""
+    return markdown(*quality.training_data(lines))
+
+
 TABLES = {
-    table.__name__: table for table in (stage2_step, inference, profile_training, streaming_tenants, variants, tenants)
+    table.__name__: table
+    for table in (stage2_step, inference, profile_training, streaming_tenants, variants, tenants, training_data)
 }
 
 
 def main() -> None:
     """Prints a table."""
-    name, path = sys.argv[1], Path(sys.argv[2])
-    results = read(path)
+    name, path, *more = sys.argv[1], *map(Path, sys.argv[2:])
+    results = read(path, *more)
     print(TABLES[name](results))
+    if name == "training_data":
+        quality.draw_training_data(results).savefig(path.with_name("training_data.png"))
     if name == "streaming_tenants":
         quality.draw_cost(results).savefig(path.with_name(f"{path.stem}_cost.png"))
         if any("attention" in line for line in results):

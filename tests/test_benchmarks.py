@@ -287,6 +287,33 @@ def test_the_plots(tmp_path, monkeypatch, capsys):
         assert (tmp_path / f"lines_{plot}.png").stat().st_size > 10_000
 
 
+def test_the_table_and_the_plot_by_training_data(tmp_path, monkeypatch, capsys):
+    few, all_queries = {"shots": 3, "arguments": {"steps": 90}}, {"shots": 0, "arguments": {"steps": 375}}
+    files = {
+        "all": runs("plain adapter", [0.9, 0.9, 0.8, 0.8], **all_queries),
+        "few": runs("plain adapter", [0.5, 0.5, 0.7, 0.7], **few),
+    }
+    files["all"] += runs("AdapterDistillation", [0.9, 0.9, 0.8, 0.7], **all_queries)
+    files["few"] += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.8], **few)
+    files["few"] += runs("AdapterFusion", [0.6, 0.6, 0.7, 0.7], **few)
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in files]
+    monkeypatch.setattr(sys, "argv", ["report.py", "training_data", *paths])
+    report.main()
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["3", "90", "plain adapter"],
+        ["3", "90", "AdapterDistillation"],
+        ["all", "375", "plain adapter"],
+        ["all", "375", "AdapterDistillation"],
+    ], "the least data first, and only the methods that are compared by it"
+    assert [row[5] for row in rows] == ["0.600", "0.675", "0.850", "0.825"]
+    assert rows[1][8].startswith("+7.5 [") and rows[3][9].startswith("-2.5 [")
+    assert [row[-1] for row in rows] == ["+0.0", "+5.0", "+0.0", "-5.0"], "the lowest tenant, mean over its seeds"
+    assert (tmp_path / "training_data.png").stat().st_size > 10_000
+
+
 def test_the_interval_covers_the_mean_of_samples():
     generator = np.random.default_rng(0)
     covered = [low <= 0 <= high for _, low, high in (quality.interval(generator.normal(size=20)) for _ in range(100))]
