@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from adapters import AdapterSetup, ModelAdaptersMixin
 
-from ._compat import Adapter, BottleneckLayer, BottleneckState, ForwardContext
+from ._compat import Adapter, BottleneckLayer, BottleneckState, ForwardContext, ParallelAdapter
 from .composition import AdapterDistillation, find_block
 from .fusion import TeacherFusion
 from .losses import feature_matching_loss, logit_matching_loss, token_weights, value_regularization
 from .regression import UpProjectionFit
-from .stacked import can_be_stacked, stack
+from .stacked import can_be_stacked, ends_in_up_projection, input_kind, stack
 from .state import Distillation, DistillationRecord, TeacherAttention, distillations
 
 
@@ -115,17 +115,24 @@ def compose_distillation(
     for below in block.children[:-1]:
         if below in layer.adapters:
             state = layer.compose_single(below, layer.pre_block(below, state), lvl + 1)
+    student = layer.adapters[block.student]
     student_input = layer.pre_block(block.student, state)
     student_state = layer.compose_single(block.student, student_input, lvl + 1)
-    student_output = student_state.bottleneck_up  # (B, T, d), what the adapter adds to the residual
+    if ends_in_up_projection(student) and not hasattr(student, "DropPath"):
+        student_output = student_state.bottleneck_up  # (B, T, d)
+    else:
+        student_output = adapter_update(student, student_input.hidden_states, student_input.adapter_residual)
+    # A parallel adapter's update is added to the block's output later, with the other residual.
+    residual = 0.0 if isinstance(student, ParallelAdapter) else student_input.adapter_residual
     sequence_weights, batch_weights = current.weights(fusion, student_output)
     if distillation.fits is not None:
-        student, hidden_states = layer.adapters[block.student], student_input.hidden_states  # (B, T, d)
+        hidden_states = student_input.hidden_states  # (B, T, d)
         teachers = [layer.adapters[name] for name in block.teachers]  # of the student's config
-        update = torch.stack([adapter_update(teacher, hidden_states) for teacher in teachers]).mean(dim=0)  # (B, T, d)
+        updates = [adapter_update(teacher, hidden_states, student_input.adapter_residual) for teacher in teachers]
+        update = torch.stack(updates).mean(dim=0)  # (B, T, d)
         fit = distillation.fits.setdefault(fusion.location, UpProjectionFit())
         fit.add(student.adapter_down(hidden_states), update / student.scaling, sequence_weights)
-        return student_state._replace(hidden_states=student_input.adapter_residual + update)
+        return student_state._replace(hidden_states=residual + update)
     # What gradient checkpointing appends again in backward, here and below, comes after the sum.
     if current.part == "student":
         current.outputs.append((student_output, sequence_weights))
@@ -134,8 +141,10 @@ def compose_distillation(
     passes_fused = current.draw(student_output.device)
     # The carrier "student" leaves the task loss to the student: its fusion explains the student and steers nothing.
     matched_only = distillation.config.carrier == "student" or not current.training
-    hidden_states = student_input.hidden_states.detach() if matched_only else student_input.hidden_states  # (B, T, d)
-    names, fused_output, attention = _fuse(layer, block, fusion, state, hidden_states, without_student=matched_only)
+    if matched_only:
+        hidden_states, residual_input = student_input.hidden_states.detach(), student_input.adapter_residual.detach()
+        student_input = student_input._replace(hidden_states=hidden_states, adapter_residual=residual_input)
+    names, fused_output, attention = _fuse(layer, block, fusion, state, student_input, without_student=matched_only)
 
     mean_attention = torch.einsum("bt,btn->n", batch_weights, attention.to(batch_weights.dtype))
     current.attention[fusion.location] = TeacherAttention(names, mean_attention)
@@ -146,7 +155,7 @@ def compose_distillation(
         current.losses.append(feature_matching_loss(student_output, target, sequence_weights))
     if passes_fused is False:
         return student_state
-    passed_on = student_input.adapter_residual + fused_output  # (B, T, d)
+    passed_on = residual + fused_output  # (B, T, d)
     if passes_fused is not True:
         passed_on = torch.where(passes_fused, passed_on, student_state.hidden_states)
     return student_state._replace(hidden_states=passed_on)
@@ -157,7 +166,7 @@ def _fuse(
     block: AdapterDistillation,
     fusion: TeacherFusion,
     state: BottleneckState,
-    hidden_states: torch.Tensor,
+    student_input: BottleneckState,
     without_student: bool,
 ) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
     """Fuses the teachers of a layer, and the student with them if asked for.
@@ -165,43 +174,54 @@ def _fuse(
     Returns:
         The names of what is fused, the fused output, (batch, seq_len, hidden), and the attention, (batch, seq_len, n).
     """
-    student = layer.adapters[block.student]
+    student, hidden_states = layer.adapters[block.student], student_input.hidden_states
     teachers = {name: layer.adapters[name] for name in block.teachers if name in layer.adapters}
     joining = {} if without_student else {block.student: student}
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     stacks = fusion.cache.get(teachers, layer.adapters_config, dtype)
 
-    def own_input(name: str) -> torch.Tensor:
-        """The student's prepared input, or what an adapter of another kind makes of the state in its own way."""
+    def own_input(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's input and residual, or what an adapter of another kind makes of the state in its own way."""
         adapter = layer.adapters[name]
-        if adapter.original_ln_before == student.original_ln_before:
-            return hidden_states
-        prepared, _, _ = adapter.pre_forward(state.hidden_states, state.input_tensor, state.layer_norm)
-        return prepared if hidden_states.requires_grad else prepared.detach()
+        if input_kind(adapter) == input_kind(student):
+            return hidden_states, student_input.adapter_residual
+        prepared, _, residual = adapter.pre_forward(state.hidden_states, state.input_tensor, state.layer_norm)
+        return (prepared, residual) if hidden_states.requires_grad else (prepared.detach(), residual.detach())
 
     if stacks is None or not all(can_be_stacked(adapter) for adapter in joining.values()):
         adapters = teachers | joining
-        updates = [adapter_update(adapter, own_input(name)) for name, adapter in adapters.items()]
+        updates = [adapter_update(adapter, *own_input(name)) for name, adapter in adapters.items()]
         return tuple(adapters), *fusion(hidden_states, torch.stack(updates, dim=2))
     if joining:
         stacks = [*stacks, stack(joining)]
-    features = [stacked.features(own_input(stacked.names[0])) for stacked in stacks]
+    features = [stacked.features(own_input(stacked.names[0])[0]) for stacked in stacks]
     return tuple(name for s in stacks for name in s.names), *fusion.fuse_stacked(hidden_states, stacks, features)
 
 
-def adapter_update(adapter: Adapter, hidden_states: torch.Tensor) -> torch.Tensor:
+def adapter_update(adapter: Adapter, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """What an adapter adds to the residual, without its dropout.
 
     Args:
         adapter: The adapter's module.
         hidden_states: Its input, (batch, seq_len, hidden).
+        residual: The residual, which an adapter may normalise together with its update, (batch, seq_len, hidden).
 
     Returns:
         The update, (batch, seq_len, hidden), in the data type of the input.
     """
-    prepared = hidden_states.to(adapter.adapter_up.weight.dtype)
-    return (adapter.adapter_up(adapter.adapter_down(prepared)) * adapter.scaling).to(hidden_states.dtype)  # (B, T, d)
+    dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(next(adapter.parameters()).dtype)
+    update = adapter.adapter_up(adapter.adapter_down(hidden_states)) * adapter.scaling  # (B, T, d)
+    if adapter.use_gating:
+        update = update * adapter.gate(hidden_states).sigmoid().mean(dim=1, keepdim=True)
+    if adapter.add_layer_norm_after:
+        if adapter.adapter_residual_before_ln and not isinstance(adapter, ParallelAdapter):
+            residual = residual.to(update.dtype)
+            update = adapter.adapter_norm_after(update + residual) - residual
+        else:
+            update = adapter.adapter_norm_after(update)
+    return update.to(dtype)
 
 
 def call_with_distillation(
@@ -237,6 +257,8 @@ def call_with_distillation(
 
     def run(context: ForwardContext, part: str) -> tuple[DistillationPass, Any]:
         current = vars(context)["distillation_pass"] = DistillationPass(distillation, masks, training, part)
+        if shared := model.base_model.shared_parameters:
+            vars(context)["shared_parameters"] = dict(shared)  # the teachers', too
         return current, original(context, model, forward, *args, **kwargs)
 
     if training and distillation.enabled and distillation.config.carrier == "dual":

@@ -6,6 +6,8 @@ from .composition import AdapterDistillation
 from .layers import bottleneck_layers
 from .stacked import stacked_bytes
 
+OF_ADAPTERS = ("adapters", "shared_parameters")  # how the modules are named that hold one of each adapter
+
 
 def is_fusion(parameter: str, student: str) -> bool:
     """Whether a parameter, by its name, belongs to the fusion of a student."""
@@ -30,7 +32,7 @@ def parts(model: ModelAdaptersMixin, block: AdapterDistillation) -> dict[str, st
     for name, parameter in model.named_parameters():
         path = name.split(".")
         adapter = next(
-            (b for a, b in zip(path, path[1:], strict=False) if a.endswith("adapters") and b in roles), None
+            (b for a, b in zip(path, path[1:], strict=False) if a.endswith(OF_ADAPTERS) and b in roles), None
         )
         if is_fusion(name, block.student):
             found[name] = "fusion (training only)"

@@ -6,7 +6,7 @@ import torch
 from adapters import ModelAdaptersConfig
 from torch import nn
 
-from ._compat import Adapter
+from ._compat import Adapter, ParallelAdapter
 
 
 class StackedAdapters(NamedTuple):
@@ -21,8 +21,6 @@ class StackedAdapters(NamedTuple):
         down_bias: Their biases, (n * m,).
         up: The up-projections and behind them their biases, (hidden, n * m + n).
         activation: The activation.
-        original_ln_before: Whether their input is the normalised sum of the layer's input and the residual stream, as
-            in adapters' configs.
     """
 
     names: tuple[str, ...]
@@ -30,7 +28,6 @@ class StackedAdapters(NamedTuple):
     down_bias: torch.Tensor
     up: torch.Tensor
     activation: nn.Module
-    original_ln_before: bool
 
     @property
     def width(self) -> int:
@@ -50,12 +47,31 @@ class StackedAdapters(NamedTuple):
         return self.activation(down).unflatten(-1, (len(self.names), -1))  # (B, T, n, m)
 
 
+def input_kind(adapter: Adapter) -> tuple[bool, bool]:
+    """What adapters of one layer must have in common to have the same input.
+
+    Args:
+        adapter: The adapter's module.
+
+    Returns:
+        Whether it runs beside the layer's block (and reads the block's input), and whether it reads the normalised
+        sum of the block's output and the residual stream, not the output alone.
+    """
+    return isinstance(adapter, ParallelAdapter), adapter.original_ln_before
+
+
+def ends_in_up_projection(adapter: Adapter) -> bool:
+    """Whether nothing but the scaling follows the up-projection of an adapter: no gate, no norm."""
+    return not (adapter.use_gating or adapter.add_layer_norm_after)
+
+
 def can_be_stacked(adapter: Adapter) -> bool:
     """Whether an adapter is linear at both ends, with an activation that has no weights of its own."""
     ends = (adapter.adapter_down[0], adapter.adapter_up)
     return (
         len(adapter.adapter_down) == 2
         and all(isinstance(end, nn.Linear) for end in ends)
+        and ends_in_up_projection(adapter)
         and not list(adapter.non_linearity.parameters())
     )
 
@@ -81,7 +97,6 @@ def stack(adapters: dict[str, Adapter], dtype: torch.dtype | None = None) -> Sta
         down_bias=torch.cat([down.bias for down in downs]).to(dtype),
         up=torch.cat([*weights, *biases], dim=1).to(dtype),
         activation=modules[0].non_linearity,
-        original_ln_before=modules[0].original_ln_before,
     )
 
 
@@ -158,6 +173,6 @@ def _stack_alike(
     groups: dict[tuple, dict[str, Adapter]] = {}
     for name, teacher in teachers.items():
         activation = adapters_config.get(name)["non_linearity"].lower()
-        kind = (teacher.down_sample, activation, teacher.original_ln_before)
+        kind = (teacher.down_sample, activation, input_kind(teacher))
         groups.setdefault(kind, {})[name] = teacher
     return [stack(group, dtype) for group in groups.values()]

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .hub import adapter_digest
 from .layers import bottleneck_layers
+from .stacked import ends_in_up_projection
 from .state import Distillation, distillations
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,8 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
     """Sets the student to the average of its teachers' weights, if their configs agree; `start_head` does the head."""
-    ignored = {"dropout", "init_weights", "init_weights_seed"}  # no part of what the weights compute
+    # No part of what the weights compute:
+    ignored = {"dropout", "stochastic_depth", "init_weights", "init_weights_seed"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
@@ -41,8 +43,16 @@ def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Dist
             f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    for _, layer in bottleneck_layers(model, student):
-        layer.adapters[student].load_state_dict(_mean([layer.adapters[name] for name in teachers]))
+    if model.adapters_config.get(student)["phm_layer"]:
+        logger.warning(
+            f"{student!r} starts at random weights: the average of the teachers' Kronecker factors is no average of "
+            f"their weights. Pass DistillationConfig(student_start='random') to silence this."
+        )
+        return
+    of_teachers = [model.get_adapter(name) for name in teachers]
+    for place, modules in model.get_adapter(student).items():
+        for location, module in modules.items():
+            module.load_state_dict(_mean([modules[place][location] for modules in of_teachers]))
     distillation.start_digest = adapter_digest(model, student)
 
 
@@ -87,6 +97,11 @@ def start_examples(dataset: Dataset, seed: int) -> Dataset | None:
     size = len(dataset)  # type: ignore[arg-type]
     indices = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:START_EXAMPLES].tolist()
     return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+
+
+def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
+    """Whether the update of a student is linear in its up-projections."""
+    return all(ends_in_up_projection(layer.adapters[student]) for _, layer in bottleneck_layers(model, student))
 
 
 def fit_start(

@@ -15,7 +15,16 @@ from .fusion import TeacherFusion
 from .layers import bottleneck_layers
 from .start import start_at_average, start_head
 from .state import Distillation, add_distillation, distillations
-from .teachers import Source, check_devices, check_folder, check_fusable, check_weights, load_teacher, locate_teacher
+from .teachers import (
+    Source,
+    check_bottleneck,
+    check_devices,
+    check_folder,
+    check_fusable,
+    check_weights,
+    load_teacher,
+    locate_teacher,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +54,7 @@ def add_student(
     )
     check_teachers(student, distillation_config.teachers)
     student_config = AdapterConfig.load(config or DEFAULT_ADAPTER_CONFIG)
-    check_fusable(f"Student {student!r}", student_config)
+    check_bottleneck(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
     for teacher in distillation_config.teachers:
@@ -55,7 +64,7 @@ def add_student(
             raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
         located[name] = teacher, folder, source
         teacher_config = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
-        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(teacher_config))
+        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(teacher_config), student_config)
 
     loaded: list[str] = []
     active_head = getattr(model, "active_head", None)
@@ -123,9 +132,11 @@ def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     for name in (*block.children, *block.teachers):
         if name not in model.adapters_config:
             raise ValueError(f"{block} names {name!r}, which is not on the model; add or load it first.")
-        check_fusable(repr(name), model.adapters_config.get(name))
+        check_bottleneck(repr(name), model.adapters_config.get(name))
+    student_config = model.adapters_config.get(block.student)
     for name in block.teachers:
-        check_weights(model, name, name, model.adapters_config.get(block.student))
+        check_fusable(f"Teacher {name!r}", model.adapters_config.get(name), student_config)
+        check_weights(model, name, name, student_config)
     config = DistillationConfig(teachers=list(block.teachers), student_start="random")
     if known is not None:
         config = replace(known.config, teachers=list(block.teachers))
@@ -150,7 +161,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         if "distillation_fusion" not in layer._modules:
             layer.distillation_fusion = nn.ModuleDict()
         if block.student not in layer.distillation_fusion:
-            weight = student.adapter_up.weight
+            weight = next(student.parameters())
             layer.distillation_fusion[block.student] = TeacherFusion(
                 student.input_size, name, layer in decoder, weight.device, weight.dtype
             )

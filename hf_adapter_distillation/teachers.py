@@ -16,19 +16,6 @@ from .layers import bottleneck_layers
 
 Source = dict[str, str | None]
 
-# What an update that is added to the layer's residual demands of a bottleneck config.
-FUSABLE: dict[str, object] = {
-    "is_parallel": False,
-    "phm_layer": False,
-    "use_gating": False,
-    "ln_before": False,
-    "ln_after": False,
-    "residual_before_ln": True,
-    "original_ln_after": True,
-    "inv_adapter": None,
-    "stochastic_depth": 0.0,
-}
-
 
 def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path | None, Source]:
     """Finds out what one entry of `distill_from` means; downloads it if it is on the Hub, adds nothing to the model.
@@ -149,18 +136,43 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
         )
 
 
-def check_fusable(who: str, config: AdapterConfig) -> None:
-    """Refuses an adapter whose update cannot be fused inside the layer.
+def check_bottleneck(who: str, config: AdapterConfig) -> None:
+    """Refuses an adapter of a method whose update is not fused inside the layer.
 
     Raises:
-        ValueError: If the config is no sequential bottleneck, or one with parts that change what its update is.
+        ValueError: If the config is no bottleneck.
     """
-    wanted = "can be fused are seq_bn and double_seq_bn, with any reduction factor"
     if not isinstance(config, BnConfig):
-        raise ValueError(f"{who} is a {type(config).__name__}; the adapters that {wanted}.")
-    for key, value in FUSABLE.items():
-        if config[key] != value:
-            raise ValueError(f"{who} has {key}={config[key]!r}; the adapters that {wanted} and {key}={value!r}.")
+        raise ValueError(
+            f"{who} is a {type(config).__name__}; what can be fused are bottleneck adapters: seq_bn, double_seq_bn, "
+            "par_bn, compacter and the like."
+        )
+
+
+def check_fusable(who: str, config: AdapterConfig, student_config: BnConfig) -> None:
+    """Refuses a teacher whose update is not added where the student's is.
+
+    Raises:
+        ValueError: If the teacher is no bottleneck adapter, or only one of the two is added behind the layer's norm.
+    """
+    check_bottleneck(who, config)
+    assert isinstance(config, BnConfig)
+
+    def place(config: BnConfig) -> tuple[bool, bool]:
+        in_sequence = config["original_ln_before"] and not config["is_parallel"]
+        return in_sequence and config["residual_before_ln"] is False, config["original_ln_after"]
+
+    if place(config) != place(student_config):
+        keys = ("is_parallel", "original_ln_before", "residual_before_ln", "original_ln_after")
+        differs = ", ".join(
+            f"{key}={config[key]!r} and not {student_config[key]!r}"
+            for key in keys
+            if config[key] != student_config[key]
+        )
+        raise ValueError(
+            f"{who} adds its update at another place of the layer than the student: it has {differs}; "
+            "give the student the teacher's values of these."
+        )
 
 
 def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_config: BnConfig) -> None:
@@ -191,10 +203,10 @@ def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[st
         ValueError: With the first such teacher and both devices.
     """
     for layer_name, layer in bottleneck_layers(model, student):
-        device = layer.adapters[student].adapter_up.weight.device
-        for name in teachers:
-            if name in layer.adapters and layer.adapters[name].adapter_up.weight.device != device:
+        devices = {n: next(layer.adapters[n].parameters()).device for n in (student, *teachers) if n in layer.adapters}
+        for name, device in devices.items():
+            if device != devices[student]:
                 raise ValueError(
-                    f"Teacher {name!r} is on {layer.adapters[name].adapter_up.weight.device}, {student!r} on {device} "
-                    f"({layer_name}); call model.to({str(device)!r}) once all adapters are added."
+                    f"Teacher {name!r} is on {device}, {student!r} on {devices[student]} ({layer_name}); "
+                    f"call model.to({str(devices[student])!r}) once all adapters are added."
                 )

@@ -24,7 +24,7 @@ from .composition import AdapterDistillation, find_block
 from .configuration import DistillationTrainingArguments
 from .hub import adapter_digest, read_provenance
 from .parts import check_trainable, is_fusion, parameter_table
-from .start import fit_start, start_examples
+from .start import can_be_fitted, fit_start, start_examples
 from .state import Distillation, DistillationRecord, distillations
 from .student import drop_fusion
 
@@ -122,12 +122,13 @@ class DistillationTrainer(AdapterTrainer):
     def fit_start(self) -> None:
         """Moves a student that still is the average of its teachers' weights to the average of their updates.
 
-        `train` does it before the first step; a student that was trained, loaded or resumed stays what it is.
+        `train` does it before the first step; a student that was trained, loaded or resumed stays what it is, and so
+        does one with a gate or a norm behind its up-projections.
         """
         student, distillation = self.block.student, self.distillation
         if distillation.config.student_start != "teachers":
             return
-        if distillation.start_digest != adapter_digest(self.model, student):
+        if distillation.start_digest != adapter_digest(self.model, student) or not can_be_fitted(self.model, student):
             return
         examples = start_examples(self.train_dataset, self.args.seed)
         if examples is None:

@@ -85,7 +85,7 @@ def make_stack(n, width, hidden, dtype=torch.float64, live=False):
     shapes = {"down_weight": (n * width, hidden), "down_bias": (n * width,), "up": (hidden, n * width + n)}
     tensors = {name: torch.randn(shape, dtype=dtype).requires_grad_(live) for name, shape in shapes.items()}
     names = tuple(f"adapter{i}" for i in range(n))
-    return StackedAdapters(names=names, **tensors, activation=nn.SiLU(), original_ln_before=True)
+    return StackedAdapters(names=names, **tensors, activation=nn.SiLU())
 
 
 def updates_of(stacked, hidden_states):

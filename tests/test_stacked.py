@@ -32,6 +32,8 @@ def model_with(**configs):
         "seq_bn[scaling='learned']",
         "seq_bn[scaling='channel']",
         "seq_bn[non_linearity='leakyrelu']",
+        "par_bn",
+        "scaled_par_bn",
     ],
 )
 def test_stacked_adapters_put_out_what_the_adapters_do(config):
@@ -44,7 +46,9 @@ def test_stacked_adapters_put_out_what_the_adapters_do(config):
     assert z.shape == (2, 3, 3, adapters["a"].down_sample) and stacked.names == ("a", "b", "c")
     for i, adapter in enumerate(adapters.values()):
         update = z[:, :, i] @ stacked.up[:, i * m : (i + 1) * m].T + stacked.up[:, n * m + i]
-        torch.testing.assert_close(update, adapter_update(adapter, hidden_states), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            update, adapter_update(adapter, hidden_states, hidden_states), rtol=1e-12, atol=1e-12
+        )
         full, _, up = adapter(hidden_states, residual_input=0.0)
         torch.testing.assert_close(update, up, rtol=1e-12, atol=1e-12)
 
@@ -59,7 +63,7 @@ def test_gradients_reach_the_weights_of_a_trained_adapter():
     update = z @ stacked.up[:, :-1].T + stacked.up[:, -1]
     parameters = list(adapter.parameters())
     grads = torch.autograd.grad((update * weight).sum(), parameters)
-    wanted = torch.autograd.grad((adapter_update(adapter, hidden_states) * weight).sum(), parameters)
+    wanted = torch.autograd.grad((adapter_update(adapter, hidden_states, hidden_states) * weight).sum(), parameters)
     torch.testing.assert_close(grads, wanted, rtol=1e-10, atol=1e-10)
 
 

@@ -42,13 +42,13 @@ def test_the_student_starts_at_the_teachers_mean_update(config, trainer_args):
     state = torch.get_rng_state()
     batch = make_batch(16)
     h, adapters = first_layer(model, batch)
-    mean = torch.stack([adapter_update(adapters[name], h) for name in TEACHERS]).mean(0)
+    mean = torch.stack([adapter_update(adapters[name], h, h) for name in TEACHERS]).mean(0)
     student = adapters["insurance"]
     z = torch.cat([student.adapter_down(h), torch.ones(len(h), 1, dtype=h.dtype)], dim=1)
     expected = z @ torch.linalg.lstsq(z, mean, driver="gelsd").solution
-    average_error = (adapter_update(student, h) - mean).square().sum()
+    average_error = (adapter_update(student, h, h) - mean).square().sum()
     trainer.fit_start()
-    error = (adapter_update(student, h) - mean).square().sum()
+    error = (adapter_update(student, h, h) - mean).square().sum()
     assert (expected - mean).square().sum() <= error < 0.9 * average_error
     assert error - (expected - mean).square().sum() < 1e-3 * average_error
     assert changed(model, before) == {name for name in before if ".insurance.adapter_up." in name}
@@ -62,7 +62,7 @@ def test_a_layer_sees_what_the_layers_below_pass_on_of_the_mean(trainer_args):
     for _, layer in bottleneck_layers(model, "insurance"):
 
         def pass_on_the_mean(module, inputs, kwargs, output, adapters=layer.adapters):
-            mean = torch.stack([adapter_update(adapters[name], inputs[0]) for name in TEACHERS]).mean(0)
+            mean = torch.stack([adapter_update(adapters[name], inputs[0], inputs[0]) for name in TEACHERS]).mean(0)
             seen.append((inputs[0], mean))
             return kwargs["residual_input"] + mean, *output[1:]
 
