@@ -171,5 +171,6 @@ METHODS = {
     "AdapterDistillation: stage 2 from 0.5": _trained(distillation_start=0.5),
     "AdapterDistillation: never stage 2": _trained(distillation_start=1.0),
     "AdapterDistillation: weight 0.1": _trained(distillation_weight=0.1),
+    "AdapterDistillation: weight 1": _trained(distillation_weight=1.0),
     "AdapterDistillation: weight 3": _trained(distillation_weight=3.0),
 }

@@ -7,6 +7,7 @@ import warnings
 from adapters import ModelAdaptersMixin
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
+from adapters.methods.lora import LoRA, LoRALinear, LoRAState
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from adapters.utils import SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
@@ -21,6 +22,9 @@ __all__ = [
     "BottleneckLayer",
     "BottleneckState",
     "ForwardContext",
+    "LoRA",
+    "LoRALinear",
+    "LoRAState",
     "ParallelAdapter",
     "loss_counts_items",
     "warn_if_untested",

@@ -6,8 +6,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ._compat import BottleneckLayer
 from .hub import adapter_digest, provenance
+from .layers import adapter_layers
 from .parts import check_trainable
 
 if TYPE_CHECKING:
@@ -33,10 +33,9 @@ class FrozenTeachersCallback(TrainerCallback):
         """Notes the teachers' digests, fits the start, and writes the table of parameters."""
         trainer = self.trainer
         check_trainable(trainer.model, trainer.block)
-        layers = [m for m in trainer.model.base_model.modules() if isinstance(m, BottleneckLayer)]
         names = trainer.block.teachers
         trainer._teacher_modules = [
-            layer.adapters[name] for layer in layers for name in names if name in layer.adapters
+            layer.adapter_modules[name] for name in names for _, layer in adapter_layers(trainer.model, name)
         ]
         trainer._sums.clear()
         trainer._attention.clear()
@@ -60,10 +59,11 @@ class FrozenTeachersCallback(TrainerCallback):
                 raise RuntimeError(
                     f"The weights of teacher {teacher['name']!r} changed in training; reload it before you use it."
                 )
-        settings = ("distillation_weight", "fusion_regularization", "learning_rate", "seed", "fusion_learning_rate")
+        settings = ("fusion_regularization", "learning_rate", "seed", "fusion_learning_rate")
         trainer.distillation.training = {
             "teachers": teachers,
             "distillation_start": trainer.distillation_start,
+            "distillation_weight": trainer.distillation_weight,
             **{name: getattr(args, name) for name in settings},
             "steps": state.global_step,
             "first_distillation_step": trainer.first_distillation_step,

@@ -79,8 +79,12 @@ class DistillationTrainingArguments(TrainingArguments):
             "0.5 for one that starts at random."
         },
     )
-    distillation_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the distillation loss beside the task loss in stage 2."}
+    distillation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the distillation loss beside the task loss in stage 2. Default: 1 for up to 200 "
+            "training examples, 200 / n for n of them: the more data of its own, the less the teachers count."
+        },
     )
     fusion_learning_rate: float | None = field(
         default=None,

@@ -11,7 +11,7 @@ from .stacked import StackCache, StackedAdapters
 
 
 class TeacherFusion(nn.Module):
-    r"""Fuses the teachers' updates at one bottleneck location.
+    r"""Fuses the teachers' updates at one location: a bottleneck layer, or a projection with LoRA.
 
     .. math::
         q = Q h, \quad k_n = K u_n, \quad v_n = V u_n, \quad a = \mathrm{softmax}_n(q \cdot k_n), \quad
@@ -25,10 +25,11 @@ class TeacherFusion(nn.Module):
     https://arxiv.org/abs/2005.00247 (the form of the attention).
 
     Args:
-        hidden_size: The width d of the layer.
-        location: The name of the bottleneck layer in the base model, for logs and plots.
-        in_decoder: Whether the layer belongs to the decoder of an encoder-decoder model, where padding follows the
-            decoder's own mask.
+        hidden_size: The width d of the adapters' input.
+        output_size: The width of their updates. By default the same.
+        location: The name of the layer in the base model, for logs and plots.
+        in_decoder: Whether the layer reads the states of the decoder of an encoder-decoder model, where padding
+            follows the decoder's own mask.
         device: The device of the weights.
         dtype: The data type of the weights.
     """
@@ -36,6 +37,7 @@ class TeacherFusion(nn.Module):
     def __init__(
         self,
         hidden_size: int,
+        output_size: int | None = None,
         location: str = "",
         in_decoder: bool = False,
         device: torch.device | None = None,
@@ -44,9 +46,10 @@ class TeacherFusion(nn.Module):
         super().__init__()
         self.location = location
         self.in_decoder = in_decoder
-        self.query = nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
-        self.value = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
+        output_size = output_size or hidden_size
+        self.query = nn.Linear(hidden_size, output_size, device=device, dtype=dtype)
+        self.key = nn.Linear(output_size, output_size, bias=False, device=device, dtype=dtype)
+        self.value = nn.Linear(output_size, output_size, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.query.weight, std=0.02)
         nn.init.zeros_(self.query.bias)
         nn.init.normal_(self.key.weight, std=0.02)
@@ -62,10 +65,10 @@ class TeacherFusion(nn.Module):
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
-            updates: What each adapter adds to the residual, (batch, seq_len, n_teachers, hidden).
+            updates: What each adapter adds to the residual, (batch, seq_len, n_teachers, output).
 
         Returns:
-            The fused output, (batch, seq_len, hidden), and the detached attention over teachers,
+            The fused output, (batch, seq_len, output), and the detached attention over teachers,
             (batch, seq_len, n_teachers), each row of which sums to 1.
         """
         # q . (K u_n) = (K^T q) . u_n, and sum_n a_n V u_n = V sum_n a_n u_n: one product with K and V, not N.
@@ -96,13 +99,14 @@ class TeacherFusion(nn.Module):
             features: The features of each stack, (batch, seq_len, n, m).
 
         Returns:
-            The fused output, (batch, seq_len, hidden), and the detached attention over the adapters in the order of
+            The fused output, (batch, seq_len, output), and the detached attention over the adapters in the order of
             the stacks, (batch, seq_len, n_teachers), each row of which sums to 1.
         """
         width = sum(stacked.up.shape[1] for stacked in stacks)
         tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
         in_graph = int(hidden_states.requires_grad)
         # Multiply-adds of each order, forward and backward, divided by the hidden size; what they share is left out.
+        # Updates of another width than the input (LoRA in feed-forward blocks) are counted as if of the same.
         product_first = 3 * hidden_size + 2 * tokens < 5 * tokens  # K^T Q before K^T Q h
         query_cost = (min(3 * hidden_size + 2 * tokens, 5 * tokens) + in_graph * tokens) * hidden_size
         keys_first = width * (5 * hidden_size + in_graph * tokens) < query_cost

@@ -1,12 +1,22 @@
-"""What a bottleneck layer computes for an `AdapterDistillation` block, and how a forward pass gathers its losses."""
+"""What a layer of adapters computes for an `AdapterDistillation` block, and how a pass gathers its losses."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from adapters import AdapterSetup, ModelAdaptersMixin
+from torch import nn
 
-from ._compat import Adapter, BottleneckLayer, BottleneckState, ForwardContext, ParallelAdapter
+from ._compat import (
+    Adapter,
+    BottleneckLayer,
+    BottleneckState,
+    ForwardContext,
+    LoRA,
+    LoRALinear,
+    LoRAState,
+    ParallelAdapter,
+)
 from .composition import AdapterDistillation, find_block
 from .fusion import TeacherFusion
 from .losses import feature_matching_loss, logit_matching_loss, token_weights, value_regularization
@@ -76,10 +86,13 @@ class DistillationPass:
         return bool(torch.rand(()) < self.distillation.fused_probability)
 
 
-def bottleneck_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, BottleneckLayer]]:
-    """The bottleneck layers of the base model that hold an adapter, with their names."""
+FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # what can hold teachers and a student, and fuse them
+
+
+def adapter_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, FusedLayer]]:
+    """The layers of the base model that hold an adapter and can fuse it, with their names."""
     modules = model.base_model.named_modules()
-    return [(name, m) for name, m in modules if isinstance(m, BottleneckLayer) and adapter in m.adapters]
+    return [(name, m) for name, m in modules if isinstance(m, FusedLayer) and adapter in m.adapter_modules]
 
 
 def current_pass() -> DistillationPass | None:
@@ -88,13 +101,34 @@ def current_pass() -> DistillationPass | None:
     return None if context is None else vars(context).get("distillation_pass")
 
 
+class _Input(NamedTuple):
+    """What an adapter reads, and what its update is added to, (batch, seq_len, hidden) each; 0 where that is later."""
+
+    hidden_states: torch.Tensor
+    residual: torch.Tensor | float
+
+    def detach(self) -> "_Input":
+        residual = self.residual
+        return _Input(
+            self.hidden_states.detach(), residual.detach() if isinstance(residual, torch.Tensor) else residual
+        )
+
+
+def _input_of(adapter: Adapter | LoRA, state: BottleneckState | LoRAState) -> _Input:
+    """The input of an adapter in a state that its layer has prepared for it (`pre_block`)."""
+    if isinstance(state, LoRAState):
+        return _Input(state.layer_input if state.hidden_states is None else state.hidden_states, 0.0)
+    # A parallel adapter's update is added to the block's output later, with the other residual.
+    return _Input(state.hidden_states, 0.0 if isinstance(adapter, ParallelAdapter) else state.adapter_residual)
+
+
 def compose_distillation(
-    layer: BottleneckLayer, block: AdapterDistillation, state: BottleneckState, lvl: int = 0
-) -> BottleneckState:
+    layer: FusedLayer, block: AdapterDistillation, state: BottleneckState | LoRAState, lvl: int = 0
+) -> BottleneckState | LoRAState:
     """Runs the student, and in stage 2 the teachers beside it.
 
     Args:
-        layer: The bottleneck layer.
+        layer: The bottleneck layer, or the projection with LoRA.
         block: The distillation block.
         state: The layer's state, `hidden_states` (batch, seq_len, hidden).
         lvl: The depth of the block in the setup.
@@ -113,26 +147,22 @@ def compose_distillation(
         return layer.compose_stack(block, state, lvl)
 
     for below in block.children[:-1]:
-        if below in layer.adapters:
+        if below in layer.adapter_modules:
             state = layer.compose_single(below, layer.pre_block(below, state), lvl + 1)
-    student = layer.adapters[block.student]
-    student_input = layer.pre_block(block.student, state)
-    student_state = layer.compose_single(block.student, student_input, lvl + 1)
-    if ends_in_up_projection(student) and not hasattr(student, "DropPath"):
-        student_output = student_state.bottleneck_up  # (B, T, d)
-    else:
-        student_output = adapter_update(student, student_input.hidden_states, student_input.adapter_residual)
-    # A parallel adapter's update is added to the block's output later, with the other residual.
-    residual = 0.0 if isinstance(student, ParallelAdapter) else student_input.adapter_residual
+    student = layer.adapter_modules[block.student]
+    prepared = layer.pre_block(block.student, state)
+    student_input = _input_of(student, prepared)
+    student_state = layer.compose_single(block.student, prepared, lvl + 1)
+    student_output = _student_output(student, student_input, student_state)  # (B, T, d)
     sequence_weights, batch_weights = current.weights(fusion, student_output)
     if distillation.fits is not None:
-        hidden_states = student_input.hidden_states  # (B, T, d)
-        teachers = [layer.adapters[name] for name in block.teachers]  # of the student's config
-        updates = [adapter_update(teacher, hidden_states, student_input.adapter_residual) for teacher in teachers]
-        update = torch.stack(updates).mean(dim=0)  # (B, T, d)
+        teachers = [layer.adapter_modules[name] for name in block.teachers]  # of the student's config
+        update = torch.stack([adapter_update(teacher, *student_input) for teacher in teachers]).mean(
+            dim=0
+        )  # (B, T, d)
         fit = distillation.fits.setdefault(fusion.location, UpProjectionFit())
-        fit.add(student.adapter_down(hidden_states), update / student.scaling, sequence_weights)
-        return student_state._replace(hidden_states=residual + update)
+        fit.add(student.adapter_down(student_input.hidden_states), update / student.scaling, sequence_weights)
+        return student_state._replace(hidden_states=student_input.residual + update)
     # What gradient checkpointing appends again in backward, here and below, comes after the sum.
     if current.part == "student":
         current.outputs.append((student_output, sequence_weights))
@@ -142,8 +172,7 @@ def compose_distillation(
     # The carrier "student" leaves the task loss to the student: its fusion explains the student and steers nothing.
     matched_only = distillation.config.carrier == "student" or not current.training
     if matched_only:
-        hidden_states, residual_input = student_input.hidden_states.detach(), student_input.adapter_residual.detach()
-        student_input = student_input._replace(hidden_states=hidden_states, adapter_residual=residual_input)
+        student_input = student_input.detach()
     names, fused_output, attention = _fuse(layer, block, fusion, state, student_input, without_student=matched_only)
 
     mean_attention = torch.einsum("bt,btn->n", batch_weights, attention.to(batch_weights.dtype))
@@ -155,18 +184,27 @@ def compose_distillation(
         current.losses.append(feature_matching_loss(student_output, target, sequence_weights))
     if passes_fused is False:
         return student_state
-    passed_on = residual + fused_output  # (B, T, d)
+    passed_on = student_input.residual + fused_output  # (B, T, d)
     if passes_fused is not True:
         passed_on = torch.where(passes_fused, passed_on, student_state.hidden_states)
     return student_state._replace(hidden_states=passed_on)
 
 
+def _student_output(student: Adapter | LoRA, own: _Input, after: BottleneckState | LoRAState) -> torch.Tensor:
+    """The student's update without its dropout; what it computed already, where that is the same."""
+    if isinstance(after, LoRAState):
+        return adapter_update(student, *own) if isinstance(student.lora_dropout, nn.Dropout) else after.hidden_states
+    if ends_in_up_projection(student) and not hasattr(student, "DropPath"):
+        return after.bottleneck_up
+    return adapter_update(student, *own)
+
+
 def _fuse(
-    layer: BottleneckLayer,
+    layer: FusedLayer,
     block: AdapterDistillation,
     fusion: TeacherFusion,
-    state: BottleneckState,
-    student_input: BottleneckState,
+    state: BottleneckState | LoRAState,
+    student_input: _Input,
     without_student: bool,
 ) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
     """Fuses the teachers of a layer, and the student with them if asked for.
@@ -174,20 +212,20 @@ def _fuse(
     Returns:
         The names of what is fused, the fused output, (batch, seq_len, hidden), and the attention, (batch, seq_len, n).
     """
-    student, hidden_states = layer.adapters[block.student], student_input.hidden_states
-    teachers = {name: layer.adapters[name] for name in block.teachers if name in layer.adapters}
+    modules, hidden_states = layer.adapter_modules, student_input.hidden_states
+    student = modules[block.student]
+    teachers = {name: modules[name] for name in block.teachers if name in modules}
     joining = {} if without_student else {block.student: student}
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     stacks = fusion.cache.get(teachers, layer.adapters_config, dtype)
 
-    def own_input(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's input and residual, or what an adapter of another kind makes of the state in its own way."""
-        adapter = layer.adapters[name]
-        if input_kind(adapter) == input_kind(student):
-            return hidden_states, student_input.adapter_residual
-        prepared, _, residual = adapter.pre_forward(state.hidden_states, state.input_tensor, state.layer_norm)
-        return (prepared, residual) if hidden_states.requires_grad else (prepared.detach(), residual.detach())
+    def own_input(name: str) -> _Input:
+        """The student's input, or what an adapter of another kind makes of the state in its own way."""
+        if input_kind(modules[name]) == input_kind(student):
+            return student_input
+        own = _input_of(modules[name], layer.pre_block(name, state))
+        return own if hidden_states.requires_grad else own.detach()
 
     if stacks is None or not all(can_be_stacked(adapter) for adapter in joining.values()):
         adapters = teachers | joining
@@ -195,12 +233,14 @@ def _fuse(
         return tuple(adapters), *fusion(hidden_states, torch.stack(updates, dim=2))
     if joining:
         stacks = [*stacks, stack(joining)]
-    features = [stacked.features(own_input(stacked.names[0])[0]) for stacked in stacks]
+    features = [stacked.features(own_input(stacked.names[0]).hidden_states) for stacked in stacks]
     return tuple(name for s in stacks for name in s.names), *fusion.fuse_stacked(hidden_states, stacks, features)
 
 
-def adapter_update(adapter: Adapter, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """What an adapter adds to the residual, without its dropout.
+def adapter_update(
+    adapter: Adapter | LoRA, hidden_states: torch.Tensor, residual: torch.Tensor | float
+) -> torch.Tensor:
+    """What an adapter adds to the residual, or LoRA to the output of a projection, without its dropout.
 
     Args:
         adapter: The adapter's module.
@@ -212,12 +252,13 @@ def adapter_update(adapter: Adapter, hidden_states: torch.Tensor, residual: torc
     """
     dtype = hidden_states.dtype
     hidden_states = hidden_states.to(next(adapter.parameters()).dtype)
+    if isinstance(adapter, LoRA):
+        return (hidden_states @ adapter.lora_A.T @ adapter.lora_B.T * adapter.scaling).to(dtype)
     update = adapter.adapter_up(adapter.adapter_down(hidden_states)) * adapter.scaling  # (B, T, d)
     if adapter.use_gating:
         update = update * adapter.gate(hidden_states).sigmoid().mean(dim=1, keepdim=True)
     if adapter.add_layer_norm_after:
         if adapter.adapter_residual_before_ln and not isinstance(adapter, ParallelAdapter):
-            residual = residual.to(update.dtype)
             update = adapter.adapter_norm_after(update + residual) - residual
         else:
             update = adapter.adapter_norm_after(update)

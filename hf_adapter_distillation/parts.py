@@ -3,10 +3,10 @@
 from adapters import ModelAdaptersMixin
 
 from .composition import AdapterDistillation
-from .layers import bottleneck_layers
+from .layers import adapter_layers
 from .stacked import stacked_bytes
 
-OF_ADAPTERS = ("adapters", "shared_parameters")  # how the modules are named that hold one of each adapter
+OF_ADAPTERS = ("adapters", "shared_parameters", "loras")  # how the modules are named that hold one of each adapter
 
 
 def is_fusion(parameter: str, student: str) -> bool:
@@ -56,8 +56,8 @@ def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> st
     lines = [f"{'part':<32}{'parameters':>14}{'trained':>14}"]
     lines += [f"{part:<32}{total:>14,}{trained:>14,}" for part, (total, trained) in counts.items()]
     copied = sum(
-        stacked_bytes({name: layer.adapters[name] for name in block.teachers if name in layer.adapters})
-        for _, layer in bottleneck_layers(model, block.student)
+        stacked_bytes({name: layer.adapter_modules[name] for name in block.teachers if name in layer.adapter_modules})
+        for _, layer in adapter_layers(model, block.student)
     )
     lines.append(f"Stage 2 copies the teachers' weights side by side: {copied / 1e6:.2f} MB.")
     return "\n".join(lines)

@@ -11,11 +11,11 @@ from adapters.composition import ALLOWED_NESTINGS
 from adapters.hub_mixin import PushAdapterToHubMixin
 from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 
-from ._compat import BottleneckLayer, ForwardContext, warn_if_untested
+from ._compat import ForwardContext, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
 from .hub import provenance, save_card
-from .layers import call_with_distillation, compose_distillation
+from .layers import FusedLayer, call_with_distillation, compose_distillation
 from .state import distillations
 from .student import add_student, distillation_block, forget_adapter, prepare_fusion, prepare_head
 
@@ -93,7 +93,7 @@ def _document_distill_from(method: Callable) -> None:
 def _get_compose_func(original: Callable, self: ComposableAdapterLayerBase, composition_type: type) -> Callable:
     if composition_type is not AdapterDistillation:
         return original(self, composition_type)
-    if isinstance(self, BottleneckLayer):
+    if isinstance(self, FusedLayer):
         return functools.partial(compose_distillation, self)
     return self.compose_stack
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.utils import logging
 
+from ._compat import LoRA
 from .hub import adapter_digest
-from .layers import bottleneck_layers
+from .layers import adapter_layers
 from .stacked import ends_in_up_projection
 from .state import Distillation, distillations
 
@@ -28,10 +29,38 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
 
+@torch.no_grad()
+def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
+    r"""Sets a LoRA module to the best approximation of the mean of others' weight changes by a matrix of its rank.
+
+    .. math::
+        \min_{A, B} \Big\lVert B A - \frac{1}{N} \sum_n B_n A_n \Big\rVert_F
+
+    The mean of the updates is that of the weight changes, since LoRA is linear, and a truncated singular value
+    decomposition is the minimum (Eckart and Young, https://doi.org/10.1007/BF02288367), computed from the factors.
+    The averages of A and of B would be no start: their product is not the average of the products.
+
+    Args:
+        student: The module to set; its rank may differ from the others'.
+        teachers: The others, of the same projection.
+    """
+    scales = [teacher.scaling / (len(teachers) * student.scaling) for teacher in teachers]
+    up = torch.cat([t.lora_B.double() * scale for t, scale in zip(teachers, scales, strict=True)], dim=1)  # (out, N r)
+    down = torch.cat([t.lora_A.double() for t in teachers])  # (N r, in)
+    up_basis, up_factor = torch.linalg.qr(up)
+    down_basis, down_factor = torch.linalg.qr(down.T)
+    left, sizes, right = torch.linalg.svd(up_factor @ down_factor.T)
+    rank = min(student.r, len(sizes))
+    roots = sizes[:rank].sqrt()
+    student.lora_B[:, :rank] = (up_basis @ left[:, :rank] * roots).to(student.lora_B)
+    student.lora_A[:rank] = (roots.unsqueeze(1) * (right[:rank] @ down_basis.T)).to(student.lora_A)
+    student.lora_B[:, rank:] = 0
+
+
 def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
     """Sets the student to the average of its teachers' weights, if their configs agree; `start_head` does the head."""
-    # No part of what the weights compute:
-    ignored = {"dropout", "stochastic_depth", "init_weights", "init_weights_seed"}
+    # No part of what the weights compute, or (rank and scaling of LoRA) of no matter for the average:
+    ignored = {"dropout", "stochastic_depth", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
@@ -43,16 +72,21 @@ def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Dist
             f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    if model.adapters_config.get(student)["phm_layer"]:
+    if model.adapters_config.get(student).get("phm_layer"):
         logger.warning(
             f"{student!r} starts at random weights: the average of the teachers' Kronecker factors is no average of "
             f"their weights. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    of_teachers = [model.get_adapter(name) for name in teachers]
-    for place, modules in model.get_adapter(student).items():
-        for location, module in modules.items():
-            module.load_state_dict(_mean([modules[place][location] for modules in of_teachers]))
+    held = [layer.adapter_modules for _, layer in adapter_layers(model, student)]
+    if student in (invertible := getattr(model.base_model, "invertible_adapters", {})):
+        held.append(invertible)
+    for modules in held:
+        of_teachers = [modules[name] for name in teachers]
+        if isinstance(modules[student], LoRA):
+            average_lora(modules[student], of_teachers)
+        else:
+            modules[student].load_state_dict(_mean(of_teachers))
     distillation.start_digest = adapter_digest(model, student)
 
 
@@ -100,8 +134,9 @@ def start_examples(dataset: Dataset, seed: int) -> Dataset | None:
 
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
-    """Whether the update of a student is linear in its up-projections."""
-    return all(ends_in_up_projection(layer.adapters[student]) for _, layer in bottleneck_layers(model, student))
+    """Whether a student's up-projections can be fitted to updates; those of LoRA start at a mean that is exact."""
+    modules = [layer.adapter_modules[student] for _, layer in adapter_layers(model, student)]
+    return all(ends_in_up_projection(module) and not isinstance(module, LoRA) for module in modules)
 
 
 def fit_start(
@@ -137,9 +172,9 @@ def fit_start(
         distillation.fits = distillation.record = None
         model.train(training)
     unexplained = []
-    for name, layer in bottleneck_layers(model, student):
+    for name, layer in adapter_layers(model, student):
         if name in fits:
-            fit, up = fits[name], layer.adapters[student].adapter_up
+            fit, up = fits[name], layer.adapter_modules[student].adapter_up
             fit.reduce(reduce)
             weight, bias, error = fit.solve(up.weight.data, up.bias.data)
             up.weight.data.copy_(weight)

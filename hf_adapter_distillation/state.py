@@ -10,10 +10,6 @@ from .configuration import DistillationConfig, DistillationTrainingArguments
 from .regression import UpProjectionFit
 
 
-def _default(argument: str) -> Any:
-    return DistillationTrainingArguments.__dataclass_fields__[argument].default
-
-
 class TeacherAttention(NamedTuple):
     """The attention at one location.
 
@@ -54,7 +50,7 @@ class Distillation:
 
     The trainer derives `enabled`, `weight`, `scale` and the others anew before each forward pass from its arguments
     and the number of the step; nothing here needs to be saved for a training to be resumed. In a training loop of
-    one's own they keep the defaults of `DistillationTrainingArguments` until they are set.
+    one's own they keep these defaults until they are set.
 
     Args:
         config: What is distilled; `config.teachers` holds the names on the model.
@@ -79,8 +75,8 @@ class Distillation:
     head_started: bool = False
     training: dict[str, Any] | None = None
     enabled: bool = True
-    weight: float = _default("distillation_weight")
-    regularization: float = _default("fusion_regularization")
+    weight: float = 1.0
+    regularization: float = DistillationTrainingArguments.fusion_regularization
     scale: float = 1.0
     fused_probability: float | torch.Tensor = 1.0
     fits: dict[str, UpProjectionFit] | None = None

@@ -12,15 +12,16 @@ from transformers.utils import logging
 from .composition import AdapterDistillation, check_teachers, find_block
 from .configuration import DistillationConfig
 from .fusion import TeacherFusion
-from .layers import bottleneck_layers
+from .layers import FusedLayer, adapter_layers
+from .stacked import update_sizes
 from .start import start_at_average, start_head
 from .state import Distillation, add_distillation, distillations
 from .teachers import (
     Source,
-    check_bottleneck,
     check_devices,
     check_folder,
     check_fusable,
+    check_supported,
     check_weights,
     load_teacher,
     locate_teacher,
@@ -54,7 +55,7 @@ def add_student(
     )
     check_teachers(student, distillation_config.teachers)
     student_config = AdapterConfig.load(config or DEFAULT_ADAPTER_CONFIG)
-    check_bottleneck(f"Student {student!r}", student_config)
+    check_supported(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
     for teacher in distillation_config.teachers:
@@ -132,7 +133,7 @@ def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     for name in (*block.children, *block.teachers):
         if name not in model.adapters_config:
             raise ValueError(f"{block} names {name!r}, which is not on the model; add or load it first.")
-        check_bottleneck(repr(name), model.adapters_config.get(name))
+        check_supported(repr(name), model.adapters_config.get(name))
     student_config = model.adapters_config.get(block.student)
     for name in block.teachers:
         check_fusable(f"Teacher {name!r}", model.adapters_config.get(name), student_config)
@@ -146,6 +147,12 @@ def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     add_distillation(model.adapters_config, block.student, Distillation(config=config, sources=sources))
 
 
+def _reads_encoder(name: str, layer: FusedLayer) -> bool:
+    """Whether a projection of a decoder makes keys or values of the encoder's states, with the encoder's mask."""
+    in_cross_attention = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
+    return in_cross_attention and getattr(layer, "attn_key", None) in ("k", "v")
+
+
 def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     """Makes the fusion of each layer where it is missing, and leaves it and the student trainable, nothing else.
 
@@ -154,16 +161,18 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         block: The distillation block.
     """
     decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
-    for name, layer in bottleneck_layers(model, block.student):
-        if not any(teacher in layer.adapters for teacher in block.teachers):
+    for name, layer in adapter_layers(model, block.student):
+        if not any(teacher in layer.adapter_modules for teacher in block.teachers):
             continue
-        student = layer.adapters[block.student]
+        student = layer.adapter_modules[block.student]
         if "distillation_fusion" not in layer._modules:
             layer.distillation_fusion = nn.ModuleDict()
         if block.student not in layer.distillation_fusion:
             weight = next(student.parameters())
+            in_size, out_size = update_sizes(student)
+            in_decoder = layer in decoder and not _reads_encoder(name, layer)
             layer.distillation_fusion[block.student] = TeacherFusion(
-                student.input_size, name, layer in decoder, weight.device, weight.dtype
+                in_size, out_size, name, in_decoder, weight.device, weight.dtype
             )
         fusion = layer.distillation_fusion[block.student]
         fusion.requires_grad_(True).train(layer.training)
@@ -197,7 +206,7 @@ def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool
 
 def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
     """Removes the fusion of a student from all layers."""
-    for _, layer in bottleneck_layers(model, student):
+    for _, layer in adapter_layers(model, student):
         fusions = layer._modules.get("distillation_fusion", {})
         if student in fusions:
             del fusions[student]
@@ -231,7 +240,7 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 f"delete teachers after the training to silence this warning.",
                 stacklevel=4,
             )
-        for _, layer in bottleneck_layers(model, student):
+        for _, layer in adapter_layers(model, student):
             if student in (fusions := layer._modules.get("distillation_fusion", {})):
                 fusions[student].cache.clear()
         if not left:

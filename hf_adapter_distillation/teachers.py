@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from adapters import AdapterConfig, BnConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+from adapters import (
+    AdapterConfig,
+    BnConfig,
+    LoRAConfig,
+    ModelAdaptersMixin,
+    ModelWithHeadsAdaptersMixin,
+    MTLLoRAConfig,
+)
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
-from ._compat import ADAPTER_CONFIG_NAME
-from .layers import bottleneck_layers
+from ._compat import ADAPTER_CONFIG_NAME, LoRALinear
+from .layers import FusedLayer, adapter_layers
 
 Source = dict[str, str | None]
 
@@ -136,29 +143,46 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
         )
 
 
-def check_bottleneck(who: str, config: AdapterConfig) -> None:
+def check_supported(who: str, config: AdapterConfig) -> None:
     """Refuses an adapter of a method whose update is not fused inside the layer.
 
     Raises:
-        ValueError: If the config is no bottleneck.
+        ValueError: If the config is neither a bottleneck nor LoRA in its plain form.
     """
-    if not isinstance(config, BnConfig):
-        raise ValueError(
-            f"{who} is a {type(config).__name__}; what can be fused are bottleneck adapters: seq_bn, double_seq_bn, "
-            "par_bn, compacter and the like."
-        )
+    if isinstance(config, BnConfig):
+        return
+    if isinstance(config, LoRAConfig) and not isinstance(config, MTLLoRAConfig):
+        plain = {"composition_mode": "add", "use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None}
+        differs = [f"{key}={config[key]!r}" for key, value in plain.items() if config[key] != value]
+        if not differs:
+            return
+        kind = f"{type(config).__name__} with {differs[0]}"
+    else:
+        kind = type(config).__name__
+    raise ValueError(
+        f"{who} is a {kind}; what can be fused are bottleneck adapters (seq_bn, double_seq_bn, par_bn, compacter and "
+        "the like) and LoRA."
+    )
 
 
-def check_fusable(who: str, config: AdapterConfig, student_config: BnConfig) -> None:
+def check_fusable(who: str, config: AdapterConfig, student_config: BnConfig | LoRAConfig) -> None:
     """Refuses a teacher whose update is not added where the student's is.
 
     Raises:
-        ValueError: If the teacher is no bottleneck adapter, or only one of the two is added behind the layer's norm.
+        ValueError: If the teacher cannot be fused at all, is of another method than the student, or only one of the
+            two is added behind the layer's norm.
     """
-    check_bottleneck(who, config)
-    assert isinstance(config, BnConfig)
+    check_supported(who, config)
+    methods = [LoRAConfig if isinstance(c, LoRAConfig) else BnConfig for c in (config, student_config)]
+    if methods[0] is not methods[1]:
+        raise ValueError(
+            f"{who} is a {type(config).__name__}, the student a {type(student_config).__name__}; bottleneck adapters "
+            "are distilled into bottleneck adapters, and LoRA into LoRA."
+        )
+    if methods[0] is LoRAConfig:
+        return
 
-    def place(config: BnConfig) -> tuple[bool, bool]:
+    def place(config: AdapterConfig) -> tuple[bool, bool]:
         in_sequence = config["original_ln_before"] and not config["is_parallel"]
         return in_sequence and config["residual_before_ln"] is False, config["original_ln_after"]
 
@@ -175,24 +199,37 @@ def check_fusable(who: str, config: AdapterConfig, student_config: BnConfig) -> 
         )
 
 
-def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_config: BnConfig) -> None:
+def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
+    """Whether an adapter of a config has a module in a layer, if it leaves out none."""
+    in_projection = (
+        not isinstance(layer, LoRALinear) or layer.attn_key is None or layer.attn_key in config.attn_matrices
+    )
+    return bool(config.get(layer.location_key)) and in_projection
+
+
+def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_config: BnConfig | LoRAConfig) -> None:
     """Refuses a teacher with weights that are not finite, or with no location in common with the student.
 
     Raises:
         ValueError: With the teacher and the location.
     """
-    locations = set()
-    for layer_name, layer in bottleneck_layers(model, name):
-        locations.add(layer.location_key)
-        for key, parameter in layer.adapters[name].named_parameters():
+    layers = adapter_layers(model, name)
+    for layer_name, layer in layers:
+        for key, parameter in layer.adapter_modules[name].named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(
                     f"Teacher {teacher!r} has weights that are NaN or infinite in {layer_name} ({key}); train it anew."
                 )
-    if not any(student_config[location] for location in locations):
+    if not layers:
         raise ValueError(
-            f"Teacher {teacher!r} sits at {', '.join(sorted(locations)) or 'no location'}, where the student has no "
-            f"modules; give the student a config with one of these set."
+            f"Teacher {teacher!r} has no module that can be fused in this model (LoRA in projections that are merged, "
+            f"as those of GPT-2, cannot); use bottleneck adapters."
+        )
+    if not any(_is_at(student_config, layer) for _, layer in layers):
+        places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
+        raise ValueError(
+            f"Teacher {teacher!r} sits at {', '.join(places)}, where the student has no modules; "
+            f"give the student a config with one of these set."
         )
 
 
@@ -202,8 +239,12 @@ def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[st
     Raises:
         ValueError: With the first such teacher and both devices.
     """
-    for layer_name, layer in bottleneck_layers(model, student):
-        devices = {n: next(layer.adapters[n].parameters()).device for n in (student, *teachers) if n in layer.adapters}
+    for layer_name, layer in adapter_layers(model, student):
+        devices = {
+            n: next(layer.adapter_modules[n].parameters()).device
+            for n in (student, *teachers)
+            if n in layer.adapter_modules
+        }
         for name, device in devices.items():
             if device != devices[student]:
                 raise ValueError(

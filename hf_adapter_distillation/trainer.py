@@ -11,6 +11,7 @@ from adapters import AdapterTrainer, ModelAdaptersMixin, Stack
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ._compat import (
@@ -31,6 +32,7 @@ from .student import drop_fusion
 logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
+PRIOR_EXAMPLES = 200  # as many of a task's own examples outweigh its teachers, by default
 
 
 class DistillationTrainer(AdapterTrainer):
@@ -160,6 +162,22 @@ class DistillationTrainer(AdapterTrainer):
         return 0.5 if self.distillation.start_digest is None else 0.0
 
     @property
+    def distillation_weight(self) -> float:
+        """The weight of the distillation loss: the argument of that name, or what its default is for this data.
+
+        The teachers are a prior of a fixed strength. Beside a loss that is a mean over n examples, its weight falls
+        with n.
+        """
+        if self.args.distillation_weight is not None:
+            return self.args.distillation_weight
+        if has_length(self.train_dataset):
+            n_examples = len(self.train_dataset)
+        else:  # a stream: what the training reads of it
+            batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            n_examples = self.state.max_steps * batch
+        return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
+
+    @property
     def first_distillation_step(self) -> int:
         """The number of the first step of stage 2, counted from 0."""
         return ceil(self.distillation_start * self.state.max_steps)
@@ -167,7 +185,7 @@ class DistillationTrainer(AdapterTrainer):
     def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
         distillation, step, first = self.distillation, self.state.global_step, self.first_distillation_step
         distillation.enabled = step >= first
-        distillation.weight = self.args.distillation_weight
+        distillation.weight = self.distillation_weight
         distillation.regularization = self.args.fusion_regularization
         distillation.fused_probability = torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first))
         distillation.scale = self._loss_scale(num_items_in_batch)

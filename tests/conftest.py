@@ -22,6 +22,7 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     GPT2Config,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     T5Config,
@@ -45,6 +46,10 @@ CONFIGS = {
     ),
     "gpt2": lambda **kw: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, **kw
+    ),
+    "llama": lambda **kw: LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **kw,
     ),
     "t5": lambda **kw: T5Config(
         vocab_size=VOCABULARY, d_model=32, num_layers=2, num_decoder_layers=2, num_heads=4, d_ff=37, d_kv=8,

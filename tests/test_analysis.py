@@ -3,7 +3,7 @@ import torch
 from conftest import TEACHERS, make_batch, make_model, make_student
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import bottleneck_layers
+from hf_adapter_distillation.layers import adapter_layers
 from hf_adapter_distillation.state import distillations
 
 
@@ -13,7 +13,7 @@ def test_attention_table():
     model.train()
     table = had.teacher_attention(model, batches)
     assert model.training and not distillations(model.adapters_config)["insurance"].observing
-    assert list(table) == [name for name, _ in bottleneck_layers(model, "insurance")]
+    assert list(table) == [name for name, _ in adapter_layers(model, "insurance")]
     for row in table.values():
         assert list(row) == TEACHERS
         assert sum(row.values()) == pytest.approx(1, abs=1e-6)
@@ -25,7 +25,7 @@ def test_attention_table():
 def test_attention_follows_the_query():
     """A query bias along the key of one teacher's constant update draws all attention to it."""
     model = make_student(make_model(), teachers=["bank", "travel"], student_start="random")
-    for _, layer in bottleneck_layers(model, "insurance"):
+    for _, layer in adapter_layers(model, "insurance"):
         for name, sign in (("bank", 1.0), ("travel", -1.0)):
             layer.adapters[name].adapter_up.weight.data.zero_()
             layer.adapters[name].adapter_up.bias.data.fill_(sign)

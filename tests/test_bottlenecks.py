@@ -16,7 +16,7 @@ from adapters import (
 from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, noisy, snapshot
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import adapter_update, bottleneck_layers, compose_distillation
+from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
 from hf_adapter_distillation.losses import feature_matching_loss, token_weights
 from hf_adapter_distillation.state import distillations
 
@@ -69,7 +69,7 @@ def test_the_update_is_what_stock_adapters_add(kind):
     noisy(model, "bank")
     model = model.double().eval()
     seen = []
-    for _, layer in bottleneck_layers(model, "bank"):
+    for _, layer in adapter_layers(model, "bank"):
 
         def note(adapter, inputs, kwargs, output):
             parallel = adapter.__class__.__name__ == "ParallelAdapter"
@@ -79,7 +79,7 @@ def test_the_update_is_what_stock_adapters_add(kind):
         layer.adapters["bank"].register_forward_hook(note, with_kwargs=True)
     with AdapterSetup("bank"):
         model(**make_batch())
-    assert len(seen) == len(bottleneck_layers(model, "bank")) > 0
+    assert len(seen) == len(adapter_layers(model, "bank")) > 0
     for added, update in seen:
         assert added.abs().max() > 1e-3
         torch.testing.assert_close(update, added, rtol=1e-9, atol=1e-9)
@@ -157,7 +157,7 @@ def test_dropped_paths_of_the_student_are_not_matched():
     model = make_student(make_model(), student_start="random")
     noisy(model, "insurance")
     copy_weights(model, "insurance", TEACHERS)
-    for _, layer in bottleneck_layers(model, "insurance"):
+    for _, layer in adapter_layers(model, "insurance"):
         layer.adapters["insurance"].DropPath = torch.nn.Dropout(1.0)
     model.train()(**make_batch())
     assert distillations(model.adapters_config)["insurance"].record.distillation_loss < 1e-8

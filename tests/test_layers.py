@@ -9,7 +9,7 @@ from conftest import TEACHERS, changed, make_batch, make_model, make_student, no
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.fusion import TeacherFusion
-from hf_adapter_distillation.layers import bottleneck_layers, compose_distillation
+from hf_adapter_distillation.layers import adapter_layers, compose_distillation
 from hf_adapter_distillation.losses import feature_matching_loss, token_weights
 from hf_adapter_distillation.stacked import StackedAdapters
 from hf_adapter_distillation.state import distillations
@@ -45,7 +45,7 @@ def test_layers_equal_the_plain_reference(carrier, config, monkeypatch):
     monkeypatch.setattr("hf_adapter_distillation.registration.compose_distillation", spy)
     batch = make_batch()
     output, record = forward_in_stage_2(model, weight=0.7, regularization=0.0)
-    assert len(calls) == len(bottleneck_layers(model, "insurance")) > 0
+    assert len(calls) == len(adapter_layers(model, "insurance")) > 0
     losses = []
     for layer, state, result in calls:
         student, fusion = layer.adapters["insurance"], layer.distillation_fusion["insurance"]
@@ -90,7 +90,7 @@ def test_evaluation_is_the_plain_student_and_touches_no_teacher(carrier, monkeyp
     features = StackedAdapters.features
     monkeypatch.setattr(StackedAdapters, "features", lambda *args: touched.append(1) or features(*args))
     for name in TEACHERS:
-        for _, layer in bottleneck_layers(model, name):
+        for _, layer in adapter_layers(model, name):
             layer.adapters[name].adapter_down.register_forward_hook(lambda *a: touched.append(1))
     model.eval()
     batch = make_batch()
@@ -216,7 +216,7 @@ def test_a_teacher_whose_activation_has_weights_runs_on_its_own():
     model.train_adapter("insurance")
     output, record = forward_in_stage_2(model)
     output.loss.backward()
-    fusion = bottleneck_layers(model, "insurance")[0][1].distillation_fusion["insurance"]
+    fusion = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"]
     assert torch.isfinite(output.loss) and fusion.cache.nbytes == 0
     assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
 
@@ -230,7 +230,7 @@ def test_a_student_whose_activation_has_weights_is_fused_on_its_own():
     output, record = forward_in_stage_2(model)
     output.loss.backward()
     assert [row.names for row in record.attention.values()] == [(*TEACHERS, "insurance")] * 2
-    activation = bottleneck_layers(model, "insurance")[0][1].adapters["insurance"].non_linearity
+    activation = adapter_layers(model, "insurance")[0][1].adapters["insurance"].non_linearity
     assert all(p.grad.any() for p in activation.parameters()) and list(activation.parameters())
     plain = distillation_of(model).record.distillation_loss
     with pytest.MonkeyPatch.context() as patch:
@@ -251,7 +251,7 @@ def test_teachers_of_another_data_type_are_cast(config):
     for dtype in (torch.float32, torch.bfloat16):
         model = make_student(make_model(), config=config, student_start="random", train=False)
         for name in TEACHERS:
-            for _, layer in bottleneck_layers(model, name):
+            for _, layer in adapter_layers(model, name):
                 layer.adapters[name].bfloat16().to(dtype)
         model.train_adapter("insurance")
         output, _ = forward_in_stage_2(model)
@@ -263,7 +263,7 @@ def test_teachers_of_another_data_type_are_cast(config):
 def test_a_teacher_on_another_device_is_refused_before_anything_is_changed():
     model = make_student(make_model(), train=False)
     active = model.active_adapters
-    bottleneck_layers(model, "bank")[1][1].adapters["bank"].to("meta")
+    adapter_layers(model, "bank")[1][1].adapters["bank"].to("meta")
     message = r"Teacher 'bank' is on meta, 'insurance' on cpu \(encoder.layer.1.*call model.to\('cpu'\)"
     for setup in ("insurance", had.AdapterDistillation("insurance", teachers=TEACHERS)):
         with pytest.raises(ValueError, match=message):
@@ -304,7 +304,7 @@ def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monke
         output, record = forward_in_stage_2(model)
     output.loss.backward()
     assert seen == [torch.float32] * 2 and record.distillation_loss.dtype == torch.float32
-    cache = bottleneck_layers(model, "insurance")[0][1].distillation_fusion["insurance"].cache
+    cache = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"].cache
     small = cache.nbytes
     forward_in_stage_2(model)
     assert cache.nbytes == 2 * small > 0
@@ -369,7 +369,7 @@ def test_dual_matches_a_fused_pass_and_a_students_pass(monkeypatch):
         single = copy.deepcopy(model)
         distillation_of(single).config.carrier = carrier
         updates, targets = [], []
-        for _, layer in bottleneck_layers(single, "insurance"):
+        for _, layer in adapter_layers(single, "insurance"):
             layer.adapters["insurance"].register_forward_hook(lambda *args, u=updates: u.append(args[2][2]))
         monkeypatch.setattr(TeacherFusion, "fuse_stacked", lambda *args, t=targets: t.append(fuse(*args)) or t[-1])
         part, _ = forward_in_stage_2(single, weight=0.0, regularization=0.0)

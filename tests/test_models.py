@@ -6,7 +6,7 @@ from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, ma
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation._compat import loss_counts_items
-from hf_adapter_distillation.layers import bottleneck_layers
+from hf_adapter_distillation.layers import adapter_layers
 from hf_adapter_distillation.state import distillations
 
 CASES = [
@@ -79,9 +79,7 @@ def test_which_losses_count_items():
 def test_decoders_follow_their_own_padding(family):
     """What stands behind the end of the labels does not change the loss, in a decoder as long as the encoder."""
     model = make_student(make_model(family).double(), head="seq2seq_lm", student_start="random").double()
-    in_decoder = {
-        layer.distillation_fusion["insurance"].in_decoder for _, layer in bottleneck_layers(model, "insurance")
-    }
+    in_decoder = {layer.distillation_fusion["insurance"].in_decoder for _, layer in adapter_layers(model, "insurance")}
     assert in_decoder == {False, True}
     batch = make_batch(labels="tokens")
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])

@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import TEACHERS, make_batch, make_model, make_student, noisy
 
-from hf_adapter_distillation.layers import adapter_update, bottleneck_layers
+from hf_adapter_distillation.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.stacked import StackCache, can_be_stacked, stack, stacked_bytes
 from hf_adapter_distillation.state import distillations
 
 
 def adapters_of(model, names):
-    _, layer = bottleneck_layers(model, names[0])[0]
+    _, layer = adapter_layers(model, names[0])[0]
     return {name: layer.adapters[name] for name in names}
 
 
@@ -85,7 +85,7 @@ def test_a_stack_for_each_width_activation_and_input():
         e="double_seq_bn[non_linearity='relu']",
     )
     adapters = adapters_of(model, ["a", "b", "c", "d"])
-    output = next(layer for name, layer in bottleneck_layers(model, "e") if name.endswith("0.output"))
+    output = next(layer for name, layer in adapter_layers(model, "e") if name.endswith("0.output"))
     adapters["e"] = output.adapters["e"]
     stacks = StackCache().get(adapters, model.adapters_config, torch.float64)
     assert [stacked.names for stacked in stacks] == [("a", "c"), ("b",), ("d",), ("e",)]
@@ -153,7 +153,7 @@ def test_a_model_that_is_copied_has_a_cache_of_its_own():
 
 
 def caches(model):
-    modules = [layer.distillation_fusion["insurance"] for _, layer in bottleneck_layers(model, "insurance")]
+    modules = [layer.distillation_fusion["insurance"] for _, layer in adapter_layers(model, "insurance")]
     return [fusion.cache for fusion in modules]
 
 
@@ -189,11 +189,11 @@ def test_a_reloaded_teacher_is_used(tmp_path):
     fresh.train_adapter("insurance")
     losses.append(fresh(**make_batch()).loss.item())
     assert losses[0] != losses[1]
-    _, layer = bottleneck_layers(fresh, "bank")[0]
+    _, layer = adapter_layers(fresh, "bank")[0]
     (stacked,) = layer.distillation_fusion["insurance"].cache.get(
         {name: layer.adapters[name] for name in TEACHERS}, fresh.adapters_config, torch.float32
     )
-    wanted = bottleneck_layers(model, "bank")[0][1].adapters["bank"].adapter_down[0].weight
+    wanted = adapter_layers(model, "bank")[0][1].adapters["bank"].adapter_down[0].weight
     assert torch.equal(stacked.down_weight[: len(wanted)], wanted)
 
 

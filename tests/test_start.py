@@ -10,7 +10,7 @@ from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, ma
 from test_trainer import trainer_for
 
 from hf_adapter_distillation.hub import adapter_digest
-from hf_adapter_distillation.layers import adapter_update, bottleneck_layers
+from hf_adapter_distillation.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.regression import UpProjectionFit
 from hf_adapter_distillation.start import START_EXAMPLES, start_examples
 from hf_adapter_distillation.state import distillations
@@ -25,7 +25,7 @@ def in_float64(model):
 
 def first_layer(model, batch):
     """The input of the first layer's adapters, and its adapters."""
-    _, layer = bottleneck_layers(model, "insurance")[0]
+    _, layer = adapter_layers(model, "insurance")[0]
     seen = []
     hook = layer.adapters["insurance"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_layer_sees_what_the_layers_below_pass_on_of_the_mean(trainer_args):
     """The last layer against a fit by hand, to its inputs where each layer passes on the mean update."""
     model = in_float64(make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn"))
     trainer, batch, hooks, seen = trainer_for(model, trainer_args()), make_batch(16), [], []
-    for _, layer in bottleneck_layers(model, "insurance"):
+    for _, layer in adapter_layers(model, "insurance"):
 
         def pass_on_the_mean(module, inputs, kwargs, output, adapters=layer.adapters):
             mean = torch.stack([adapter_update(adapters[name], inputs[0], inputs[0]) for name in TEACHERS]).mean(0)
@@ -95,7 +95,7 @@ def test_dropout_plays_no_part(trainer_args):
 def test_all_layers_are_fitted_to_what_a_forward_pass_of_the_mean_sees(trainer_args, caplog):
     """Teachers that are the same but for their up-projections: their mean is the average, nothing is left to fit."""
     model = make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn", train=False)
-    for _, layer in bottleneck_layers(model, "bank"):
+    for _, layer in adapter_layers(model, "bank"):
         for name in TEACHERS[1:]:
             layer.adapters[name].adapter_down.load_state_dict(layer.adapters["bank"].adapter_down.state_dict())
     model.add_adapter("insurance", config="double_seq_bn", distill_from=TEACHERS, overwrite_ok=True)

@@ -12,7 +12,8 @@ from conftest import TEACHERS, changed, make_dataset, make_model, make_student, 
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import bottleneck_layers
+from hf_adapter_distillation.hub import read_provenance
+from hf_adapter_distillation.layers import adapter_layers
 from hf_adapter_distillation.state import distillations
 
 
@@ -126,6 +127,29 @@ def test_a_second_train_starts_again(trainer_args):
     first = trainer.train()
     second = trainer.train()
     assert second.training_loss < first.training_loss
+
+
+@pytest.mark.parametrize(("n", "weight"), [(16, 1.0), (200, 1.0), (400, 0.5), (2000, 0.1)])
+def test_the_default_weight_falls_with_the_number_of_examples(n, weight, trainer_args, tmp_path):
+    model, dataset = make_student(make_model()), make_dataset(n)
+    trainer = trainer_for(model, trainer_args(max_steps=2, distillation_start=0.0), train_dataset=dataset)
+    trainer.train()
+    assert distillations(model.adapters_config)["insurance"].weight == weight
+    model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    assert read_provenance(str(tmp_path / "insurance"))["distillation_weight"] == weight
+    log = trainer.state.log_history[0]
+    added = weight * log["distillation_loss"] + log["fusion_regularization"]
+    assert log["loss"] == pytest.approx(log["task_loss"] + added, abs=1e-4)
+
+
+def test_a_stream_counts_what_the_training_reads_of_it(trainer_args):
+    stream = make_dataset(16).to_iterable_dataset()
+    args = trainer_args(max_steps=100, gradient_accumulation_steps=2)  # batches of 4
+    trainer = trainer_for(make_student(make_model()), args, train_dataset=stream)
+    trainer.state.max_steps = 100
+    assert trainer.distillation_weight == 0.25
+    args.distillation_weight = 0.3
+    assert trainer.distillation_weight == 0.3
 
 
 @pytest.mark.parametrize("carrier", ["student", "dual"])
@@ -252,7 +276,7 @@ def test_teachers_stay_in_evaluation_mode(trainer_args):
     model, modes = make_student(make_model()), []
 
     def note(args, state, control, **kwargs):
-        modes.extend(layer.adapters[name].training for name in TEACHERS for _, layer in bottleneck_layers(model, name))
+        modes.extend(layer.adapters[name].training for name in TEACHERS for _, layer in adapter_layers(model, name))
         assert model.training
 
     trainer_for(model, trainer_args(), callbacks=[EachStep(note)]).train()
