@@ -108,10 +108,8 @@ class _Input(NamedTuple):
     residual: torch.Tensor | float
 
     def detach(self) -> "_Input":
-        residual = self.residual
-        return _Input(
-            self.hidden_states.detach(), residual.detach() if isinstance(residual, torch.Tensor) else residual
-        )
+        residual = self.residual.detach() if isinstance(self.residual, torch.Tensor) else self.residual
+        return _Input(self.hidden_states.detach(), residual)
 
 
 def _input_of(adapter: Adapter | LoRA, state: BottleneckState | LoRAState) -> _Input:
@@ -157,9 +155,8 @@ def compose_distillation(
     sequence_weights, batch_weights = current.weights(fusion, student_output)
     if distillation.fits is not None:
         teachers = [layer.adapter_modules[name] for name in block.teachers]  # of the student's config
-        update = torch.stack([adapter_update(teacher, *student_input) for teacher in teachers]).mean(
-            dim=0
-        )  # (B, T, d)
+        updates = [adapter_update(teacher, *student_input) for teacher in teachers]
+        update = torch.stack(updates).mean(dim=0)  # (B, T, d)
         fit = distillation.fits.setdefault(fusion.location, UpProjectionFit())
         fit.add(student.adapter_down(student_input.hidden_states), update / student.scaling, sequence_weights)
         return student_state._replace(hidden_states=student_input.residual + update)
