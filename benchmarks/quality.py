@@ -53,7 +53,7 @@ def points(runs: Runs, others: Runs) -> str:
 def methods(lines: Lines) -> Table:
     """A row for each method: quality with its interval over tenants and seeds, paired differences, and costs."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
-    costs = {key: runs_of(lines, key) for key in ("ms_ratio", "MB", "seconds")}
+    costs = {key: runs_of(lines, key) for key in ("ms", "ms_ratio", "MB", "seconds")}
     rates, accuracy = runs_of(lines, "learning_rate"), metrics["accuracy_at_1"]
     rows = []
     for method in (name for name in accuracy if ":" not in name):
@@ -62,13 +62,13 @@ def methods(lines: Lines) -> Table:
         against.append(points(metrics["auc"][method], metrics["auc"][PLAIN]))
         paired = by_tenant(differences(accuracy[method], accuracy[PLAIN]))
         wins = [sum(value > 1e-9 for value in paired.values()), sum(value < -1e-9 for value in paired.values())]
-        ms, megabytes, seconds = (float(np.median(list(runs[method].values()))) for runs in costs.values())
+        ms, ratio, megabytes, seconds = (float(np.median(list(runs[method].values()))) for runs in costs.values())
         rate = next(iter(rates[method].values()))
         row = [method, f"{rate:g}", len(accuracy[method]), *quality, *against, f"{wins[0]} / {wins[1]}"]
-        rows.append([*row, f"{ms:.2f}", f"{megabytes:.2f}", f"{seconds:.0f}"])
+        rows.append([*row, f"{ms:.0f} ({ratio:.2f})", f"{megabytes:.2f}", f"{seconds:.0f}"])
     header = ["method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain", "above teachers' average"]
     header.append("points of AUC above plain")
-    return [*header, "tenants better / worse than plain", "query time / plain", "MB a tenant", "training s"], rows
+    return [*header, "tenants better / worse than plain", "ms a query (/ plain)", "MB a tenant", "training s"], rows
 
 
 def variants(lines: Lines) -> Table:
