@@ -50,7 +50,7 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
     up_basis, up_factor = torch.linalg.qr(up)
     down_basis, down_factor = torch.linalg.qr(down.T)
     left, sizes, right = torch.linalg.svd(up_factor @ down_factor.T)
-    rank = min(student.r, len(sizes))
+    rank = min(student.r, int((sizes > 1e-9 * sizes[0]).sum()))  # the rest of A stays random, or it could not learn
     roots = sizes[:rank].sqrt()
     student.lora_B[:, :rank] = (up_basis @ left[:, :rank] * roots).to(student.lora_B)
     student.lora_A[:rank] = (roots.unsqueeze(1) * (right[:rank] @ down_basis.T)).to(student.lora_A)

@@ -194,6 +194,18 @@ def test_the_average_is_the_best_of_its_rank(rank):
     torch.testing.assert_close(student.lora_B @ student.lora_A * 5 / rank, best, rtol=1e-9, atol=1e-9)
 
 
+def test_teachers_of_lower_rank_leave_the_student_able_to_learn():
+    model = make_model()
+    model.add_adapter("bank", config=LoRAConfig(r=2, alpha=2))  # B is zero, as before a training
+    model.add_adapter("insurance", config=LoRAConfig(r=4, alpha=4), distill_from=["bank"])
+    for student in loras(model, "insurance"):
+        assert student.lora_A.any(dim=1).all() and not student.lora_B.any()
+    noisy(model, "bank")
+    model.add_adapter("insurance", config=LoRAConfig(r=4, alpha=4), distill_from=["bank"], overwrite_ok=True)
+    for student in loras(model, "insurance"):
+        assert student.lora_A.any(dim=1).all() and student.lora_B[:, :2].all() and not student.lora_B[:, 2:].any()
+
+
 def test_the_student_starts_at_the_mean_of_its_teachers_weight_changes(trainer_args):
     model = make_model()
     model.add_adapter("bank", config=LoRAConfig(r=3, alpha=3))
