@@ -20,6 +20,7 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_re
 
 from ._compat import ADAPTER_CONFIG_NAME, LoRALinear
 from .layers import FusedLayer, adapter_layers
+from .peft_format import is_peft, load_peft_lora, peft_lora_config
 
 Source = dict[str, str | None]
 
@@ -76,8 +77,8 @@ def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
         ) from error
 
 
-def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict:
-    """Reads the config of a saved adapter and refuses one that was made for another base model.
+def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict | LoRAConfig:
+    """Reads the config of a saved adapter, also of PEFT, and refuses one that was made for another base model.
 
     Args:
         model: The model that the adapter is meant for.
@@ -88,15 +89,19 @@ def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict:
         The saved adapter config (the part that describes the adapter).
 
     Raises:
-        ValueError: If the folder holds no adapter, or one for another model type, hidden size or base model.
+        ValueError: If the folder holds no adapter, or one for another model type, hidden size or base model, or an
+            adapter of PEFT that cannot be converted.
     """
     path = folder / ADAPTER_CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"Teacher {teacher!r} holds no {ADAPTER_CONFIG_NAME}; give a folder made by save_adapter.")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        made_for = {key: saved[key] for key in ("model_type", "hidden_size", "model_name")}
-        config = saved["config"]
+        if is_peft(saved):
+            made_for, config = {"model_name": saved.get("base_model_name_or_path")}, None
+        else:
+            made_for = {key: saved[key] for key in ("model_type", "hidden_size", "model_name")}
+            config = saved["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no adapter config ({error}); save the teacher anew with save_adapter.") from error
     here = {
@@ -104,17 +109,17 @@ def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict:
         "hidden_size": getattr(model.config, "hidden_size", None),
         "model_name": model.model_name,
     }
-    for key, value in here.items():
+    for key, value in made_for.items():
         # Local paths name the same model differently on each machine, so only two Hub ids are compared.
         is_path = key == "model_name" and any(
-            not v or os.path.isabs(v) or os.path.exists(v) for v in (value, made_for[key])
+            not v or os.path.isabs(v) or os.path.exists(v) for v in (here[key], value)
         )
-        if made_for[key] != value and not is_path:
+        if value != here[key] and not is_path:
             raise ValueError(
-                f"Teacher {teacher!r} was made for {key} {made_for[key]!r}, the model has {value!r}; "
+                f"Teacher {teacher!r} was made for {key} {value!r}, the model has {here[key]!r}; "
                 f"use teachers trained on the same base model."
             )
-    return config
+    return peft_lora_config(model, teacher, folder, saved) if is_peft(saved) else config
 
 
 def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Path) -> None:
@@ -129,6 +134,9 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
     Raises:
         ValueError: If weights are missing from the folder or cannot be read.
     """
+    config = check_folder(model, teacher, folder)
+    if isinstance(config, LoRAConfig):
+        return load_peft_lora(model, teacher, name, folder, config)
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a teacher's head would overwrite it.
     with_head = {"with_head": hasattr(model, "heads")} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
