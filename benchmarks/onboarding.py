@@ -160,8 +160,10 @@ METHODS = {
     "AdapterDistillation: paper": Method(
         partial(adapter_distillation, config=had.DistillationConfig.paper), rate_of="plain adapter"
     ),
-    "AdapterDistillation: fused": _configured(carrier="fused"),
-    "AdapterDistillation: mixed": _configured(carrier="mixed"),
+    "AdapterDistillation: fused": _configured("plain adapter", carrier="fused"),
+    "AdapterDistillation: mixed": _configured("plain adapter", carrier="mixed"),
+    "AdapterDistillation: fused, higher rate": _configured(carrier="fused"),
+    "AdapterDistillation: mixed, higher rate": _configured(carrier="mixed"),
     "AdapterDistillation: dual": _configured(carrier="dual"),
     "AdapterDistillation: fused, random start": _configured("plain adapter", carrier="fused", student_start="random"),
     "AdapterDistillation: mixed, random start": _configured("plain adapter", carrier="mixed", student_start="random"),

@@ -74,6 +74,7 @@ def methods(lines: Lines) -> Table:
 def variants(lines: Lines) -> Table:
     """A row for each variant of AdapterDistillation, over the tenants and seeds that all of them ran for."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr", "seconds")}
+    rates = runs_of(lines, "learning_rate")
     names = [name for name in metrics["mrr"] if name == DISTILLED or ":" in name]
     common = sorted(set.intersection(*(set(metrics["mrr"][name]) for name in names)))
     rows = []
@@ -83,8 +84,9 @@ def variants(lines: Lines) -> Table:
         against = [points(runs[key], metrics[key][DISTILLED]) for key in ("accuracy_at_1", "mrr")]
         against = against if name != DISTILLED else ["–", "–"]
         label = name.removeprefix(f"{DISTILLED}: ") if name != DISTILLED else "the defaults"
-        rows.append([label, len(common), *means, *against, f"{np.median(list(runs['seconds'].values())):.0f}"])
-    header = ["AdapterDistillation with", "runs", "AUC", "accuracy@1", "MRR"]
+        rate = f"{next(iter(rates[name].values())):g}"
+        rows.append([label, rate, len(common), *means, *against, f"{np.median(list(runs['seconds'].values())):.0f}"])
+    header = ["AdapterDistillation with", "rate", "runs", "AUC", "accuracy@1", "MRR"]
     return [*header, "points of accuracy@1 above the defaults", "points of MRR", "training s"], rows
 
 

@@ -40,8 +40,8 @@ def peft_lora_config(model: ModelAdaptersMixin, teacher: str, folder: Path, save
         saved: What stands in its `adapter_config.json`.
 
     Returns:
-        The config. Its modules may be more than the saved ones (PEFT may leave out layers); `load_peft_lora` makes
-        those compute zero.
+        The config. Its modules may be more than the saved ones (PEFT may leave out layers); those compute zero, as
+        LoRA does before its training.
 
     Raises:
         ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
@@ -83,15 +83,9 @@ def load_peft_lora(model: ModelAdaptersMixin, teacher: str, name: str, folder: P
     """
     matched = _matched(model, teacher, folder)
     model.add_adapter(name, config=config)
-    for path, module in _projections(model).items():
-        if name not in module.loras:
-            continue
-        lora = module.loras[name]
-        if path in matched:
-            lora.lora_A.copy_(matched[path][1])
-            lora.lora_B.copy_(matched[path][2])
-        else:
-            lora.lora_B.zero_()
+    for module, down, up in matched.values():
+        module.loras[name].lora_A.copy_(down)
+        module.loras[name].lora_B.copy_(up)
 
 
 def _projections(model: ModelAdaptersMixin) -> dict[str, LoRALinear]:

@@ -76,8 +76,7 @@ def can_be_stacked(adapter: Adapter | LoRA) -> bool:
         return True
     ends = (adapter.adapter_down[0], adapter.adapter_up)
     return (
-        len(adapter.adapter_down) == 2
-        and all(isinstance(end, nn.Linear) for end in ends)
+        all(isinstance(end, nn.Linear) for end in ends)
         and ends_in_up_projection(adapter)
         and not list(adapter.non_linearity.parameters())
     )

@@ -60,7 +60,7 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
 def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
     """Sets the student to the average of its teachers' weights, if their configs agree; `start_head` does the head."""
     # No part of what the weights compute, or (rank and scaling of LoRA) of no matter for the average:
-    ignored = {"dropout", "stochastic_depth", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
+    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}

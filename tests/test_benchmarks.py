@@ -269,8 +269,8 @@ def test_the_tables_by_hand():
     assert -10 <= low < 2.5 < high <= 10
     assert "| +0.0 [+0.0, +0.0] |" in plain and "0 / 0" in plain
     _, _, defaults, mixed = report.variants(lines).splitlines()
-    assert defaults == "| the defaults | 2 | 0.600 | 0.600 | 0.600 | – | – | 7 |"
-    assert mixed.startswith("| mixed | 2 | 0.650 | 0.650 | 0.650 | +5.0 [")
+    assert defaults == "| the defaults | 0.001 | 2 | 0.600 | 0.600 | 0.600 | – | – | 7 |"
+    assert mixed.startswith("| mixed | 0.001 | 2 | 0.650 | 0.650 | 0.650 | +5.0 [")
     assert report.tenants(lines).splitlines()[2:] == ["| bank | 0.500 | 0.600 |", "| rail | 0.700 | 0.650 |"]
 
 

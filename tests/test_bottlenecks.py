@@ -36,6 +36,7 @@ KINDS = {
     "norm before": SeqBnConfig(**SMALL, ln_before=True),
     "norm after": SeqBnConfig(**SMALL, ln_after=True),
     "norm after, with the residual": DoubleSeqBnConfig(**SMALL, ln_after=True, adapter_residual_before_ln=True),
+    "norm after, with the other residual": SeqBnConfig(**SMALL, ln_after=True, adapter_residual_before_ln=True),
     "norm after, parallel": ParBnConfig(**SMALL, ln_after=True, adapter_residual_before_ln=True),
     "in both places": BnConfig(True, True, 4, "relu", original_ln_before=True, residual_before_ln="post_add"),
 }
@@ -115,6 +116,7 @@ def test_both_stages(kind, start, trainer_args, tmp_path):
         ("gated", "double_seq_bn"),
         ("norm after, with the residual", "seq_bn"),
         ("seq_bn_inv", "double_seq_bn"),
+        ("norm after, with the other residual", "in both places"),
     ],
 )
 def test_a_teacher_of_another_kind_reads_its_own_input(teacher, student, monkeypatch):
@@ -150,6 +152,30 @@ def test_a_teacher_of_another_kind_reads_its_own_input(teacher, student, monkeyp
     expected = torch.stack([feature_matching_loss(u, fused, weights) for u, fused in calls]).mean()
     record = distillations(model.adapters_config)["insurance"].record
     torch.testing.assert_close(record.distillation_loss, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("carrier", ["student", "fused"])
+def test_no_gradient_flows_through_teachers_that_explain_the_student(carrier, monkeypatch):
+    """With the carrier `student` the teachers' inputs and residuals are out of the graph, whatever their kind."""
+    model = make_model()
+    kinds = {"bank": "par_bn", "travel": "norm after, with the residual", "insurance": "double_seq_bn"}
+    for name, kind in kinds.items():
+        config = had.DistillationConfig(["bank", "travel"], carrier=carrier) if name == "insurance" else None
+        model.add_adapter(name, config=KINDS[kind], distill_from=config)
+        noisy(model, name)
+    model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    in_graph = []
+
+    def spy(adapter, hidden_states, residual):
+        if adapter.name != "insurance":
+            tensors = [t for t in (hidden_states, residual) if isinstance(t, torch.Tensor)]
+            in_graph.append(any(tensor.requires_grad for tensor in tensors))
+        return adapter_update(adapter, hidden_states, residual)
+
+    monkeypatch.setattr("hf_adapter_distillation.layers.adapter_update", spy)
+    model(**make_batch())
+    assert len(in_graph) == 2 + 4 and any(in_graph) == (carrier == "fused")
 
 
 def test_dropped_paths_of_the_student_are_not_matched():

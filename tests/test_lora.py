@@ -229,6 +229,14 @@ def test_stacked_loras_have_no_biases():
     assert not stacked.up[:, stacked.width :].any()
 
 
+def test_a_block_written_by_hand_is_checked_too():
+    model = make_model()
+    model.add_adapter("bank", config="lora")
+    model.add_adapter("insurance", config="seq_bn")
+    with pytest.raises(ValueError, match="Teacher 'bank' is a LoRAConfig, the student a SeqBnConfig"):
+        model.train_adapter(had.AdapterDistillation("insurance", teachers=["bank"]))
+
+
 @pytest.mark.parametrize(
     ("family", "teacher", "student", "message"),
     [
