@@ -94,6 +94,14 @@ def noisy(model, name, std=0.3):
                 parameter.data += std * torch.randn_like(parameter)
 
 
+def copy_weights(model, source, targets):
+    """Gives adapters the weights of another one."""
+    for target in targets:
+        for place, modules in model.get_adapter(source).items():
+            for location, module in modules.items():
+                model.get_adapter(target)[place][location].load_state_dict(module.state_dict())
+
+
 def make_student(
     model, student="insurance", teachers=TEACHERS, config="seq_bn", head="classification", train=True, **kw
 ):

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import test_lora
 import torch
 from adapters import (
     AdapterPlusConfig,
@@ -13,7 +14,17 @@ from adapters import (
     ParBnConfig,
     SeqBnConfig,
 )
-from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, noisy, snapshot
+from conftest import (
+    TEACHERS,
+    changed,
+    copy_weights,
+    make_batch,
+    make_dataset,
+    make_model,
+    make_student,
+    noisy,
+    snapshot,
+)
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
@@ -42,17 +53,11 @@ KINDS = {
 }
 
 
-def copy_weights(model, source, targets):
-    for target in targets:
-        for place, modules in model.get_adapter(source).items():
-            for location, module in modules.items():
-                model.get_adapter(target)[place][location].load_state_dict(module.state_dict())
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *test_lora.KINDS])
 def test_teachers_that_are_the_student_fuse_to_the_student(kind):
     """Whatever the attention: the fused output is what stock adapters compute, and nothing is left to learn."""
-    model = make_student(make_model(), config=KINDS[kind], carrier="fused", student_start="random")
+    config = {**KINDS, **test_lora.KINDS}[kind]
+    model = make_student(make_model(), config=config, carrier="fused", student_start="random")
     noisy(model, "insurance")
     copy_weights(model, "insurance", TEACHERS)
     model = model.double().train()
@@ -61,6 +66,8 @@ def test_teachers_that_are_the_student_fuse_to_the_student(kind):
     record = distillations(model.adapters_config)["insurance"].record
     assert record.distillation_loss is not None and record.distillation_loss < 1e-12
     model.set_active_adapters("insurance")
+    for _, layer in adapter_layers(model, "insurance"):
+        layer.adapter_modules["insurance"].eval()  # the fused output has no dropout
     torch.testing.assert_close(fused.logits, model(**batch).logits, rtol=1e-9, atol=1e-9)
 
 

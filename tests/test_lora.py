@@ -3,7 +3,17 @@
 import pytest
 import torch
 from adapters import AdapterSetup, LoRAConfig
-from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, noisy, snapshot
+from conftest import (
+    TEACHERS,
+    changed,
+    copy_weights,
+    make_batch,
+    make_dataset,
+    make_model,
+    make_student,
+    noisy,
+    snapshot,
+)
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
@@ -23,25 +33,6 @@ KINDS = {
 
 def loras(model, name):
     return [layer.loras[name] for _, layer in adapter_layers(model, name)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_teachers_that_are_the_student_fuse_to_the_student(kind):
-    """Whatever the attention: the fused output is what stock adapters compute, and nothing is left to learn."""
-    model = make_student(make_model(), config=KINDS[kind], carrier="fused", student_start="random")
-    noisy(model, "insurance")
-    for student, *teachers in zip(*(loras(model, name) for name in ("insurance", *TEACHERS)), strict=True):
-        for teacher in teachers:
-            teacher.load_state_dict(student.state_dict())
-    model = model.double().train()
-    batch = make_batch()
-    fused = model(**batch)
-    record = distillations(model.adapters_config)["insurance"].record
-    assert record.distillation_loss is not None and record.distillation_loss < 1e-12
-    model.set_active_adapters("insurance")
-    for lora in loras(model, "insurance"):
-        lora.eval()  # the fused output has no dropout
-    torch.testing.assert_close(fused.logits, model(**batch).logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,9 +159,7 @@ def test_keys_and_values_of_cross_attention_follow_the_mask_of_the_encoder(famil
 def test_dropout_of_the_student_is_not_matched():
     model = make_student(make_model(), config=KINDS["dropout"], student_start="random")
     noisy(model, "insurance")
-    for student, *teachers in zip(*(loras(model, name) for name in ("insurance", *TEACHERS)), strict=True):
-        for teacher in teachers:
-            teacher.load_state_dict(student.state_dict())
+    copy_weights(model, "insurance", TEACHERS)
     model.train()(**make_batch())
     assert distillations(model.adapters_config)["insurance"].record.distillation_loss < 1e-8
 
