@@ -126,7 +126,10 @@ def training_data(lines: Lines) -> Table:
 
 
 def draw_training_data(lines: Lines) -> Figure:
-    """The accuracy@1 and the AUC of the methods by amount of data, with their intervals."""
+    """The accuracy@1 and the AUC of the methods by amount of data, for the tenants that all amounts were run for."""
+    tenants_of = [{line["tenant"] for line in of if line["queries"] == "test"} for of in by_budget(lines).values()]
+    common = set.intersection(*tenants_of)
+    lines = [line for line in lines if line["tenant"] in common]
     budgets = by_budget(lines)
     compared = [method for method in (PLAIN, AVERAGE, DISTILLED) if method in runs_of(lines, "auc")]
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
@@ -146,7 +149,7 @@ def draw_training_data(lines: Lines) -> Figure:
         axes.set(ylabel=f"{label}, 95% interval")
         axes.grid(axis="y", alpha=0.3)
         axes.legend(loc="lower right")
-    figure.suptitle("Quality by training queries of each FAQ")
+    figure.suptitle(f"Quality by training queries of each FAQ, {len(common)} tenants")
     return figure
 
 
