@@ -58,14 +58,15 @@ def add_student(
     check_supported(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
+    configs: dict[str, dict | AdapterConfig] = {}
     for teacher in distillation_config.teachers:
         name, folder, source = locate_teacher(model, teacher)
         if name in located or name == student:
             other = "the student" if name == student else f"teacher {located[name][0]!r}"
             raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
         located[name] = teacher, folder, source
-        teacher_config = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
-        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(teacher_config), student_config)
+        configs[name] = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
+        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(configs[name]), student_config)
 
     loaded: list[str] = []
     active_head = getattr(model, "active_head", None)
@@ -73,7 +74,7 @@ def add_student(
         for name, (teacher, folder, _) in located.items():
             if folder:
                 loaded.append(name)
-                load_teacher(model, teacher, name, folder)
+                load_teacher(model, teacher, name, folder, configs[name])
                 model.apply_to_adapter_layers(lambda i, layer, name=name: layer.freeze_adapter(name))
             check_weights(model, teacher, name, student_config)
         add_adapter()

@@ -122,7 +122,7 @@ def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict 
     return peft_lora_config(model, teacher, folder, saved) if is_peft(saved) else config
 
 
-def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Path) -> None:
+def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Path, config: dict | LoRAConfig) -> None:
     """Loads a saved teacher, with its head if there is one.
 
     Args:
@@ -130,12 +130,12 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
         teacher: The entry of `distill_from`, for messages.
         name: The name that it gets on the model.
         folder: The local folder.
+        config: What `check_folder` returned for it.
 
     Raises:
         ValueError: If weights are missing from the folder or cannot be read.
     """
-    config = check_folder(model, teacher, folder)
-    if isinstance(config, LoRAConfig):
+    if isinstance(config, LoRAConfig):  # converted from PEFT's
         return load_peft_lora(model, teacher, name, folder, config)
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a teacher's head would overwrite it.
