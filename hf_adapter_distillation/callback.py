@@ -7,7 +7,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .hub import adapter_digest, provenance
-from .layers import adapter_layers
 from .parts import check_trainable
 
 if TYPE_CHECKING:
@@ -34,9 +33,8 @@ class FrozenTeachersCallback(TrainerCallback):
         trainer = self.trainer
         check_trainable(trainer.model, trainer.block)
         names = trainer.block.teachers
-        trainer._teacher_modules = [
-            layer.adapter_modules[name] for name in names for _, layer in adapter_layers(trainer.model, name)
-        ]
+        of_teachers = [trainer.model.get_adapter(name).values() for name in names]
+        trainer._teacher_modules = [m for places in of_teachers for place in places for m in place.values()]
         trainer._sums.clear()
         trainer._attention.clear()
         trainer.distillation.training = None  # what an earlier training left for the provenance

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 Carrier = Literal["student", "fused", "mixed", "dual"]
 StudentStart = Literal["teachers", "average", "random"]
+Level = Literal["auto", "adapter", "layer"]
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -34,15 +35,20 @@ class DistillationConfig:
             heads, where their configurations agree with the student's; `"teachers"`: from there `DistillationTrainer`
             moves it to the average of the teachers' updates on the training inputs, before the first step and without
             labels (`start.fit_start`); `"random"`: at the adapter's own initialisation.
+        level: Where teachers are fused and the student is matched. `"adapter"`: at each place inside a layer where
+            adapters add their updates, which bottleneck adapters do, and LoRA; `"layer"`: in the output of each layer,
+            which is run again with each teacher, at a higher cost and for any methods and mixtures of them; `"auto"`:
+            the first where student and teachers have such places in common, else the second.
 
     Raises:
-        ValueError: If `carrier` or `student_start` is unknown. The teachers are checked against the student and the
-            model by `add_adapter`.
+        ValueError: If `carrier`, `student_start` or `level` is unknown. The teachers are checked against the student
+            and the model by `add_adapter`.
     """
 
     teachers: Sequence[str]
     carrier: Carrier = "student"
     student_start: StudentStart = "teachers"
+    level: Level = "auto"
 
     @classmethod
     def paper(cls, teachers: Sequence[str]) -> "DistillationConfig":
@@ -59,6 +65,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         _check_choice("carrier", self.carrier, get_args(Carrier))
         _check_choice("student_start", self.student_start, get_args(StudentStart))
+        _check_choice("level", self.level, get_args(Level))
 
 
 @dataclass

@@ -156,3 +156,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.softmax(dim=-1, dtype=_at_least_float32(scores.dtype))
+
+
+def fusions_at(module: nn.Module) -> Any:
+    """The fusions that a module of the model holds, by the names of their students: a `ModuleDict`, or empty."""
+    return module._modules.get("distillation_fusion", {})

@@ -50,6 +50,7 @@ def provenance(model: ModelAdaptersMixin, distillation: Distillation) -> dict[st
         for name in distillation.config.teachers
     ]
     settings = {key: value for key, value in asdict(distillation.config).items() if key != "teachers"}
+    settings["level"] = distillation.level
     packages = ("hf-adapter-distillation", "adapters", "transformers", "torch")
     return {
         "method": "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)",

@@ -1,12 +1,23 @@
 """Which part of a distillation each parameter of the model belongs to, and whether it is trained."""
 
+from collections.abc import Container
+
 from adapters import ModelAdaptersMixin
 
 from .composition import AdapterDistillation
 from .layers import adapter_layers
 from .stacked import stacked_bytes
+from .state import distillations
 
-OF_ADAPTERS = ("adapters", "shared_parameters", "loras")  # how the modules are named that hold one of each adapter
+# How the modules are named that hold one of each adapter:
+OF_ADAPTERS = ("adapters", "shared_parameters", "loras", "prefix_tunings", "prefix_gates", "refts")
+
+
+def owner(parameter: str, adapters: Container[str]) -> str | None:
+    """The adapter that a parameter of the model belongs to by its name, or None."""
+    path = parameter.split(".")
+    held = (b for a, b in zip(path, path[1:], strict=False) if a.endswith(OF_ADAPTERS))
+    return next((name for name in held if name in adapters), None)
 
 
 def is_fusion(parameter: str, student: str) -> bool:
@@ -30,10 +41,7 @@ def parts(model: ModelAdaptersMixin, block: AdapterDistillation) -> dict[str, st
     roles[block.student] = "student"
     found = {}
     for name, parameter in model.named_parameters():
-        path = name.split(".")
-        adapter = next(
-            (b for a, b in zip(path, path[1:], strict=False) if a.endswith(OF_ADAPTERS) and b in roles), None
-        )
+        adapter = owner(name, roles)
         if is_fusion(name, block.student):
             found[name] = "fusion (training only)"
         elif adapter is not None:
@@ -41,12 +49,12 @@ def parts(model: ModelAdaptersMixin, block: AdapterDistillation) -> dict[str, st
         elif id(parameter) in base:
             found[name] = "base model"
         else:
-            found[name] = f"head {path[1]}" if path[0] == "heads" else "head"
+            found[name] = f"head {name.split('.')[1]}" if name.startswith("heads.") else "head"
     return found
 
 
 def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> str:
-    """A table of the parts with the numbers of their parameters, in all and trained, and the copy of stage 2."""
+    """A table of the parts with the numbers of their parameters, in all and trained, and what stage 2 does."""
     counts: dict[str, list[int]] = {}
     part_of = parts(model, block)
     for name, parameter in model.named_parameters():
@@ -55,11 +63,18 @@ def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> st
         row[1] += parameter.numel() if parameter.requires_grad else 0
     lines = [f"{'part':<32}{'parameters':>14}{'trained':>14}"]
     lines += [f"{part:<32}{total:>14,}{trained:>14,}" for part, (total, trained) in counts.items()]
+    distillation = distillations(model.adapters_config)[block.student]
+    if distillation.level == "layer":
+        why = f" ({distillation.level_reason})" if distillation.level_reason else ""
+        lines.append(f"Stage 2 fuses whole layers, and runs each {len(block.teachers) + 2} times more{why}.")
+        return "\n".join(lines)
     copied = sum(
         stacked_bytes({name: layer.adapter_modules[name] for name in block.teachers if name in layer.adapter_modules})
         for _, layer in adapter_layers(model, block.student)
     )
-    lines.append(f"Stage 2 copies the teachers' weights side by side: {copied / 1e6:.2f} MB.")
+    lines.append(
+        f"Stage 2 fuses updates inside the layers, from a copy of the teachers' weights: {copied / 1e6:.2f} MB."
+    )
     return "\n".join(lines)
 
 

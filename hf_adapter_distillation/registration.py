@@ -15,9 +15,11 @@ from ._compat import ForwardContext, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
 from .hub import provenance, save_card
-from .layers import FusedLayer, call_with_distillation, compose_distillation
+from .layers import FusedLayer, compose_distillation
+from .passes import call_with_distillation
+from .placement import prepare_fusion
 from .state import distillations
-from .student import add_student, distillation_block, forget_adapter, prepare_fusion, prepare_head
+from .student import add_student, distillation_block, forget_adapter, prepare_head
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import datasets
 import torch
-from adapters import ModelAdaptersMixin
+from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.utils import logging
@@ -58,7 +58,7 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
 
 
 def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
-    """Sets the student to the average of its teachers' weights, if their configs agree; `start_head` does the head."""
+    """Sets the student to the average of its teachers' weights, if there is one; `start_head` does the head."""
     # No part of what the weights compute, or (rank and scaling of LoRA) of no matter for the average:
     ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
 
@@ -72,22 +72,36 @@ def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Dist
             f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    if model.adapters_config.get(student).get("phm_layer"):
+    if _has_factors(model.adapters_config.get(student), distillation.level):
         logger.warning(
-            f"{student!r} starts at random weights: the average of the teachers' Kronecker factors is no average of "
-            f"their weights. Pass DistillationConfig(student_start='random') to silence this."
+            f"{student!r} starts at random weights: the average of the teachers' factors is no average of what they "
+            f"multiply to. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    held = [layer.adapter_modules for _, layer in adapter_layers(model, student)]
-    if student in (invertible := getattr(model.base_model, "invertible_adapters", {})):
-        held.append(invertible)
-    for modules in held:
-        of_teachers = [modules[name] for name in teachers]
-        if isinstance(modules[student], LoRA):
-            average_lora(modules[student], of_teachers)
-        else:
-            modules[student].load_state_dict(_mean(of_teachers))
+    of_teachers = [model.get_adapter(name) for name in teachers]
+    for place, modules in model.get_adapter(student).items():
+        for location, module in modules.items():
+            _start_module(module, [teacher[place][location] for teacher in of_teachers])
     distillation.start_digest = adapter_digest(model, student)
+
+
+def _has_factors(config: AdapterConfig, level: str) -> bool:
+    """Whether an adapter multiplies weights of its own that are not averaged one by one (nor, as LoRA, together)."""
+    if isinstance(config, ConfigUnion):
+        return any(_has_factors(part, level) for part in config.configs)
+    if isinstance(config, LoRAConfig):
+        return level == "layer" and config.composition_mode != "scale"
+    return bool(config.get("phm_layer"))
+
+
+def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+    if isinstance(student, nn.ModuleList):  # several projections with LoRA at one location
+        for modules in zip(student, *teachers, strict=True):
+            _start_module(modules[0], modules[1:])
+    elif isinstance(student, LoRA):
+        average_lora(student, teachers)
+    else:
+        student.load_state_dict(_mean(teachers))
 
 
 def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
@@ -135,6 +149,8 @@ def start_examples(dataset: Dataset, seed: int) -> Dataset | None:
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
     """Whether a student's up-projections can be fitted to updates; those of LoRA start at a mean that is exact."""
+    if distillations(model.adapters_config)[student].level == "layer":
+        return False
     modules = [layer.adapter_modules[student] for _, layer in adapter_layers(model, student)]
     return all(ends_in_up_projection(module) and not isinstance(module, LoRA) for module in modules)
 

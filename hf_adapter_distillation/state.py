@@ -1,10 +1,11 @@
 """The live state of a distillation: what a model knows about one of its students."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from adapters import ModelAdaptersConfig
+from torch.utils.hooks import RemovableHandle
 
 from .configuration import DistillationConfig, DistillationTrainingArguments
 from .regression import UpProjectionFit
@@ -54,6 +55,8 @@ class Distillation:
 
     Args:
         config: What is distilled; `config.teachers` holds the names on the model.
+        level: What `config.level` came to.
+        level_reason: Why it came to "layer" where it was "auto".
         sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
         start_digest: The digest of the average of the teachers' weights where the student started; else None.
         head_started: Whether the head had its chance to start at the average of the teachers' heads.
@@ -65,11 +68,15 @@ class Distillation:
         fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
             where it changes from step to step, or compiled code would be compiled anew.
         fits: What the layers gather for `start.fit_start`, by location, while it runs.
+        hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
+        halves: While an `EncoderDecoderModel` runs, the passes of its encoder and decoder.
         observing: Whether forward passes in evaluation mode run the fusion for its attention.
         record: What the last training forward pass added, until the trainer has read it.
     """
 
     config: DistillationConfig
+    level: Literal["adapter", "layer"] = "adapter"
+    level_reason: str = ""
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digest: str | None = None
     head_started: bool = False
@@ -80,6 +87,8 @@ class Distillation:
     scale: float = 1.0
     fused_probability: float | torch.Tensor = 1.0
     fits: dict[str, UpProjectionFit] | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    halves: list[Any] | None = None
     observing: bool = False
     record: DistillationRecord | None = None
 

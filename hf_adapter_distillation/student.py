@@ -6,26 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, Stack
-from torch import nn
 from transformers.utils import logging
 
 from .composition import AdapterDistillation, check_teachers, find_block
 from .configuration import DistillationConfig
-from .fusion import TeacherFusion
-from .layers import FusedLayer, adapter_layers
-from .stacked import update_sizes
+from .fusable import check_devices, check_supported, check_weights, choose_level
+from .placement import drop_fusion, fusions_of
 from .start import start_at_average, start_head
 from .state import Distillation, add_distillation, distillations
-from .teachers import (
-    Source,
-    check_devices,
-    check_folder,
-    check_fusable,
-    check_supported,
-    check_weights,
-    load_teacher,
-    locate_teacher,
-)
+from .teachers import Source, check_folder, load_teacher, locate_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +55,7 @@ def add_student(
             raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
         located[name] = teacher, folder, source
         configs[name] = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
-        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(configs[name]), student_config)
+        check_supported(f"Teacher {teacher!r}", AdapterConfig.load(configs[name]))
 
     loaded: list[str] = []
     active_head = getattr(model, "active_head", None)
@@ -76,8 +65,10 @@ def add_student(
                 loaded.append(name)
                 load_teacher(model, teacher, name, folder, configs[name])
                 model.apply_to_adapter_layers(lambda i, layer, name=name: layer.freeze_adapter(name))
-            check_weights(model, teacher, name, student_config)
-        add_adapter()
+            check_weights(model, teacher, name)
+        called = {name: f"Teacher {teacher!r}" for name, (teacher, _, _) in located.items()}
+        level, reason = choose_level(model, distillation_config.level, called, student_config)
+        _add(model, add_adapter, student, student_config)
     except BaseException:
         for name in loaded:
             model.delete_adapter(name)
@@ -90,11 +81,28 @@ def add_student(
 
     distillation = Distillation(
         config=replace(distillation_config, teachers=list(located)),
+        level=level,
+        level_reason=reason,
         sources={name: source for name, (_, _, source) in located.items()},
     )
     add_distillation(model.adapters_config, student, distillation)
     if distillation_config.student_start != "random":
         start_at_average(model, student, distillation)
+
+
+def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: str, config: AdapterConfig) -> None:
+    """Adds the student with adapters' own code, which leaves its name behind where it fails."""
+    replaces = student in model.adapters_config
+    try:
+        add_adapter()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if not replaces and student in model.adapters_config:
+            model.delete_adapter(student)
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"adapters cannot add {student!r}, a {type(config).__name__}, to a {type(model).__name__}: {reason}; "
+            "choose another config for it."
+        ) from error
 
 
 def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
@@ -135,51 +143,19 @@ def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
         if name not in model.adapters_config:
             raise ValueError(f"{block} names {name!r}, which is not on the model; add or load it first.")
         check_supported(repr(name), model.adapters_config.get(name))
-    student_config = model.adapters_config.get(block.student)
     for name in block.teachers:
-        check_fusable(f"Teacher {name!r}", model.adapters_config.get(name), student_config)
-        check_weights(model, name, name, student_config)
+        check_weights(model, name, name)
     config = DistillationConfig(teachers=list(block.teachers), student_start="random")
     if known is not None:
+        drop_fusion(model, block.student)
         config = replace(known.config, teachers=list(block.teachers))
+    called = {name: f"Teacher {name!r}" for name in block.teachers}
+    level, reason = choose_level(model, config.level, called, model.adapters_config.get(block.student))
     sources: dict[str, Source] = {name: {"source": name, "revision": None} for name in block.teachers}
     if known is not None:
         sources.update({name: source for name, source in known.sources.items() if name in sources})
-    add_distillation(model.adapters_config, block.student, Distillation(config=config, sources=sources))
-
-
-def _reads_encoder(name: str, layer: FusedLayer) -> bool:
-    """Whether a projection of a decoder makes keys or values of the encoder's states, with the encoder's mask."""
-    in_cross_attention = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
-    return in_cross_attention and getattr(layer, "attn_key", None) in ("k", "v")
-
-
-def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Makes the fusion of each layer where it is missing, and leaves it and the student trainable, nothing else.
-
-    Args:
-        model: The model, frozen but for the adapters of the block (what adapters' `train_adapter` does).
-        block: The distillation block.
-    """
-    decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
-    for name, layer in adapter_layers(model, block.student):
-        if not any(teacher in layer.adapter_modules for teacher in block.teachers):
-            continue
-        student = layer.adapter_modules[block.student]
-        if "distillation_fusion" not in layer._modules:
-            layer.distillation_fusion = nn.ModuleDict()
-        if block.student not in layer.distillation_fusion:
-            weight = next(student.parameters())
-            in_size, out_size = update_sizes(student)
-            in_decoder = layer in decoder and not _reads_encoder(name, layer)
-            layer.distillation_fusion[block.student] = TeacherFusion(
-                in_size, out_size, name, in_decoder, weight.device, weight.dtype
-            )
-        fusion = layer.distillation_fusion[block.student]
-        fusion.requires_grad_(True).train(layer.training)
-        fusion.cache.clear()
-    for below in block.children[:-1]:
-        model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
+    distillation = Distillation(config=config, level=level, level_reason=reason, sources=sources)
+    add_distillation(model.adapters_config, block.student, distillation)
 
 
 def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool) -> None:
@@ -205,16 +181,6 @@ def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool
         model.freeze_embeddings()
 
 
-def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
-    """Removes the fusion of a student from all layers."""
-    for _, layer in adapter_layers(model, student):
-        fusions = layer._modules.get("distillation_fusion", {})
-        if student in fusions:
-            del fusions[student]
-            if not fusions:
-                del layer.distillation_fusion
-
-
 def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     """Takes an adapter that is about to be deleted out of all distillations and out of the active setup.
 
@@ -226,8 +192,9 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
         name: The adapter.
     """
     active = find_block(model.active_adapters)
-    if distillations(model.adapters_config).pop(name, None) is not None:
+    if name in distillations(model.adapters_config):
         drop_fusion(model, name)
+        del distillations(model.adapters_config)[name]
     if active is not None and name in active.children:
         model.set_active_adapters(None)
     for student, distillation in distillations(model.adapters_config).items():
@@ -241,9 +208,8 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 f"delete teachers after the training to silence this warning.",
                 stacklevel=4,
             )
-        for _, layer in adapter_layers(model, student):
-            if student in (fusions := layer._modules.get("distillation_fusion", {})):
-                fusions[student].cache.clear()
+        for fusion in fusions_of(model, student):
+            fusion.cache.clear()
         if not left:
             drop_fusion(model, student)
         if active is not None and active.student == student:

@@ -1,25 +1,15 @@
-"""Which adapters can be teachers, and where they come from: the model, local folders, the Hub."""
+"""Where teachers come from: the model, local folders, the Hub."""
 
 import difflib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from adapters import (
-    AdapterConfig,
-    BnConfig,
-    LoRAConfig,
-    ModelAdaptersMixin,
-    ModelWithHeadsAdaptersMixin,
-    MTLLoRAConfig,
-)
+from adapters import LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
 
-from ._compat import ADAPTER_CONFIG_NAME, LoRALinear
-from .layers import FusedLayer, adapter_layers
+from ._compat import ADAPTER_CONFIG_NAME
 from .peft_format import is_peft, load_peft_lora, peft_lora_config
 
 Source = dict[str, str | None]
@@ -149,113 +139,3 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
             f"Teacher {teacher!r} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
             f"use teachers trained on the same base model."
         )
-
-
-def check_supported(who: str, config: AdapterConfig) -> None:
-    """Refuses an adapter of a method whose update is not fused inside the layer.
-
-    Raises:
-        ValueError: If the config is neither a bottleneck nor LoRA in its plain form.
-    """
-    if isinstance(config, BnConfig):
-        return
-    if isinstance(config, LoRAConfig) and not isinstance(config, MTLLoRAConfig):
-        plain = {"composition_mode": "add", "use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None}
-        differs = [f"{key}={config[key]!r}" for key, value in plain.items() if config[key] != value]
-        if not differs:
-            return
-        kind = f"{type(config).__name__} with {differs[0]}"
-    else:
-        kind = type(config).__name__
-    raise ValueError(
-        f"{who} is a {kind}; what can be fused are bottleneck adapters (seq_bn, double_seq_bn, par_bn, compacter and "
-        "the like) and LoRA."
-    )
-
-
-def check_fusable(who: str, config: AdapterConfig, student_config: BnConfig | LoRAConfig) -> None:
-    """Refuses a teacher whose update is not added where the student's is.
-
-    Raises:
-        ValueError: If the teacher cannot be fused at all, is of another method than the student, or only one of the
-            two is added behind the layer's norm.
-    """
-    check_supported(who, config)
-    methods = [LoRAConfig if isinstance(c, LoRAConfig) else BnConfig for c in (config, student_config)]
-    if methods[0] is not methods[1]:
-        raise ValueError(
-            f"{who} is a {type(config).__name__}, the student a {type(student_config).__name__}; bottleneck adapters "
-            "are distilled into bottleneck adapters, and LoRA into LoRA."
-        )
-    if methods[0] is LoRAConfig:
-        return
-
-    def place(config: AdapterConfig) -> tuple[bool, bool]:
-        in_sequence = config["original_ln_before"] and not config["is_parallel"]
-        return in_sequence and config["residual_before_ln"] is False, config["original_ln_after"]
-
-    if place(config) != place(student_config):
-        keys = ("is_parallel", "original_ln_before", "residual_before_ln", "original_ln_after")
-        differs = ", ".join(
-            f"{key}={config[key]!r} and not {student_config[key]!r}"
-            for key in keys
-            if config[key] != student_config[key]
-        )
-        raise ValueError(
-            f"{who} adds its update at another place of the layer than the student: it has {differs}; "
-            "give the student the teacher's values of these."
-        )
-
-
-def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
-    """Whether an adapter of a config has a module in a layer, if it leaves out none."""
-    in_projection = (
-        not isinstance(layer, LoRALinear) or layer.attn_key is None or layer.attn_key in config.attn_matrices
-    )
-    return bool(config.get(layer.location_key)) and in_projection
-
-
-def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_config: BnConfig | LoRAConfig) -> None:
-    """Refuses a teacher with weights that are not finite, or with no location in common with the student.
-
-    Raises:
-        ValueError: With the teacher and the location.
-    """
-    layers = adapter_layers(model, name)
-    for layer_name, layer in layers:
-        for key, parameter in layer.adapter_modules[name].named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"Teacher {teacher!r} has weights that are NaN or infinite in {layer_name} ({key}); train it anew."
-                )
-    if not layers:
-        raise ValueError(
-            f"Teacher {teacher!r} has no module that can be fused in this model (LoRA in projections that are merged, "
-            f"as those of GPT-2, cannot); use bottleneck adapters."
-        )
-    if not any(_is_at(student_config, layer) for _, layer in layers):
-        places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
-        raise ValueError(
-            f"Teacher {teacher!r} sits at {', '.join(places)}, where the student has no modules; "
-            f"give the student a config with one of these set."
-        )
-
-
-def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
-    """Refuses teachers on another device than the student. Another data type is cast where the teachers are fused.
-
-    Raises:
-        ValueError: With the first such teacher and both devices.
-    """
-    for layer_name, layer in adapter_layers(model, student):
-        devices = {
-            n: next(layer.adapter_modules[n].parameters()).device
-            for n in (student, *teachers)
-            if n in layer.adapter_modules
-        }
-        for name, device in devices.items():
-            if device != devices[student]:
-                raise ValueError(
-                    f"Teacher {name!r} is on {device}, {student!r} on {devices[student]} ({layer_name}); "
-                    f"call model.to({str(devices[student])!r}) once all adapters are added."
-                )

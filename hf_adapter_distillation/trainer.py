@@ -16,8 +16,10 @@ from transformers.utils import logging
 
 from ._compat import (
     ADAPTER_CONFIG_NAME,
+    HEAD_WEIGHTS_NAME,
     SAFE_HEAD_WEIGHTS_NAME,
     SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
     loss_counts_items,
 )
 from .callback import FrozenTeachersCallback
@@ -25,9 +27,9 @@ from .composition import AdapterDistillation, find_block
 from .configuration import DistillationTrainingArguments
 from .hub import adapter_digest, read_provenance
 from .parts import check_trainable, is_fusion, parameter_table
+from .placement import drop_fusion
 from .start import can_be_fitted, fit_start, start_examples
 from .state import Distillation, DistillationRecord, distillations
-from .student import drop_fusion
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +82,10 @@ class DistillationTrainer(AdapterTrainer):
         check_trainable(self.model, self.block)
         # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
         self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
+        if self.args.torch_compile and self.distillation.level == "layer":
+            raise ValueError(
+                "torch_compile=True is not supported where whole layers are fused (level='layer'); leave it out."
+            )
         if self.distillation.config.carrier == "dual" and (self.label_smoother or self.compute_loss_func):
             raise ValueError(
                 "The carrier 'dual' needs the model's own loss in both of its passes; leave out "
@@ -278,7 +284,9 @@ class DistillationTrainer(AdapterTrainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
         student = self.block.student
-        self.model.save_adapter(os.path.join(output_dir, student), student, use_safetensors=True)
+        # Adapters cannot write prefixes as safetensors: several layers share them.
+        has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in self.model.named_parameters())
+        self.model.save_adapter(os.path.join(output_dir, student), student, use_safetensors=not has_prefix)
         if fusion := {key: value for key, value in self.model.state_dict().items() if is_fusion(key, student)}:
             save_file(fusion, os.path.join(output_dir, FUSION_WEIGHTS_NAME))
         if self.processing_class is not None:
@@ -295,6 +303,9 @@ class DistillationTrainer(AdapterTrainer):
         for name in (SAFE_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME):
             if os.path.exists(path := os.path.join(folder, name)):
                 state.update(load_file(path))
+        for name in (WEIGHTS_NAME, HEAD_WEIGHTS_NAME):
+            if os.path.exists(path := os.path.join(folder, name)):
+                state.update(torch.load(path, map_location="cpu", weights_only=True))
         own = self.model.state_dict()
         wrong = {name for name, value in state.items() if name not in own or own[name].shape != value.shape}
         wrong |= {name for name, p in self.model.named_parameters() if p.requires_grad and name not in state}
@@ -305,6 +316,8 @@ class DistillationTrainer(AdapterTrainer):
             )
         # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
         self.model.load_state_dict(state, strict=False)
+        # Adapters lays out the bases of ReFT anew where it saves, and rounding follows the layout.
+        self.model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")

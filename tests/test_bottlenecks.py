@@ -215,18 +215,22 @@ def test_only_a_student_that_ends_in_its_up_projection_is_fitted(kind, trainer_a
 def test_compacters_are_not_averaged(caplog):
     with caplog.at_level(logging.WARNING, logger="hf_adapter_distillation"):
         model = make_student(make_model(), config=KINDS["compacter"], train=False)
-    assert "'insurance' starts at random weights: the average of the teachers' Kronecker factors" in caplog.text
+    assert "'insurance' starts at random weights: the average of the teachers' factors" in caplog.text
     assert distillations(model.adapters_config)["insurance"].start_digest is None
 
 
-def test_a_teacher_behind_the_norm_and_a_student_before_it_are_refused():
+def test_a_teacher_behind_the_norm_and_a_student_before_it_meet_in_the_layers_output():
     model = make_model()
     model.add_adapter("plus", config=KINDS["adapter_plus"])
-    message = (
+    reason = (
         "Teacher 'plus' adds its update at another place of the layer than the student: it has "
-        "residual_before_ln=False and not True, original_ln_after=False and not True; "
-        "give the student the teacher's values of these."
+        "residual_before_ln=False and not True, original_ln_after=False and not True"
     )
+    forced = had.DistillationConfig(["plus"], level="adapter")
     with pytest.raises(ValueError) as caught:
-        model.add_adapter("insurance", config="seq_bn", distill_from=["plus"])
-    assert str(caught.value) == message and "insurance" not in model.adapters_config
+        model.add_adapter("insurance", config="seq_bn", distill_from=forced)
+    assert str(caught.value) == f"{reason}; choose level='layer', or give all of them one method and place."
+    assert "insurance" not in model.adapters_config
+    model.add_adapter("insurance", config="seq_bn", distill_from=["plus"])
+    distillation = distillations(model.adapters_config)["insurance"]
+    assert (distillation.level, distillation.level_reason) == ("layer", reason)

@@ -264,7 +264,7 @@ def test_a_teacher_on_another_device_is_refused_before_anything_is_changed():
     model = make_student(make_model(), train=False)
     active = model.active_adapters
     adapter_layers(model, "bank")[1][1].adapters["bank"].to("meta")
-    message = r"Teacher 'bank' is on meta, 'insurance' on cpu \(encoder.layer.1.*call model.to\('cpu'\)"
+    message = r"Teacher 'bank' is on meta, 'insurance' on cpu; call model.to\('cpu'\)"
     for setup in ("insurance", had.AdapterDistillation("insurance", teachers=TEACHERS)):
         with pytest.raises(ValueError, match=message):
             model.train_adapter(setup)
@@ -495,7 +495,7 @@ def test_language_adapter_below_the_student_is_frozen_and_runs():
 
 def test_the_weights_of_the_tokens_are_made_once_for_all_layers(monkeypatch):
     calls = []
-    monkeypatch.setattr("hf_adapter_distillation.layers.token_weights", lambda m: calls.append(m) or token_weights(m))
+    monkeypatch.setattr("hf_adapter_distillation.passes.token_weights", lambda m: calls.append(m) or token_weights(m))
     forward_in_stage_2(make_student(make_model(), config="double_seq_bn"))
     assert len(calls) == 1 and calls[0].shape == make_batch()["attention_mask"].shape
 

@@ -222,43 +222,38 @@ def test_a_block_written_by_hand_is_checked_too():
     model = make_model()
     model.add_adapter("bank", config="lora")
     model.add_adapter("insurance", config="seq_bn")
-    with pytest.raises(ValueError, match="Teacher 'bank' is a LoRAConfig, the student a SeqBnConfig"):
-        model.train_adapter(had.AdapterDistillation("insurance", teachers=["bank"]))
+    model.train_adapter(had.AdapterDistillation("insurance", teachers=["bank"]))
+    assert distillations(model.adapters_config)["insurance"].level == "layer"
+    model.add_adapter("prompt", config="prompt_tuning")
+    with pytest.raises(ValueError, match="'prompt' is a PromptTuningConfig, which makes the sequence longer"):
+        model.train_adapter(had.AdapterDistillation("insurance", teachers=["prompt"]))
 
 
 @pytest.mark.parametrize(
     ("family", "teacher", "student", "message"),
     [
+        ("bert", "dora", "lora", "Teacher 'bank' is a DoRAConfig, the student a LoRAConfig; inside the layers"),
+        ("bert", "ia3", "lora", "Teacher 'bank' is a IA3Config, the student a LoRAConfig; inside the layers"),
+        ("bert", "vera", "lora", "Teacher 'bank' is a VeraConfig, the student a LoRAConfig; inside the layers"),
+        ("bert", "lora", "seq_bn", "Teacher 'bank' is a LoRAConfig, the student a SeqBnConfig; inside the layers"),
+        ("bert", "seq_bn", "lora", "Teacher 'bank' is a SeqBnConfig, the student a LoRAConfig; inside the layers"),
         (
             "bert",
-            "dora",
+            LoRAConfig(attn_matrices=["k"]),
             "lora",
-            "Teacher 'bank' is a DoRAConfig with use_dora=True; what can be fused are bottleneck",
+            "Teacher 'bank' sits at k, where the student has no modules",
         ),
-        ("bert", "ia3", "lora", "Teacher 'bank' is a IA3Config with composition_mode='scale'; what can be fused"),
-        ("bert", "vera", "lora", "Teacher 'bank' is a VeraConfig with vera_d=0.1; what can be fused are"),
-        ("bert", "lora", "mtl_lora", "Student 'insurance' is a MTLLoRAConfig; what can be fused are"),
-        (
-            "bert",
-            "lora",
-            "seq_bn",
-            "Teacher 'bank' is a LoRAConfig, the student a SeqBnConfig; bottleneck adapters are",
-        ),
-        (
-            "bert",
-            "seq_bn",
-            "lora",
-            "Teacher 'bank' is a SeqBnConfig, the student a LoRAConfig; bottleneck adapters are",
-        ),
-        ("bert", "lora[attn_matrices=['k']]", "lora", "Teacher 'bank' sits at k, where the student has no modules"),
-        ("gpt2", "lora", "lora", "Teacher 'bank' has no module that can be fused in this model (LoRA in projections"),
+        ("gpt2", "lora", "lora", "Teacher 'bank' has no module that can be fused inside a layer (its LoRA sits in"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(family, teacher, student, message):
+def test_what_cannot_be_fused_inside_the_layers_is_fused_in_their_outputs(family, teacher, student, message):
     model = make_model(family)
-    model.add_adapter("bank", config=LoRAConfig(attn_matrices=["k"]) if "attn" in teacher else teacher)
+    model.add_adapter("bank", config=teacher)
     before = snapshot(model)
     with pytest.raises(ValueError) as caught:
-        model.add_adapter("insurance", config=student, distill_from=["bank"])
+        model.add_adapter("insurance", config=student, distill_from=had.DistillationConfig(["bank"], level="adapter"))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     assert not changed(model, before) and "insurance" not in model.adapters_config
+    model.add_adapter("insurance", config=student, distill_from=["bank"])
+    distillation = distillations(model.adapters_config)["insurance"]
+    assert distillation.level == "layer" and distillation.level_reason.startswith(message)

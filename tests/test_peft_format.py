@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.layers import adapter_layers
+from hf_adapter_distillation.state import distillations
 
 CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -132,7 +133,8 @@ def test_a_module_that_takes_no_lora_here_is_named(tmp_path):
         make_model().add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
 
 
-def test_a_student_of_another_method_is_refused(tmp_path):
+def test_a_student_of_another_method_is_fused_with_it_by_layers(tmp_path):
     saved_by_peft(tmp_path / "bank", target_modules=["query"])
-    with pytest.raises(ValueError, match="is a LoRAConfig, the student a SeqBnConfig"):
-        make_model().add_adapter("insurance", config="seq_bn", distill_from=[str(tmp_path / "bank")])
+    model = make_model()
+    model.add_adapter("insurance", config="seq_bn", distill_from=[str(tmp_path / "bank")])
+    assert distillations(model.adapters_config)["insurance"].level == "layer"

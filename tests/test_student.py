@@ -3,7 +3,7 @@
 import adapters
 import pytest
 import torch
-from adapters import AdapterPlusConfig, SeqBnConfig, Stack
+from adapters import AdapterPlusConfig, ConfigUnion, LoRAConfig, LoReftConfig, PromptTuningConfig, SeqBnConfig, Stack
 from conftest import TEACHERS, make_batch, make_model, make_student, noisy, snapshot
 
 import hf_adapter_distillation as had
@@ -247,6 +247,10 @@ def test_hub_ids_are_pinned_to_a_commit(tmp_path, monkeypatch):
     assert distillation.sources["faq-bank"] == {"source": "me/faq-bank@v2", "revision": "0123abcd"}
 
 
+def inside(teachers):
+    return had.DistillationConfig(teachers, level="adapter")
+
+
 BAD_TEACHERS = [
     ([], ValueError, "No teachers are given for 'insurance'"),
     ("bank", TypeError, "must be a list of adapter names, not 'bank'"),
@@ -258,14 +262,13 @@ BAD_TEACHERS = [
         ValueError,
         "Unknown teacher 'zzz': it is no local folder or Hub id either. Adapters on the model: 'bank'",
     ),
-    (
-        ["bank", "lora"],
-        ValueError,
-        "Teacher 'lora' is a LoRAConfig, the student a SeqBnConfig; bottleneck adapters",
-    ),
-    (["plus"], ValueError, "Teacher 'plus' adds its update at another place of the layer than the student"),
-    (["nan"], ValueError, "Teacher 'nan' has weights that are NaN or infinite in encoder.layer.0.output"),
-    (["attention"], ValueError, "Teacher 'attention' sits at mh_adapter, where the student has no modules"),
+    (inside(["bank", "lora"]), ValueError, "Teacher 'lora' is a LoRAConfig, the student a SeqBnConfig; inside the"),
+    (inside(["plus"]), ValueError, "Teacher 'plus' adds its update at another place of the layer than the student"),
+    (["nan"], ValueError, "Teacher 'nan' has weights that are NaN or infinite (encoder.layer.0.output"),
+    (inside(["attention"]), ValueError, "Teacher 'attention' sits at mh_adapter, where the student has no modules"),
+    (["prompt"], ValueError, "Teacher 'prompt' is a PromptTuningConfig, which makes the sequence longer"),
+    (["prompt_union"], ValueError, "Teacher 'prompt_union' is a PromptTuningConfig, which makes the sequence longer"),
+    (["upper"], ValueError, "Teacher 'upper' has no layer in common with the student; let the student's config leave"),
     (["me/does-not-exist"], ValueError, "Teacher 'me/does-not-exist' is no adapter on the model, no local folder"),
     (["./no/folder"], ValueError, "Unknown teacher './no/folder'"),
     ([3], TypeError, "A teacher must be an adapter name, a folder or a Hub id, not 3"),
@@ -277,23 +280,41 @@ BAD_TEACHERS = [
 def test_bad_teachers_leave_the_model_as_it_was(teachers, error, message):
     model = with_teachers()
     attention = SeqBnConfig(mh_adapter=True, output_adapter=False)
-    configs = {"lora": "lora", "plus": AdapterPlusConfig(stochastic_depth=0.0)}
-    for name, config in {**configs, "nan": "seq_bn", "attention": attention}.items():
+    configs = {
+        "lora": "lora",
+        "plus": AdapterPlusConfig(stochastic_depth=0.0),
+        "nan": "seq_bn",
+        "attention": attention,
+        "prompt": "prompt_tuning",
+        "prompt_union": ConfigUnion(LoRAConfig(), PromptTuningConfig()),
+        "upper": LoReftConfig(layers=[1]),
+    }
+    for name, config in configs.items():
         model.add_adapter(name, config=config)
     adapter_layers(model, "nan")[0][1].adapters["nan"].adapter_up.weight.data[0, 0] = float("nan")
     before = everything(model)
     with pytest.raises(error) as caught:
-        model.add_adapter("insurance", distill_from=teachers)
+        model.add_adapter("insurance", config=SeqBnConfig(leave_out=[1]), distill_from=teachers)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("config", ["ia3", "mam", "prefix_tuning"])
-def test_bad_students(config):
-    model = with_teachers()
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("bert", "prompt_tuning", "Student 'insurance' is a PromptTuningConfig, which makes the sequence longer"),
+        ("bert", "mtl_lora", "Student 'insurance' is a MTLLoRAConfig, which belongs to several tasks at once"),
+        ("gpt2", "dora", "adapters cannot add 'insurance', a DoRAConfig, to a GPT2AdapterModel: The size of tensor"),
+    ],
+)
+def test_bad_students(family, config, message):
+    model = make_model(family)
+    for teacher in TEACHERS:
+        model.add_adapter(teacher, config="seq_bn")
     before = everything(model)
-    with pytest.raises(ValueError, match="Student 'insurance' is a .*can be fused are bottleneck adapters"):
+    with pytest.raises(ValueError) as caught:
         model.add_adapter("insurance", config=config, distill_from=TEACHERS)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     assert everything(model) == before
 
 

@@ -309,7 +309,9 @@ def test_the_table_of_parameters(trainer_args, capsys):
     trainer = trainer_for(model, trainer_args(disable_tqdm=False, max_steps=1, logging_strategy="no"))
     lines = trainer.parameter_table().splitlines()
     copied = sum(p.numel() for name, p in model.named_parameters() if any(f".adapters.{t}." in name for t in TEACHERS))
-    assert lines[-1] == f"Stage 2 copies the teachers' weights side by side: {4 * copied / 1e6:.2f} MB."
+    assert lines[-1] == (
+        f"Stage 2 fuses inside the layers, and copies the teachers' weights side by side: {4 * copied / 1e6:.2f} MB."
+    )
     assert copied == 50_304
     rows = {line.rsplit(maxsplit=2)[0]: line.rsplit(maxsplit=2)[1:] for line in lines[1:-1]}
     trained = {part for part, (_, count) in rows.items() if count != "0"}

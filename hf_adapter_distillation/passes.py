@@ -1,0 +1,326 @@
+"""A forward pass of a distilled student: what its layers gather, and how it joins the loss."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from adapters import AdapterSetup, ModelAdaptersMixin, Stack
+
+from ._compat import ForwardContext
+from .composition import AdapterDistillation, find_block
+from .fusion import TeacherFusion
+from .losses import feature_matching_loss, logit_matching_loss, token_weights, value_regularization
+from .state import Distillation, DistillationRecord, TeacherAttention, distillations
+
+
+class Fused(NamedTuple):
+    """What the fusion of a layer puts out.
+
+    Args:
+        names: What was fused: the teachers, and with the carriers that pass it on the student.
+        output: The fused update, (batch, seq_len, hidden).
+        attention: The attention over them, detached, (batch, seq_len, n).
+    """
+
+    names: tuple[str, ...]
+    output: torch.Tensor
+    attention: torch.Tensor
+
+
+class Rerun(NamedTuple):
+    """The setup and the context in which a layer is run again.
+
+    Args:
+        setup: The adapters that are active then.
+        context: A forward context made for them.
+    """
+
+    setup: AdapterSetup
+    context: ForwardContext
+
+
+class DistillationPass:
+    """Gathers the terms of one forward pass; hangs on adapters' `ForwardContext` while it runs.
+
+    Args:
+        block: The active distillation block.
+        distillation: The student's distillation.
+        masks: The attention mask of the encoder (or the only stack of layers) and that of the decoder, (batch,
+            seq_len) each, None where all tokens count.
+        training: Whether the losses are wanted, or the attention alone.
+        part: `"fused"` or `"student"` in the two passes of the carrier `dual`, which are matched after the second.
+        reruns: Where whole layers are fused, how they are run again: by the name of each adapter, and of none.
+    """
+
+    def __init__(
+        self,
+        block: AdapterDistillation,
+        distillation: Distillation,
+        masks: dict[bool, torch.Tensor | None],
+        training: bool,
+        part: str = "",
+        reruns: dict[str | None, Rerun] | None = None,
+    ) -> None:
+        self.block = block
+        self.distillation = distillation
+        self.masks = masks
+        self.training = training
+        self.part = part
+        self.reruns = reruns or {}
+        self.fusions: dict[str, TeacherFusion] = {}
+        self.losses: list[torch.Tensor] = []
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.attention: dict[str, TeacherAttention] = {}
+        self.logit_loss: torch.Tensor | float = 0.0
+        self.fused_task_loss: torch.Tensor | None = None
+        self._weights: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def weights(self, fusion: TeacherFusion, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of the tokens in means that leave out padding, made once for all layers of a stack.
+
+        Args:
+            fusion: The fusion of the layer.
+            hidden_states: The states of the layer, (batch, seq_len, hidden).
+
+        Returns:
+            The weights in the mean over each sequence, and in the mean over the batch, (batch, seq_len) each.
+        """
+        batch, seq_len = hidden_states.shape[:2]
+        made = self._weights.get(fusion.in_decoder)
+        if made is None or made[0].shape != (batch, seq_len) or made[0].device != hidden_states.device:
+            mask = self.masks[fusion.in_decoder]
+            if mask is not None:
+                mask = mask.reshape(-1, mask.shape[-1])  # multiple choice: (B, C, T)
+            if mask is None or mask.shape != (batch, seq_len):
+                mask = torch.ones(batch, seq_len)
+            mask = mask.to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
+            made = self._weights[fusion.in_decoder] = token_weights(mask), mask / mask.sum().clamp(min=1)
+        return made
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teachers run: in stage 2, and where their attention or their mean is asked for."""
+        return self.distillation.enabled or self.distillation.in_evaluation
+
+    @property
+    def matched_only(self) -> bool:
+        """Whether the fused output is matched and never passed on.
+
+        The carrier `student` leaves the task loss to the student: its fusion explains the student and steers nothing.
+        """
+        return self.distillation.config.carrier == "student" or not self.training
+
+    def gather(self, fusion: TeacherFusion, student_output: torch.Tensor, fused: Fused | None) -> None:
+        """Takes in what is matched in one layer.
+
+        Args:
+            fusion: The fusion of the layer.
+            student_output: The student's update, (batch, seq_len, hidden).
+            fused: The teachers' fused update; None in the student's pass of the carrier `dual`.
+        """
+        # What gradient checkpointing appends again in backward comes after the sum.
+        sequence_weights, batch_weights = self.weights(fusion, student_output)
+        if fused is None:
+            self.outputs.append((student_output, sequence_weights))
+            return
+        mean_attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))
+        self.attention[fusion.location] = TeacherAttention(fused.names, mean_attention)
+        target = fused.output if self.matched_only else fused.output.detach()
+        if self.part == "fused":
+            self.outputs.append((target, sequence_weights))
+        else:
+            self.losses.append(feature_matching_loss(student_output, target, sequence_weights))
+
+    def passed_on(self, student_states: torch.Tensor, fused_states: torch.Tensor) -> torch.Tensor:
+        """What a layer passes on, as the carrier says.
+
+        Args:
+            student_states: The states with the student's update, (batch, seq_len, hidden).
+            fused_states: The states with the fused update, (batch, seq_len, hidden).
+
+        Returns:
+            One of the two.
+        """
+        fused = self.draw(student_states.device)
+        if isinstance(fused, torch.Tensor):
+            return torch.where(fused, fused_states, student_states)
+        return fused_states if fused else student_states
+
+    def draw(self, device: torch.device) -> bool | torch.Tensor:
+        """Whether a layer passes on the fused output; for the carrier `mixed` each layer draws anew.
+
+        Compiled code cannot branch on what was drawn: there the draw is a tensor, and both outputs are computed.
+        """
+        carrier = self.part or self.distillation.config.carrier
+        if not self.training or carrier != "mixed":
+            return self.training and carrier == "fused"
+        if torch.compiler.is_compiling():
+            return torch.rand((), device=device) < self.distillation.fused_probability
+        return bool(torch.rand(()) < self.distillation.fused_probability)
+
+
+def current_pass() -> DistillationPass | None:
+    """The pass that the running forward belongs to, or None if it does not distil."""
+    context = ForwardContext.get_context()
+    return None if context is None else vars(context).get("distillation_pass")
+
+
+def call_with_distillation(
+    context: ForwardContext,
+    original: Callable,
+    model: ModelAdaptersMixin,
+    forward: Callable,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Runs a model's forward and folds what the layers gathered into the loss of its output.
+
+    Evaluation, and training of anything but a distillation block, runs the original and nothing else.
+
+    Args:
+        context: The forward context of adapters.
+        original: adapters' own `ForwardContext._call_forward`.
+        model: The model that is called.
+        forward: Its forward function.
+        *args: The arguments of forward.
+        **kwargs: The keyword arguments of forward.
+
+    Returns:
+        The output of the model; its loss, if it has one, includes the distillation terms.
+    """
+    block = find_block(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
+    distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
+    training = model.training and torch.is_grad_enabled()
+    if block is None or distillation is None or not (training or distillation.in_evaluation):
+        return original(context, model, forward, *args, **kwargs)
+
+    masks = _masks(args, kwargs, is_half=distillation.halves is not None)
+    reruns = {}
+    if distillation.level == "layer" and (distillation.enabled or distillation.in_evaluation):
+        reruns = _reruns(type(context), model, block, args, kwargs)
+
+    def run(context: ForwardContext, part: str) -> tuple[DistillationPass, Any]:
+        current = DistillationPass(block, distillation, masks, training, part, reruns)
+        vars(context)["distillation_pass"] = current
+        _share_parameters(context, model)
+        return current, original(context, model, forward, *args, **kwargs)
+
+    if training and distillation.enabled and distillation.config.carrier == "dual":
+        with type(context)(model, *args, **kwargs) as fused_context:
+            fused, fused_output = run(fused_context, "fused")
+        current, output = run(context, "student")
+        _match(current, output, fused, fused_output)
+    else:
+        current, output = run(context, "")
+    if distillation.halves is None:
+        distillation.record = _fold(current, output)
+    else:
+        distillation.halves.append(current)
+    return output
+
+
+def begin_halves(student: str, model: ModelAdaptersMixin, args: tuple) -> None:
+    """A hook before the forward of an `EncoderDecoderModel`, which adapters gives no context of its own.
+
+    Its encoder and its decoder are models with one pass each; what they gather waits for `fold_halves`.
+    """
+    distillations(model.adapters_config)[student].halves = []
+
+
+def fold_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: Any) -> None:
+    """A hook behind the forward of an `EncoderDecoderModel`: folds what both halves gathered into the loss."""
+    distillation = distillations(model.adapters_config)[student]
+    halves, distillation.halves = distillation.halves, None
+    if not halves:
+        return
+    whole, *others = halves
+    for half in others:
+        whole.losses += half.losses
+        whole.fusions |= half.fusions
+        whole.attention |= half.attention
+    distillation.record = _fold(whole, output)
+
+
+def _share_parameters(context: ForwardContext, model: ModelAdaptersMixin) -> None:
+    """Gives a context the shared parameters of all adapters; adapters gives it those of the active ones alone."""
+    if shared := model.base_model.shared_parameters:
+        vars(context)["shared_parameters"] = dict(shared)
+
+
+def _reruns(
+    context_type: type[ForwardContext],
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    args: tuple,
+    kwargs: dict,
+) -> dict[str | None, Rerun]:
+    """How the layers of a pass are run again with the student, with each teacher, and with neither (None).
+
+    Contexts hold what adapters computes once a pass: the states of prefixes and the positions of ReFT. They are made
+    before the layers run, since gradient checkpointing would miss them when it runs a layer again.
+    """
+    made = {}
+    for name in (None, block.student, *block.teachers):
+        names = [*block.children[:-1], *([] if name is None else [name])]
+        setup = AdapterSetup(Stack(*names) if names else None)
+        with setup, torch.set_grad_enabled(torch.is_grad_enabled() and name == block.student):
+            context = context_type(model, *args, **kwargs)
+        _share_parameters(context, model)
+        made[name] = Rerun(setup, context)
+    return made
+
+
+def _match(current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any) -> None:
+    """Gathers the terms of the carrier `dual` in the student's pass: each layer's output, logits and both task losses.
+
+    Raises:
+        ValueError: If the outputs have no loss, which the fusion would have to learn from.
+    """
+    if not isinstance(output, dict) or output.get("loss") is None:
+        raise ValueError(
+            "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
+        )
+    pairs = zip(current.outputs, fused.outputs, strict=True)
+    current.losses = [feature_matching_loss(student, target, weights) for (student, weights), (target, _) in pairs]
+    logits = [name for name in output if name.endswith("logits")]
+    current.logit_loss = sum(logit_matching_loss(output[name], fused_output[name]) for name in logits)
+    current.fused_task_loss = fused_output["loss"]
+    current.fusions, current.attention = fused.fusions, fused.attention
+
+
+def _masks(args: tuple, kwargs: dict[str, Any], is_half: bool) -> dict[bool, torch.Tensor | None]:
+    """The padding masks by `TeacherFusion.in_decoder`."""
+    if is_half:
+        own = kwargs.get("attention_mask")
+        return {False: kwargs.get("encoder_attention_mask", own), True: own}
+    decoder = kwargs.get("decoder_attention_mask")
+    labels = kwargs.get("labels")
+    if decoder is None and labels is not None and labels.dim() == 2:
+        decoder = labels != -100  # the decoder's inputs are the shifted labels
+    return {False: kwargs.get("attention_mask", args[1] if len(args) > 1 else None), True: decoder}
+
+
+def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
+    """Adds the gathered terms to the loss of the output, if it has one."""
+    if not current.training:
+        return DistillationRecord(torch.zeros(()), False, None, None, None, current.attention)
+    distillation, fusions = current.distillation, current.fusions.values()
+    added = torch.zeros(())
+    if not current.losses or distillation.config.carrier == "mixed":
+        # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
+        added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
+    distillation_loss = regularization = None
+    if current.losses:
+        distillation_loss = torch.stack(current.losses).mean() + current.logit_loss
+        regularization = distillation.regularization * value_regularization(f.value.weight for f in fusions)
+        added = added + distillation.scale * (distillation.weight * distillation_loss + regularization)
+        distillation_loss, regularization = distillation_loss.detach(), regularization.detach()
+    fused_task_loss = current.fused_task_loss
+    if fused_task_loss is not None:
+        added = added + fused_task_loss
+        fused_task_loss = fused_task_loss.detach()
+    in_loss = isinstance(output, dict) and output.get("loss") is not None
+    if in_loss:
+        output["loss"] = output["loss"] + added
+        added = added.detach()
+    return DistillationRecord(added, in_loss, distillation_loss, regularization, fused_task_loss, current.attention)
