@@ -1,9 +1,10 @@
 """What a training step of stage 2 costs: forward, backward and optimizer step, against a plain adapter's.
 
 In one run, in turns: a plain adapter, the carriers `student`, `fused` and `mixed`, the same with each teacher on its
-own (`per teacher`, the plain path), and adapters' `Fuse`.
+own (`per teacher`, the plain path), and adapters' `Fuse`; on demand `whole layers`, which runs each layer again.
 
     python benchmarks/stage2_step.py
+    python benchmarks/stage2_step.py --methods student "whole layers" --teachers 1 2 4 8
     python benchmarks/stage2_step.py --shapes minilm bert-base gpt2 --teachers 1 2 4 8 16 32 64 128
     python benchmarks/stage2_step.py --shapes bert-base --device cuda --dtype bfloat16
 """
@@ -26,6 +27,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.state import distillations
 
 CARRIERS = ("student", "fused", "mixed")
+WHOLE_LAYERS = "whole layers"
 
 
 @dataclass
@@ -66,8 +68,9 @@ class Steps:
         self.model.add_classification_head("plain")
         for method in args.methods:
             if method != "Fuse":
-                carrier = "student" if method == "per teacher" else method
-                distill_from = had.DistillationConfig(self.teachers, carrier=carrier, student_start="random")
+                carrier = method if method in CARRIERS else "student"
+                level = "layer" if method == WHOLE_LAYERS else "adapter"
+                distill_from = had.DistillationConfig(self.teachers, carrier, student_start="random", level=level)
                 self.model.add_adapter(method, config=config, distill_from=distill_from)
                 self.model.add_classification_head(method)
         self.fuse = Fuse(*self.teachers, "plain", name="fuse")

@@ -72,9 +72,8 @@ def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> st
         stacked_bytes({name: layer.adapter_modules[name] for name in block.teachers if name in layer.adapter_modules})
         for _, layer in adapter_layers(model, block.student)
     )
-    lines.append(
-        f"Stage 2 fuses updates inside the layers, from a copy of the teachers' weights: {copied / 1e6:.2f} MB."
-    )
+    size = f"{copied / 1e6:.2f} MB"
+    lines.append(f"Stage 2 fuses inside the layers, and copies the teachers' weights side by side: {size}.")
     return "\n".join(lines)
 
 

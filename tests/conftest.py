@@ -171,9 +171,11 @@ def trainer_args(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def no_mixed_precision_for_the_next_test():
-    """TrainingArguments(bf16=True) leaves an environment variable and accelerate's shared state behind."""
+def no_mixed_precision_or_compiler_for_the_next_test():
+    """TrainingArguments(bf16=True, torch_compile=True) leave environment variables and accelerate's state behind."""
     yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
     if os.environ.pop("ACCELERATE_MIXED_PRECISION", "no") != "no":
         AcceleratorState._reset_state()
 

@@ -7,9 +7,8 @@ make test ARGS="tests/test_families.py -k every_method -m 'slow or not slow' --j
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+from test_families import METHODS, PAGE
 
 
 def make_table(report: str) -> str:
@@ -26,9 +25,8 @@ def make_table(report: str) -> str:
         properties = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
         if "cell" in properties:
             cells.setdefault(properties["family"], {})[properties["method"]] = properties["cell"]
-    methods = list(next(iter(cells.values())))
-    rows = [["model", *methods], ["---"] * (len(methods) + 1)]
-    rows += [[family, *(row[method] for method in methods)] for family, row in cells.items()]
+    rows = [["model", *METHODS], ["---"] * (len(METHODS) + 1)]
+    rows += [[family, *(row[method] for method in METHODS)] for family, row in sorted(cells.items())]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

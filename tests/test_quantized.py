@@ -1,4 +1,4 @@
-"""Base models whose weights bitsandbytes holds in 4 or 8 bits; on the CPU, which needs no more than the library."""
+"""Base models whose weights bitsandbytes holds in 4 or 8 bits; where it is installed, on the CPU as well."""
 
 import adapters
 import pytest
@@ -10,6 +10,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.state import distillations
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.slow  # it compiles its kernels for the CPU
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
