@@ -16,6 +16,7 @@ from ._compat import (
     LoRALinear,
     LoRAState,
     ParallelAdapter,
+    forward_arguments,
 )
 from .composition import AdapterDistillation, find_block
 from .fusion import TeacherFusion
@@ -65,11 +66,11 @@ class DistillationPass:
         made = self._weights.get(fusion.in_decoder)
         if made is None or made[0].shape != (batch, seq_len) or made[0].device != hidden_states.device:
             mask = self.masks[fusion.in_decoder]
-            if mask is not None:
-                mask = mask.reshape(-1, mask.shape[-1])  # multiple choice: (B, C, T)
-            if mask is None or mask.shape != (batch, seq_len):
+            if mask is not None and mask.dim() == 3:  # multiple choice: (B, C, T)
+                mask = mask.reshape(-1, mask.shape[-1])
+            if mask is None or mask.shape != (batch, seq_len):  # (B, 1, T, T) says who sees whom, not what is padding
                 mask = torch.ones(batch, seq_len)
-            mask = mask.to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
+            mask = (mask != 0).to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
             made = self._weights[fusion.in_decoder] = token_weights(mask), mask / mask.sum().clamp(min=1)
         return made
 
@@ -291,7 +292,7 @@ def call_with_distillation(
     if distillation is None or not (training or distillation.in_evaluation):
         return original(context, model, forward, *args, **kwargs)
 
-    masks = _masks(args, kwargs)
+    masks = _masks(model, args, kwargs)
 
     def run(context: ForwardContext, part: str) -> tuple[DistillationPass, Any]:
         current = vars(context)["distillation_pass"] = DistillationPass(distillation, masks, training, part)
@@ -328,13 +329,18 @@ def _match(current: DistillationPass, output: Any, fused: DistillationPass, fuse
     current.fusions, current.attention = fused.fusions, fused.attention
 
 
-def _masks(args: tuple, kwargs: dict[str, Any]) -> dict[bool, torch.Tensor | None]:
+def _masks(model: ModelAdaptersMixin, args: tuple, kwargs: dict[str, Any]) -> dict[bool, torch.Tensor | None]:
     """The padding masks by `TeacherFusion.in_decoder`."""
-    decoder = kwargs.get("decoder_attention_mask")
-    labels = kwargs.get("labels")
-    if decoder is None and labels is not None and labels.dim() == 2:
+    if args:
+        kwargs = dict(zip(forward_arguments(model), args, strict=False)) | kwargs
+    encoder, decoder, labels = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels"))
+    if decoder is not None or not model.config.is_encoder_decoder:
+        return {False: encoder, True: decoder}
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
         decoder = labels != -100  # the decoder's inputs are the shifted labels
-    return {False: kwargs.get("attention_mask", args[1] if len(args) > 1 else None), True: decoder}
+    elif encoder is not None and all(kwargs.get(f"decoder_{name}") is None for name in ("input_ids", "inputs_embeds")):
+        decoder = encoder  # ... the shifted inputs of the encoder, whose last token is cut off in the longest row
+    return {False: encoder, True: decoder}
 
 
 def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
