@@ -304,14 +304,16 @@ def call_with_distillation(
         with type(context)(model, *args, **kwargs) as fused_context:
             fused, fused_output = run(fused_context, "fused")
         current, output = run(context, "student")
-        _match(current, output, fused, fused_output)
+        _match(current, output, fused, fused_output, model.config.is_encoder_decoder)
     else:
         current, output = run(context, "")
     distillation.record = _fold(current, output)
     return output
 
 
-def _match(current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any) -> None:
+def _match(
+    current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any, of_decoder: bool
+) -> None:
     """Gathers the terms of the carrier `dual` in the student's pass: each layer's output, logits and both task losses.
 
     Raises:
@@ -323,8 +325,12 @@ def _match(current: DistillationPass, output: Any, fused: DistillationPass, fuse
         )
     pairs = zip(current.outputs, fused.outputs, strict=True)
     current.losses = [feature_matching_loss(student, target, weights) for (student, weights), (target, _) in pairs]
-    logits = [name for name in output if name.endswith("logits")]
-    current.logit_loss = sum(logit_matching_loss(output[name], fused_output[name]) for name in logits)
+    weights, _ = current._weights.get(of_decoder, (None, None))
+    for name in (name for name in output if name.endswith("logits")):
+        logits = output[name]
+        of_tokens = weights is not None and logits.shape[:2] == weights.shape
+        of_tokens &= logits.dim() > 2 or name in ("start_logits", "end_logits")  # the others are (batch, labels)
+        current.logit_loss += logit_matching_loss(logits, fused_output[name], weights if of_tokens else None)
     current.fused_task_loss = fused_output["loss"]
     current.fusions, current.attention = fused.fusions, fused.attention
 
