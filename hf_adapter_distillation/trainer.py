@@ -228,7 +228,7 @@ class DistillationTrainer(AdapterTrainer):
         if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
             raise ValueError(
                 f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
-                "add a column of labels to train_dataset."
+                "add a column of labels to train_dataset, or name the columns that hold them in label_names."
             )
         self._enter_stage(num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
