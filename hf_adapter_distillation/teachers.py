@@ -233,11 +233,18 @@ def check_weights(model: ModelAdaptersMixin, teacher: str, name: str, student_co
             f"Teacher {teacher!r} has no module that can be fused in this model (LoRA in projections that are merged, "
             f"as those of GPT-2, cannot); use bottleneck adapters."
         )
-    if not any(_is_at(student_config, layer) for _, layer in layers):
+    shared = [layer for _, layer in layers if _is_at(student_config, layer)]
+    if not shared:
         places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
         raise ValueError(
             f"Teacher {teacher!r} sits at {', '.join(places)}, where the student has no modules; "
             f"give the student a config with one of these set."
+        )
+    numbers = {layer.layer_idx for layer in shared}
+    if numbers <= {*student_config.leave_out}:
+        raise ValueError(
+            f"Teacher {teacher!r} sits in layer {', '.join(map(str, sorted(numbers)))} alone, which the student "
+            f"leaves out; give the student another leave_out than {student_config.leave_out}, or drop this teacher."
         )
 
 
