@@ -162,9 +162,10 @@ def test_masks_given_by_position():
         torch.testing.assert_close(run(model, rest, *(batch.get(name) for name in before)), expected, **EXACT)
 
 
-def test_the_decoders_mask_comes_before_its_labels():
-    """By name or by position, of numbers or booleans; the labels leave out a token more."""
-    model, batch = student_of("bart", "seq2seq_lm", None), batch_for("bart", "tokens")
+@pytest.mark.parametrize("carrier", ["student", "dual"])
+def test_the_decoders_mask_comes_before_its_labels(carrier):
+    """By name or by position, of numbers or booleans; the labels leave out a token more, the encoder none."""
+    model, batch = student_of("bart", "seq2seq_lm", None, carrier), batch_for("bart", "tokens")
     decoder_mask = batch["attention_mask"].clone()
     batch["attention_mask"] = torch.ones_like(decoder_mask)
     decoder_ids = torch.where(decoder_mask == 1, batch["labels"].clamp(min=3), 0)

@@ -177,6 +177,20 @@ def test_student_on_a_language_adapter(case, trainer_args, tmp_path):
     assert torch.equal(logits_of(resumed, setup), expected)
 
 
+@pytest.mark.parametrize("language", ["seq_bn_inv", LORA])
+def test_the_language_adapter_runs_below_student_and_teachers_in_stage_2(language):
+    model = with_language(language)
+    setup = Stack("german", "insurance")
+    losses = {}
+    for student in (setup, "insurance"):
+        model.train_adapter(had.AdapterDistillation(student, teachers=TEACHERS))
+        model.train()
+        logits = model(**make_batch()).logits
+        losses[str(student)] = distillations(model.adapters_config)["insurance"].record.distillation_loss
+        assert torch.equal(logits, logits_of(model, student))
+    assert not torch.allclose(*losses.values()), "the teachers read what the language adapter passes on"
+
+
 def test_a_student_on_a_language_adapter_starts_at_its_teachers(trainer_args):
     """The fit of the start reads what the language adapter passes on."""
     losses = {}
