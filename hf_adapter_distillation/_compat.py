@@ -32,6 +32,7 @@ __all__ = [
     "LoRAState",
     "ParallelAdapter",
     "ReftLayer",
+    "forward_arguments",
     "loss_counts_items",
     "warn_if_untested",
 ]
@@ -49,6 +50,24 @@ def warn_if_untested() -> None:
                 f"install a tested version to silence this warning.",
                 stacklevel=3,
             )
+
+
+def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the arguments that a model's forward takes by position.
+
+    `inspect.signature` does not tell them: the wrappers of adapters take `*args`, and the signature that they show is
+    that of the model that was initialised last.
+
+    Args:
+        model: A model with adapters, not wrapped.
+
+    Returns:
+        The names in their order, without `self`.
+    """
+    functions = (inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls))
+    codes = (function.__code__ for function in functions)
+    code = next(code for code in codes if not code.co_flags & inspect.CO_VARARGS)
+    return code.co_varnames[1 : code.co_argcount]
 
 
 def loss_counts_items(model: PreTrainedModel) -> bool:

@@ -22,13 +22,16 @@ class AdapterDistillation(Stack):
 
     Raises:
         TypeError: If the student is neither a name nor a flat `Stack` of names, or a teacher is no name.
-        ValueError: If there is no teacher, a teacher is given twice, or the student is among its own teachers.
+        ValueError: If there is no teacher, a teacher is given twice, or the student is among its own teachers or below
+            itself.
     """
 
     def __init__(self, student: str | Stack, teachers: Sequence[str]) -> None:
         names = [student] if isinstance(student, str) else student.children if type(student) is Stack else None
         if not names or not all(isinstance(name, str) and name for name in names):
             raise TypeError(f"The student must be an adapter name or a Stack of adapter names, not {student!r}.")
+        if names[-1] in names[:-1]:
+            raise ValueError(f"The student {names[-1]!r} stands twice in {student}; only frozen adapters go below it.")
         check_teachers(names[-1], teachers)
         super().__init__(*names)
         self.teachers: tuple[str, ...] = tuple(teachers)
@@ -90,3 +93,25 @@ def find_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | N
     """
     candidates = (setup, *(setup.children if setup is not None else ()))
     return next((block for block in candidates if isinstance(block, AdapterDistillation)), None)
+
+
+def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | None:
+    """The distillation block of a setup together with what is stacked below it.
+
+    Args:
+        setup: An adapter setup; `Stack("german", AdapterDistillation("insurance", teachers))` is the same as
+            `AdapterDistillation(Stack("german", "insurance"), teachers)`.
+
+    Returns:
+        The block, or `None` if the setup has none.
+
+    Raises:
+        ValueError: If anything is stacked on top of the student.
+    """
+    block = find_block(setup)
+    if setup is None or block is None or block is setup:
+        return block
+    *below, last = setup.children
+    if last is not block:
+        raise ValueError(f"{last!r} is stacked on top of the student {block.student!r}; the student must come last.")
+    return AdapterDistillation(Stack(*below, *block.children), block.teachers)

@@ -108,10 +108,13 @@ def misses_in_layer(model: ModelAdaptersMixin, who: str, name: str, student_conf
     layers = adapter_layers(model, name)
     if not layers:
         return f"{who} has no module that can be fused inside a layer (its LoRA sits in projections that are merged)"
-    if any(_is_at(student_config, layer) for _, layer in layers):
-        return ""
-    places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
-    return f"{who} sits at {', '.join(places)}, where the student has no modules"
+    shared = [layer for _, layer in layers if _is_at(student_config, layer)]
+    if not shared:
+        places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
+        return f"{who} sits at {', '.join(places)}, where the student has no modules"
+    if all(layer.layer_idx in student_config["leave_out"] for layer in shared):
+        return f"{who} sits in layers alone that the student leaves out ({student_config['leave_out']})"
+    return ""
 
 
 def choose_level(

@@ -59,7 +59,9 @@ def feature_matching_loss(
     return (error / variance.clamp(min=MINIMAL_VARIANCE)).mean()
 
 
-def logit_matching_loss(student_logits: torch.Tensor, fused_logits: torch.Tensor) -> torch.Tensor:
+def logit_matching_loss(
+    student_logits: torch.Tensor, fused_logits: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Squared difference of the student's logits from those of the fused pass, for the carrier `dual`.
 
     Logit regression (Ba and Caruana, https://arxiv.org/abs/1312.6184) fits all heads: classes, labels, scores, tokens.
@@ -67,12 +69,17 @@ def logit_matching_loss(student_logits: torch.Tensor, fused_logits: torch.Tensor
     Args:
         student_logits: The student's logits, of any shape.
         fused_logits: The logits of the fused pass, of the same shape. No gradient flows through them.
+        weights: For logits of tokens, (batch, seq_len, ...), what `token_weights` makes of the padding mask.
 
     Returns:
-        The mean over all logits, a float32 scalar (float64 for float64 inputs).
+        The mean over all logits (but those of padding), a float32 scalar (float64 for float64 inputs).
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return (student_logits.to(dtype) - fused_logits.detach().to(dtype)).square().mean()
+    errors = (student_logits.to(dtype) - fused_logits.detach().to(dtype)).square()
+    if weights is None:
+        return errors.mean()
+    errors = errors.reshape(*weights.shape, -1).mean(dim=2)  # (B, T)
+    return (weights.to(dtype) * errors).sum(dim=1).mean()
 
 
 def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:

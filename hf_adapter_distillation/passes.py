@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from adapters import AdapterSetup, ModelAdaptersMixin, Stack
 
-from ._compat import ForwardContext
-from .composition import AdapterDistillation, find_block
+from ._compat import ForwardContext, forward_arguments
+from .composition import AdapterDistillation, join_block
 from .fusion import TeacherFusion
 from .losses import feature_matching_loss, logit_matching_loss, token_weights, value_regularization
 from .state import Distillation, DistillationRecord, TeacherAttention, distillations
@@ -89,11 +89,11 @@ class DistillationPass:
         made = self._weights.get(fusion.in_decoder)
         if made is None or made[0].shape != (batch, seq_len) or made[0].device != hidden_states.device:
             mask = self.masks[fusion.in_decoder]
-            if mask is not None:
-                mask = mask.reshape(-1, mask.shape[-1])  # multiple choice: (B, C, T)
-            if mask is None or mask.shape != (batch, seq_len):
+            if mask is not None and mask.dim() == 3:  # multiple choice: (B, C, T)
+                mask = mask.reshape(-1, mask.shape[-1])
+            if mask is None or mask.shape != (batch, seq_len):  # (B, 1, T, T) says who sees whom, not what is padding
                 mask = torch.ones(batch, seq_len)
-            mask = mask.to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
+            mask = (mask != 0).to(hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32))
             made = self._weights[fusion.in_decoder] = token_weights(mask), mask / mask.sum().clamp(min=1)
         return made
 
@@ -188,13 +188,13 @@ def call_with_distillation(
     Returns:
         The output of the model; its loss, if it has one, includes the distillation terms.
     """
-    block = find_block(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
+    block = join_block(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
     training = model.training and torch.is_grad_enabled()
     if block is None or distillation is None or not (training or distillation.in_evaluation):
         return original(context, model, forward, *args, **kwargs)
 
-    masks = _masks(args, kwargs, is_half=distillation.halves is not None)
+    masks = _masks(model, args, kwargs, is_half=distillation.halves is not None)
     reruns = {}
     if distillation.level == "layer" and (distillation.enabled or distillation.in_evaluation):
         reruns = _reruns(type(context), model, block, args, kwargs)
@@ -208,8 +208,11 @@ def call_with_distillation(
     if training and distillation.enabled and distillation.config.carrier == "dual":
         with type(context)(model, *args, **kwargs) as fused_context:
             fused, fused_output = run(fused_context, "fused")
+        # The head for question answering of adapters 1.3.0 clamps them in place, in the graph of the first pass.
+        positions = ("start_positions", "end_positions")
+        kwargs |= {name: kwargs[name].clone() for name in positions if kwargs.get(name) is not None}
         current, output = run(context, "student")
-        _match(current, output, fused, fused_output)
+        _match(current, output, fused, fused_output, model.config.is_encoder_decoder)
     else:
         current, output = run(context, "")
     if distillation.halves is None:
@@ -270,7 +273,9 @@ def _reruns(
     return made
 
 
-def _match(current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any) -> None:
+def _match(
+    current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any, of_decoder: bool
+) -> None:
     """Gathers the terms of the carrier `dual` in the student's pass: each layer's output, logits and both task losses.
 
     Raises:
@@ -282,22 +287,32 @@ def _match(current: DistillationPass, output: Any, fused: DistillationPass, fuse
         )
     pairs = zip(current.outputs, fused.outputs, strict=True)
     current.losses = [feature_matching_loss(student, target, weights) for (student, weights), (target, _) in pairs]
-    logits = [name for name in output if name.endswith("logits")]
-    current.logit_loss = sum(logit_matching_loss(output[name], fused_output[name]) for name in logits)
+    weights, _ = current._weights.get(of_decoder, (None, None))
+    for name in (name for name in output if name.endswith("logits")):
+        logits = output[name]
+        of_tokens = weights is not None and logits.shape[:2] == weights.shape
+        of_tokens &= logits.dim() > 2 or name in ("start_logits", "end_logits")  # the others are (batch, labels)
+        current.logit_loss += logit_matching_loss(logits, fused_output[name], weights if of_tokens else None)
     current.fused_task_loss = fused_output["loss"]
     current.fusions, current.attention = fused.fusions, fused.attention
 
 
-def _masks(args: tuple, kwargs: dict[str, Any], is_half: bool) -> dict[bool, torch.Tensor | None]:
+def _masks(
+    model: ModelAdaptersMixin, args: tuple, kwargs: dict[str, Any], is_half: bool
+) -> dict[bool, torch.Tensor | None]:
     """The padding masks by `TeacherFusion.in_decoder`."""
+    if args:
+        kwargs = dict(zip(forward_arguments(model), args, strict=False)) | kwargs
+    encoder, decoder, labels = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels"))
     if is_half:
-        own = kwargs.get("attention_mask")
-        return {False: kwargs.get("encoder_attention_mask", own), True: own}
-    decoder = kwargs.get("decoder_attention_mask")
-    labels = kwargs.get("labels")
-    if decoder is None and labels is not None and labels.dim() == 2:
+        return {False: kwargs.get("encoder_attention_mask", encoder), True: encoder}
+    if decoder is not None or not model.config.is_encoder_decoder:
+        return {False: encoder, True: decoder}
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
         decoder = labels != -100  # the decoder's inputs are the shifted labels
-    return {False: kwargs.get("attention_mask", args[1] if len(args) > 1 else None), True: decoder}
+    elif encoder is not None and all(kwargs.get(f"decoder_{name}") is None for name in ("input_ids", "inputs_embeds")):
+        decoder = encoder  # ... the shifted inputs of the encoder, whose last token is cut off in the longest row
+    return {False: encoder, True: decoder}
 
 
 def _fold(current: DistillationPass, output: Any) -> DistillationRecord:

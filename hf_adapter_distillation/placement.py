@@ -44,8 +44,13 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     if isinstance(model, EncoderDecoderModel):
         distillation.hooks.append(model.register_forward_pre_hook(partial(begin_halves, student)))
         distillation.hooks.append(model.register_forward_hook(partial(fold_halves, student)))
+    base = model.base_model
     for below in block.children[:-1]:
         model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
+        model.apply_to_basemodel_childs(lambda i, child, below=below: child.freeze_adapter(below))
+        for held in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
+            if below in held:
+                held[below].requires_grad_(False)
 
 
 def _places(

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, Stack
+from adapters import DEFAULT_ADAPTER_CONFIG, AdapterCompositionBlock, AdapterConfig, ModelAdaptersMixin, Stack
 from transformers.utils import logging
 
-from .composition import AdapterDistillation, check_teachers, find_block
+from .composition import AdapterDistillation, check_teachers, join_block
 from .configuration import DistillationConfig
 from .fusable import check_devices, check_supported, check_weights, choose_level
 from .placement import drop_fusion, fusions_of
@@ -110,8 +110,8 @@ def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDisti
 
     Args:
         model: The model.
-        setup: What the user passed: the name of a student (also in a list of its own), or an `AdapterDistillation`.
-            A `Stack` of a student's name is plain training of the student.
+        setup: What the user passed: the name of a student (also in a list of its own), or an `AdapterDistillation`
+            (also on top of a `Stack`). A `Stack` of a student's name is plain training of the student.
 
     Returns:
         The block, whose teachers are on the model.
@@ -120,10 +120,10 @@ def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDisti
         ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse,
             or a teacher is on another device than the student.
     """
-    if isinstance(setup, AdapterDistillation):
-        _check_block(model, setup)
-        check_devices(model, setup.student, setup.teachers)
-        return setup
+    if isinstance(setup, AdapterCompositionBlock) and (block := join_block(setup)) is not None:
+        _check_block(model, block)
+        check_devices(model, block.student, block.teachers)
+        return block
     if isinstance(setup, list) and len(setup) == 1:
         setup = setup[0]
     if not isinstance(setup, str):
@@ -191,7 +191,7 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
         model: The model.
         name: The adapter.
     """
-    active = find_block(model.active_adapters)
+    active = join_block(model.active_adapters)
     if name in distillations(model.adapters_config):
         drop_fusion(model, name)
         del distillations(model.adapters_config)[name]

@@ -23,7 +23,7 @@ from ._compat import (
     loss_counts_items,
 )
 from .callback import FrozenTeachersCallback
-from .composition import AdapterDistillation, find_block
+from .composition import AdapterDistillation, join_block
 from .configuration import DistillationTrainingArguments
 from .hub import adapter_digest, read_provenance
 from .parts import check_trainable, is_fusion, parameter_table
@@ -234,7 +234,7 @@ class DistillationTrainer(AdapterTrainer):
         if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
             raise ValueError(
                 f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
-                "add a column of labels to train_dataset."
+                "add a column of labels to train_dataset, or name the columns that hold them in label_names."
             )
         self._enter_stage(num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -400,10 +400,18 @@ class DistillationTrainer(AdapterTrainer):
 def _active_block(model: PreTrainedModel) -> AdapterDistillation:
     if not isinstance(model, ModelAdaptersMixin):
         raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
-    block = find_block(model.active_adapters)
+    block = join_block(model.active_adapters)
     if block is None or block.student not in distillations(model.adapters_config):
+        setup, known = model.active_adapters, distillations(model.adapters_config)
+        last = setup.children[-1] if setup is not None else None
+        if isinstance(last, str) and last in known and known[last].config.teachers:
+            raise ValueError(
+                f"No distilled student is active: {setup} runs {last!r} without its teachers; call "
+                f"model.train_adapter({last!r}) last, and to put a frozen adapter below it, set "
+                "model.active_adapters = Stack(name, model.active_adapters) then."
+            )
         raise ValueError(
-            f"No distilled student is active (the active setup is {model.active_adapters}); add one with "
+            f"No distilled student is active (the active setup is {setup}); add one with "
             "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
             "A student whose teachers were all deleted has nothing to learn from."
         )

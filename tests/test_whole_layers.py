@@ -69,12 +69,29 @@ def distil(model, batch=None):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_the_loss_is_that_of_the_outputs_under_each_adapter(mixture, family, monkeypatch):
-    """Reference: the first layer in whole passes, each with one adapter, which all read the same embeddings."""
     if (family, mixture) == ("llama", "vera"):
         pytest.skip("adapters' own VeRA does not run where keys are narrower than queries")
     model = make_mixture(*MIXTURES[mixture], family)
-    distillation = distillations(model.adapters_config)["insurance"]
-    assert distillation.level == "layer"
+    assert distillations(model.adapters_config)["insurance"].level == "layer"
+    compare_with_whole_passes(model, monkeypatch)
+
+
+@pytest.mark.parametrize("below", ["seq_bn", "prefix_tuning"])
+@pytest.mark.parametrize("stacked_by_hand", [False, True])
+def test_what_is_stacked_below_the_student_runs_below_the_teachers_too(below, stacked_by_hand, monkeypatch):
+    model = make_mixture(*MIXTURES["mixed"])
+    model.add_adapter("german", config=below)
+    noisy(model, "german", std=0.05)
+    model.double()
+    if stacked_by_hand:
+        model.active_adapters = Stack("german", model.active_adapters)
+    else:
+        model.train_adapter(had.AdapterDistillation(Stack("german", "insurance"), TEACHERS))
+    compare_with_whole_passes(model, monkeypatch, "german")
+
+
+def compare_with_whole_passes(model, monkeypatch, *below):
+    """Reference: the first layer in whole passes, each with one adapter, which all read the same embeddings."""
     batch, terms = batch_for(model), []
     monkeypatch.setattr(
         "hf_adapter_distillation.passes.feature_matching_loss",
@@ -98,8 +115,8 @@ def test_the_loss_is_that_of_the_outputs_under_each_adapter(mixture, family, mon
         embedded, output = states[-1]  # (B, T, d) each
         return embedded, output if isinstance(output, torch.Tensor) else output[0]
 
-    embedded, without = run()
-    update = {name: run(name)[1] - without for name in (*TEACHERS, "insurance")}
+    embedded, without = run(*below)
+    update = {name: run(*below, name)[1] - without for name in (*TEACHERS, "insurance")}
     fusion = next(f for f in fusions_of(model, "insurance") if f.location == location)
     query, values = fusion.query(embedded), torch.stack([update[name] for name in TEACHERS], dim=2)
     weights = torch.einsum("btd,btnd->btn", query, values @ fusion.key.weight.T).softmax(dim=-1)
