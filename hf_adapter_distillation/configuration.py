@@ -101,6 +101,20 @@ class DistillationTrainingArguments(TrainingArguments):
             "dropped, and the student is an adapter like any other."
         },
     )
+    stop_on_nan: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop with an error that names the term and the layer where the loss is NaN or infinite, before "
+            "the step changes a weight. It waits for the device at each step, as logging_nan_inf_filter does."
+        },
+    )
+    save_on_sigterm: bool = field(
+        default=False,
+        metadata={
+            "help": "At SIGTERM finish the running step, write a checkpoint and exit with status 143 (spot machines, "
+            "schedulers with a time limit)."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,12 @@
-"""Which part of a distillation each parameter of the model belongs to, and whether it is trained."""
+"""The parts of a distillation on a model: what must be there, which parameters belong to it, which are trained."""
 
 from adapters import ModelAdaptersMixin
+from torch import nn
 
-from .composition import AdapterDistillation
+from .composition import AdapterDistillation, find_block
 from .layers import adapter_layers
 from .stacked import stacked_bytes
+from .state import distillations
 
 OF_ADAPTERS = ("adapters", "shared_parameters", "loras")  # how the modules are named that hold one of each adapter
 
@@ -77,3 +79,41 @@ def check_trainable(model: ModelAdaptersMixin, block: AdapterDistillation) -> No
                 f"{name} is trainable, but distillation trains the student, its head and the fusion alone; "
                 f"call model.train_adapter({block.student!r}) last."
             )
+
+
+def active_block(model: nn.Module) -> AdapterDistillation:
+    """The distillation block that `train_adapter` has made active.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The block.
+
+    Raises:
+        TypeError: If the model has no adapters.
+        ValueError: If no distilled student is active, or it has no teachers.
+    """
+    if not isinstance(model, ModelAdaptersMixin):
+        raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
+    block = find_block(model.active_adapters)
+    if block is None or block.student not in distillations(model.adapters_config):
+        raise ValueError(
+            f"No distilled student is active (the active setup is {model.active_adapters}); add one with "
+            "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
+            "A student whose teachers were all deleted has nothing to learn from."
+        )
+    return block
+
+
+def check_head(model: ModelAdaptersMixin, student: str) -> None:
+    """Refuses a student without a head, on a model whose heads are added one by one.
+
+    Raises:
+        ValueError: With what to call.
+    """
+    if hasattr(model, "heads") and student not in model.heads:
+        raise ValueError(
+            f"{student!r} has no head; add one of that name, "
+            f"for instance model.add_classification_head({student!r}, num_labels=2)."
+        )
