@@ -9,7 +9,7 @@ from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, 
 from torch import nn
 from transformers.utils import logging
 
-from .composition import AdapterDistillation, check_teachers, find_block
+from .composition import AdapterDistillation, check_name, check_teachers, find_block
 from .configuration import DistillationConfig
 from .fusion import TeacherFusion
 from .layers import FusedLayer, adapter_layers
@@ -23,8 +23,10 @@ from .teachers import (
     check_fusable,
     check_supported,
     check_weights,
+    first_line,
     load_teacher,
     locate_teacher,
+    read_config,
 )
 
 logger = logging.get_logger(__name__)
@@ -53,8 +55,9 @@ def add_student(
     distillation_config = (
         distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(teachers=distill_from)
     )
+    check_name("The student; call it something", student)
     check_teachers(student, distillation_config.teachers)
-    student_config = AdapterConfig.load(config or DEFAULT_ADAPTER_CONFIG)
+    student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
     check_supported(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
@@ -66,7 +69,8 @@ def add_student(
             raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
         located[name] = teacher, folder, source
         configs[name] = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
-        check_fusable(f"Teacher {teacher!r}", AdapterConfig.load(configs[name]), student_config)
+        teacher_config = read_config(f"Teacher {teacher!r}", configs[name])
+        check_fusable(f"Teacher {teacher!r}", teacher_config, student_config)
 
     loaded: list[str] = []
     active_head = getattr(model, "active_head", None)
@@ -77,7 +81,7 @@ def add_student(
                 load_teacher(model, teacher, name, folder, configs[name])
                 model.apply_to_adapter_layers(lambda i, layer, name=name: layer.freeze_adapter(name))
             check_weights(model, teacher, name, student_config)
-        add_adapter()
+        _add_plain(model, add_adapter, student)
     except BaseException:
         for name in loaded:
             model.delete_adapter(name)
@@ -95,6 +99,14 @@ def add_student(
     add_distillation(model.adapters_config, student, distillation)
     if distillation_config.student_start != "random":
         start_at_average(model, student, distillation)
+
+
+def _add_plain(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: str) -> None:
+    try:
+        add_adapter()
+    except Exception as error:  # adapters leaves it to torch to find out that a config makes no module
+        model.delete_adapter(student)
+        raise ValueError(f"Student {student!r} cannot be made from its config: {first_line(error)}") from error
 
 
 def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:

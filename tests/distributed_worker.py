@@ -68,6 +68,7 @@ def trainer_of(
     args = had.DistillationTrainingArguments(
         str(folder), per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation_steps,
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=1e-2, logging_steps=1, keep_fusion=True,
+        ddp_timeout=60,
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         **{"save_strategy": "no", **defaults, **kwargs},
     )  # fmt: skip

@@ -337,7 +337,7 @@ def damaged(tmp_path, what):
         ("cut weights", "cannot be loaded"),
         ("missing layer", "lacks 4 weights that this model needs"),
         ("not finite", "has weights that are NaN or infinite"),
-        ("dot", "would be named 'bank.v1'; rename the folder to have no dot or comma"),
+        ("dot", "would be named 'bank.v1'; rename the folder to have no dot, comma or slash"),
         ("taken", "would be named 'work', and the model has an adapter or head of that name"),
         ("student", "would have the name of the student, 'insurance'"),
     ],
