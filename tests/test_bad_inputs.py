@@ -369,11 +369,16 @@ THINGS = st.recursive(
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 
 
+@pytest.fixture(scope="module")
+def untouched():
+    """A model on which each attempt must leave nothing."""
+    return with_teachers()
+
+
 @settings(FUZZ, max_examples=150)
 @given(value=THINGS.filter(lambda value: value is not None and value not in (["bank"], ("bank",))))
-def test_any_distill_from(value):
-    model = with_teachers()
-    before = everything(model)
+def test_any_distill_from(value, untouched):
+    model, before = untouched, everything(untouched)
     with pytest.raises((TypeError, ValueError)) as caught:
         model.add_adapter("insurance", distill_from=value)
     assert "eacher" in str(caught.value) and "\n" not in str(caught.value)
