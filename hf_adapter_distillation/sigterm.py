@@ -53,7 +53,7 @@ class SigtermCallback(TrainerCallback):
         Raises:
             SystemExit: With the status of a process that SIGTERM has ended.
         """
-        if self.received and args.save_on_sigterm:  # type: ignore[attr-defined]
+        if self.received:
             self.trainer.accelerator.wait_for_everyone()
             logger.warning(f"Stopped by SIGTERM after step {state.global_step}; resume_from_checkpoint=True goes on.")
             raise SystemExit(128 + signal.SIGTERM)

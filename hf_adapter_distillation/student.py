@@ -49,8 +49,9 @@ def add_student(
         distill_from: The teachers, or the whole config.
 
     Raises:
-        TypeError: If `distill_from` or an entry of it has the wrong type.
-        ValueError: If teachers and student do not fit. The model is then what it was.
+        TypeError: If `distill_from`, an entry of it or a name has the wrong type.
+        ValueError: If teachers and student do not fit, or a name or a config makes no adapter. The model is then what
+            it was, but that a student which was to be replaced may be gone.
     """
     distillation_config = (
         distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(teachers=distill_from)

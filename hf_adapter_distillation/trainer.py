@@ -323,10 +323,11 @@ class DistillationTrainer(AdapterTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+            whole = newest_whole_checkpoint(self.args.output_dir)
             raise RuntimeError(
                 f"The checkpoint of step {self.state.global_step} could not be written "
-                f"({str(error).strip().splitlines()[0]}); the newest whole one is "
-                f"{newest_whole_checkpoint(self.args.output_dir)}. Free the disk and resume from it."
+                f"({str(error).strip().splitlines()[0]}); the newest whole one is {whole or 'none'}. "
+                "Make room on the disk and resume."
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
