@@ -6,6 +6,7 @@ import warnings
 
 from adapters import ModelAdaptersMixin
 from adapters.context import ForwardContext
+from adapters.loading import AdapterLoader
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.lora import LoRA, LoRALinear, LoRAState
@@ -24,6 +25,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "Adapter",
     "AdapterLayerBase",
+    "AdapterLoader",
     "BottleneckLayer",
     "BottleneckState",
     "ForwardContext",

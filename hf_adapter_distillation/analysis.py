@@ -72,10 +72,13 @@ def plot_teacher_attention(table: AttentionTable, title: str = "Attention over t
         A matplotlib figure; `figure.savefig(path)` writes it.
 
     Raises:
+        ValueError: If the table is empty.
         ImportError: If matplotlib is not installed (`pip install "hf-adapter-distillation[demo]"`).
     """
     from matplotlib.figure import Figure
 
+    if not table:
+        raise ValueError("The table is empty; make one with teacher_attention(model, batches).")
     layers, teachers = list(table), list(next(iter(table.values())))
     figure = Figure(figsize=(3.2 + 0.8 * len(teachers), 1.6 + 0.42 * len(layers)), layout="constrained", dpi=150)
     axes = figure.add_subplot()

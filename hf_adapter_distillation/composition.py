@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from adapters import AdapterCompositionBlock, Stack
+from torch import nn
 
 
 class AdapterDistillation(Stack):
@@ -56,6 +57,26 @@ class AdapterDistillation(Stack):
     def to_dict(self) -> dict:
         """Describes the setup that runs at inference, a plain `Stack`, so that stock adapters can load it."""
         return Stack(*self.children).to_dict()
+
+
+def check_name(who: str, name: str) -> None:
+    """Refuses a name under which no adapter can be held by a model, or saved in a folder of that name.
+
+    Args:
+        who: What would have the name, and what to do about it, for the message: two parts of a sentence, with a `;`.
+        name: The name.
+
+    Raises:
+        TypeError: If it is no string, or an empty one.
+        ValueError: If torch, adapters or the file system would read it as something else than a name.
+    """
+    thing, remedy = who.split(";")
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{thing} would be named {name!r};{remedy} to have a name that is a string.")
+    if not set(name).isdisjoint(".,/\\\0"):
+        raise ValueError(f"{thing} would be named {name!r};{remedy} to have no dot, comma or slash.")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"{thing} would be named {name!r}, as is a part of torch's ModuleDict;{remedy}.")
 
 
 def check_teachers(student: str, teachers: Sequence[str]) -> None:

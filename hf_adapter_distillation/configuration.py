@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, get_args
 
 from transformers import TrainingArguments
@@ -14,6 +15,21 @@ Level = Literal["auto", "adapter", "layer"]
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not supported; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_range(name: str, value: object, default: object) -> None:
+    if isinstance(default, bool):
+        allowed = "True or False" if not isinstance(value, bool) else ""
+    elif value is None and default is None:
+        allowed = ""
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        allowed = "a number"
+    elif name == "distillation_start":
+        allowed = "" if 0 <= float(value) <= 1 else "a fraction of all steps, from 0 to 1"
+    else:
+        allowed = "" if 0 <= float(value) < float("inf") else "finite and not negative"
+    if allowed:
+        raise ValueError(f"{name}={value!r} is out of range; it must be {allowed}.")
 
 
 @dataclass
@@ -108,15 +124,22 @@ class DistillationTrainingArguments(TrainingArguments):
             "dropped, and the student is an adapter like any other."
         },
     )
+    stop_on_nan: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop with an error that names the term and the layer where the loss is NaN or infinite, before "
+            "the step changes a weight. It waits for the device at each step, as logging_nan_inf_filter does."
+        },
+    )
+    save_on_sigterm: bool = field(
+        default=False,
+        metadata={
+            "help": "At SIGTERM finish the running step, write a checkpoint and exit with status 143 (spot machines, "
+            "schedulers with a time limit)."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distillation_start is not None and not 0 <= self.distillation_start <= 1:
-            raise ValueError(
-                f"distillation_start={self.distillation_start} is out of range; "
-                "it is a fraction of all steps, from 0 to 1."
-            )
-        for name in ("distillation_weight", "fusion_regularization", "fusion_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} is out of range; it must be finite and not negative.")
+        for name in DistillationTrainingArguments.__annotations__:
+            _check_range(name, getattr(self, name), DistillationTrainingArguments.__dataclass_fields__[name].default)

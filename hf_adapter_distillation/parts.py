@@ -1,10 +1,11 @@
-"""Which part of a distillation each parameter of the model belongs to, and whether it is trained."""
+"""The parts of a distillation on a model: what must be there, which parameters belong to it, which are trained."""
 
 from collections.abc import Container
 
 from adapters import ModelAdaptersMixin
+from torch import nn
 
-from .composition import AdapterDistillation
+from .composition import AdapterDistillation, join_block
 from .layers import adapter_layers
 from .stacked import stacked_bytes
 from .state import distillations
@@ -91,3 +92,49 @@ def check_trainable(model: ModelAdaptersMixin, block: AdapterDistillation) -> No
                 f"{name} is trainable, but distillation trains the student, its head and the fusion alone; "
                 f"call model.train_adapter({block.student!r}) last."
             )
+
+
+def active_block(model: nn.Module) -> AdapterDistillation:
+    """The distillation block that `train_adapter` has made active.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The block.
+
+    Raises:
+        TypeError: If the model has no adapters.
+        ValueError: If no distilled student is active, or it has no teachers.
+    """
+    if not isinstance(model, ModelAdaptersMixin):
+        raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
+    block = join_block(model.active_adapters)
+    if block is None or block.student not in distillations(model.adapters_config):
+        setup, known = model.active_adapters, distillations(model.adapters_config)
+        last = setup.children[-1] if setup is not None else None
+        if isinstance(last, str) and last in known and known[last].config.teachers:
+            raise ValueError(
+                f"No distilled student is active: {setup} runs {last!r} without its teachers; call "
+                f"model.train_adapter({last!r}) last, and to put a frozen adapter below it, set "
+                "model.active_adapters = Stack(name, model.active_adapters) then."
+            )
+        raise ValueError(
+            f"No distilled student is active (the active setup is {setup}); add one with "
+            "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
+            "A student whose teachers were all deleted has nothing to learn from."
+        )
+    return block
+
+
+def check_head(model: ModelAdaptersMixin, student: str) -> None:
+    """Refuses a student without a head, on a model whose heads are added one by one.
+
+    Raises:
+        ValueError: With what to call.
+    """
+    if hasattr(model, "heads") and student not in model.heads:
+        raise ValueError(
+            f"{student!r} has no head; add one of that name, "
+            f"for instance model.add_classification_head({student!r}, num_labels=2)."
+        )

@@ -324,9 +324,10 @@ def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
     if not current.losses or distillation.config.carrier == "mixed":
         # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
         added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
-    distillation_loss = regularization = None
+    distillation_loss = regularization = layer_losses = None
     if current.losses:
-        distillation_loss = torch.stack(current.losses).mean() + current.logit_loss
+        layer_losses = torch.stack(current.losses)
+        distillation_loss, layer_losses = layer_losses.mean() + current.logit_loss, layer_losses.detach()
         regularization = distillation.regularization * value_regularization(f.value.weight for f in fusions)
         added = added + distillation.scale * (distillation.weight * distillation_loss + regularization)
         distillation_loss, regularization = distillation_loss.detach(), regularization.detach()
@@ -338,4 +339,11 @@ def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
     if in_loss:
         output["loss"] = output["loss"] + added
         added = added.detach()
-    return DistillationRecord(added, in_loss, distillation_loss, regularization, fused_task_loss, current.attention)
+    elif isinstance(output, dict):
+        # DistributedDataParallel takes parameters that no output depends on for unused.
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                output[name] = value + 0.0 * added
+                break
+    terms = (distillation_loss, regularization, fused_task_loss)
+    return DistillationRecord(added, in_loss, *terms, current.attention, layer_losses)

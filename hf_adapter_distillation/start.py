@@ -172,7 +172,7 @@ def fit_start(
         model: The model, on which `train_adapter(student)` was called.
         student: The name of the student.
         forward_passes: Runs the model on the data.
-        reduce: Sums a tensor over the processes.
+        reduce: Averages a tensor over the processes, which hold the same up to rounding.
 
     Returns:
         The share of the mean update's squares that the student now explains, averaged over the layers.

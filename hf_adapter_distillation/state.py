@@ -35,6 +35,7 @@ class DistillationRecord:
         fusion_regularization: Weighted, detached; None in stage 1.
         fused_task_loss: The task loss of the fused pass of the carrier `dual`, detached; None for the others.
         attention: The attention at each location.
+        layer_losses: The parts of `distillation_loss`, in the order of the layers, detached; None in stage 1.
     """
 
     added: torch.Tensor
@@ -43,6 +44,20 @@ class DistillationRecord:
     fusion_regularization: torch.Tensor | None
     fused_task_loss: torch.Tensor | None
     attention: dict[str, TeacherAttention]
+    layer_losses: torch.Tensor | None = None
+
+    def not_finite(self) -> str:
+        """Names the term by which a loss is NaN or infinite, and the first layer concerned."""
+        if self.layer_losses is None or self.distillation_loss is None or self.fusion_regularization is None:
+            return "task_loss, in stage 1"
+        finite, names = self.layer_losses.isfinite().tolist(), list(self.attention)
+        if not all(finite):
+            return f"distillation_loss, first in {names[finite.index(False) % len(names)]}"
+        if not self.distillation_loss.isfinite():
+            return "distillation_loss, in the logits"
+        if not self.fusion_regularization.isfinite():
+            return "fusion_regularization"
+        return "task_loss, while distillation_loss is finite in all layers"
 
 
 @dataclass

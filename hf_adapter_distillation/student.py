@@ -8,13 +8,13 @@ from pathlib import Path
 from adapters import DEFAULT_ADAPTER_CONFIG, AdapterCompositionBlock, AdapterConfig, ModelAdaptersMixin, Stack
 from transformers.utils import logging
 
-from .composition import AdapterDistillation, check_teachers, join_block
+from .composition import AdapterDistillation, check_name, check_teachers, join_block
 from .configuration import DistillationConfig
 from .fusable import check_devices, check_supported, check_weights, choose_level
 from .placement import drop_fusion, fusions_of
 from .start import start_at_average, start_head
 from .state import Distillation, add_distillation, distillations
-from .teachers import Source, check_folder, load_teacher, locate_teacher
+from .teachers import Source, check_folder, first_line, load_teacher, locate_teacher, read_config
 
 logger = logging.get_logger(__name__)
 
@@ -36,14 +36,16 @@ def add_student(
         distill_from: The teachers, or the whole config.
 
     Raises:
-        TypeError: If `distill_from` or an entry of it has the wrong type.
-        ValueError: If teachers and student do not fit. The model is then what it was.
+        TypeError: If `distill_from`, an entry of it or a name has the wrong type.
+        ValueError: If teachers and student do not fit, or a name or a config makes no adapter. The model is then what
+            it was, but that a student which was to be replaced may be gone.
     """
     distillation_config = (
         distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(teachers=distill_from)
     )
+    check_name("The student; call it something", student)
     check_teachers(student, distillation_config.teachers)
-    student_config = AdapterConfig.load(config or DEFAULT_ADAPTER_CONFIG)
+    student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
     check_supported(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
@@ -55,7 +57,7 @@ def add_student(
             raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
         located[name] = teacher, folder, source
         configs[name] = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
-        check_supported(f"Teacher {teacher!r}", AdapterConfig.load(configs[name]))
+        check_supported(f"Teacher {teacher!r}", read_config(f"Teacher {teacher!r}", configs[name]))
 
     loaded: list[str] = []
     active_head = getattr(model, "active_head", None)
@@ -68,7 +70,7 @@ def add_student(
             check_weights(model, teacher, name)
         called = {name: f"Teacher {teacher!r}" for name, (teacher, _, _) in located.items()}
         level, reason = choose_level(model, distillation_config.level, called, student_config)
-        _add(model, add_adapter, student, student_config)
+        _add(model, add_adapter, student)
     except BaseException:
         for name in loaded:
             model.delete_adapter(name)
@@ -90,18 +92,15 @@ def add_student(
         start_at_average(model, student, distillation)
 
 
-def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: str, config: AdapterConfig) -> None:
-    """Adds the student with adapters' own code, which leaves its name behind where it fails."""
-    replaces = student in model.adapters_config
+def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: str) -> None:
     try:
         add_adapter()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        if not replaces and student in model.adapters_config:
+    except Exception as error:  # adapters leaves it to torch to find out that a config makes no module
+        if student in model.adapters_config:
             model.delete_adapter(student)
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"adapters cannot add {student!r}, a {type(config).__name__}, to a {type(model).__name__}: {reason}; "
-            "choose another config for it."
+            f"Student {student!r} cannot be made from its config: {first_line(error)}; choose one that adapters can "
+            f"add to a {type(model).__name__}."
         ) from error
 
 

@@ -3,13 +3,24 @@
 import difflib
 import json
 import os
+import pickle
 from pathlib import Path
 
-from adapters import LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+import torch
+from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from safetensors import safe_open
 
-from ._compat import ADAPTER_CONFIG_NAME
+from ._compat import (
+    ADAPTER_CONFIG_NAME,
+    HEAD_WEIGHTS_NAME,
+    SAFE_HEAD_WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    AdapterLoader,
+)
+from .composition import check_name
 from .peft_format import is_peft, load_peft_lora, peft_lora_config
 
 Source = dict[str, str | None]
@@ -32,12 +43,11 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
     if teacher in model.adapters_config:
         return teacher, None, {"source": teacher, "revision": None}
     folder, revision = Path(teacher), None
-    if not folder.is_dir():
+    if not os.path.isdir(teacher):
         folder = _download(model, teacher)
         revision = folder.name
     name = Path(teacher.partition("@")[0] if revision else teacher).resolve().name
-    if "." in name or "," in name:
-        raise ValueError(f"Teacher {teacher!r} would be named {name!r}; rename the folder to have no dot or comma.")
+    check_name(f"Teacher {teacher!r}; rename the folder", name)
     if name in model.adapters_config or name in getattr(model, "heads", {}):
         raise ValueError(
             f"Teacher {teacher!r} would be named {name!r}, and the model has an adapter or head of that name; "
@@ -92,7 +102,7 @@ def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict 
         else:
             made_for = {key: saved[key] for key in ("model_type", "hidden_size", "model_name")}
             config = saved["config"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no adapter config ({error}); save the teacher anew with save_adapter.") from error
     here = {
         "model_type": model.config.model_type,
@@ -130,12 +140,71 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a teacher's head would overwrite it.
     with_head = {"with_head": hasattr(model, "heads")} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
+    # A file of the head "bank" holds that of "bank2", too, if the model had one.
+    heads = (
+        {key: weight.clone() for key, weight in model.heads.state_dict().items()} if hasattr(model, "heads") else {}
+    )
     try:
+        _check_own_weights(model, name, folder)
         model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"Teacher {teacher!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged file makes of the libraries that read it
+        raise ValueError(f"Teacher {teacher!r} cannot be loaded: {first_line(error)}") from error
+    if heads:
+        model.heads.load_state_dict(heads, strict=False)
     if missing := [key for key in info.get("missing_keys", []) if f".{name}." in key]:
         raise ValueError(
             f"Teacher {teacher!r} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
             f"use teachers trained on the same base model."
         )
+
+
+def _check_own_weights(model: ModelAdaptersMixin, name: str, folder: Path) -> None:
+    """Refuses files with weights of the base model or of other adapters, which adapters would load over those."""
+    saved_as = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("name")
+    rename = AdapterLoader(model).rename_func(saved_as, name)
+    prefix = f"{model.base_model_prefix}."
+    here = {key.removeprefix(prefix) for key in model.state_dict() if not key.startswith("heads.")}
+    files = [(SAFE_WEIGHTS_NAME, WEIGHTS_NAME)]
+    if hasattr(model, "heads"):
+        files.append((SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME))
+    for safe_name, pickled_name in files:
+        if (folder / safe_name).exists():
+            with safe_open(folder / safe_name, "pt") as file:
+                keys = list(file.keys())
+        elif (folder / pickled_name).exists():
+            try:
+                keys = list(torch.load(folder / pickled_name, map_location="meta", weights_only=True))
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{pickled_name} is damaged, or holds other things than weights.") from error
+        else:
+            continue
+        if foreign := [key for key in keys if rename(key).removeprefix(prefix) in here]:
+            raise ValueError(f"{foreign[0]} in its files belongs to the model, not to the teacher; save it anew.")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line, with its type where that tells more."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {text}"
+
+
+def read_config(who: str, config: object) -> AdapterConfig:
+    """Makes an adapter config of what a user passed, or a saved adapter has.
+
+    Args:
+        who: Whose config it is, for messages.
+        config: A config, a dict, or a string.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        made = AdapterConfig.load(config)
+    except Exception as error:
+        raise ValueError(f"{who} has no valid adapter config: {first_line(error)}") from error
+    if made is None:
+        raise ValueError(f"{who} has no adapter config; save it anew with save_adapter.")
+    return made

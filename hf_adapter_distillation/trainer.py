@@ -2,38 +2,38 @@
 
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from math import ceil
 from typing import Any
 
+import datasets
 import torch
-from adapters import AdapterTrainer, ModelAdaptersMixin, Stack
-from safetensors.torch import load_file, save_file
+from adapters import AdapterTrainer, Stack
+from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ._compat import (
-    ADAPTER_CONFIG_NAME,
-    HEAD_WEIGHTS_NAME,
-    SAFE_HEAD_WEIGHTS_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    loss_counts_items,
-)
+from ._compat import loss_counts_items
 from .callback import FrozenTeachersCallback
-from .composition import AdapterDistillation, join_block
+from .checkpoint import check_whole, load_student, newest_whole_checkpoint, save_student, write_digests
 from .configuration import DistillationTrainingArguments
-from .hub import adapter_digest, read_provenance
-from .parts import check_trainable, is_fusion, parameter_table
+from .hub import adapter_digest
+from .parts import active_block, check_head, check_trainable, is_fusion, parameter_table
 from .placement import drop_fusion
+from .sigterm import SigtermCallback
 from .start import can_be_fitted, fit_start, start_examples
 from .state import Distillation, DistillationRecord, distillations
 
 logger = logging.get_logger(__name__)
 
-FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
+NOT_SHARDED = (
+    "is not supported: what is trained is too small to be worth sharding. Leave it out; accelerate launch runs the "
+    "training on several GPUs, each with a copy of the model."
+)
 PRIOR_EXAMPLES = 200  # as many of a task's own examples outweigh its teachers, by default
 
 
@@ -71,14 +71,19 @@ class DistillationTrainer(AdapterTrainer):
             raise TypeError(
                 f"args must be DistillationTrainingArguments, not {type(args).__name__}; they take the same arguments."
             )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(args, name):
+                raise ValueError(f"{name}={getattr(args, name)!r} {NOT_SHARDED}")
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start with accelerate launch."
             )
         if model is not None:
-            _active_block(model)
+            active_block(model)
         super().__init__(model, args, **kwargs)
-        self.block = _active_block(self.model)
+        if (kind := self.accelerator.distributed_type.value) != "NO" and not kind.startswith("MULTI_"):
+            raise ValueError(f"accelerate's distributed_type {kind} {NOT_SHARDED}")
+        self.block = active_block(self.model)
         check_trainable(self.model, self.block)
         # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
         self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
@@ -97,6 +102,9 @@ class DistillationTrainer(AdapterTrainer):
         self._teacher_modules: list[nn.Module] = []
         self._fusion_parameters: list[nn.Parameter] = []
         self.add_callback(FrozenTeachersCallback(self))
+        self._sigterm = SigtermCallback(self)
+        if self.args.save_on_sigterm:
+            self.add_callback(self._sigterm)
 
     @property
     def distillation(self) -> Distillation:
@@ -107,20 +115,29 @@ class DistillationTrainer(AdapterTrainer):
         """Runs both stages.
 
         Args:
-            resume_from_checkpoint: A checkpoint folder, or True for the last one in `output_dir`.
+            resume_from_checkpoint: A checkpoint folder, or True for the last whole one in `output_dir`.
             **kwargs: As for `transformers.Trainer.train`.
 
         Returns:
             The `TrainOutput` of Trainer.
 
         Raises:
-            ValueError: If the student has no head, or a checkpoint was made with other teachers or lacks weights.
-            RuntimeError: If a teacher's weights have changed at the end.
+            ValueError: If the student has no head, or a checkpoint is not whole, was made with other teachers or lacks
+                weights.
+            FloatingPointError: If the loss is NaN or infinite, unless `stop_on_nan` is unset.
+            RuntimeError: If a checkpoint cannot be written, or a teacher's weights have changed at the end.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint; leave out resume_from_checkpoint.")
+        elif resume_from_checkpoint:
+            check_whole(resume_from_checkpoint)
         self.model.train_adapter(self.block)
         if self.model_init is None and self.compute_loss_func is None:
-            self._check_head()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            check_head(self.model, self.block.student)
+        with self._sigterm if self.args.save_on_sigterm else nullcontext():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.distillation.enabled, self.distillation.scale = True, 1.0
         if not self.args.keep_fusion:
             drop_fusion(self.model, self.block.student)
@@ -146,16 +163,24 @@ class DistillationTrainer(AdapterTrainer):
             )
             return
 
-        def forward_passes() -> None:
-            with torch.random.fork_rng():  # the order of the training data stays what it is
-                for inputs in self.get_test_dataloader(examples):
-                    inputs = self._prepare_inputs(inputs)
-                    if self.label_smoother is not None or self.compute_loss_func is not None:
-                        inputs.pop("labels", None)
-                    with self.compute_loss_context_manager():
-                        self.model(**inputs)
+        # Each process reads all of them: a share of its own would be padded with examples that count twice.
+        collator = self.data_collator
+        if isinstance(examples, datasets.Dataset):
+            examples = self._remove_unused_columns(examples, "start")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, "start")
 
-        explained = fit_start(self.model, student, forward_passes, partial(self.accelerator.reduce, reduction="sum"))
+        def forward_passes() -> None:
+            for inputs in DataLoader(examples, self.args.eval_batch_size, collate_fn=collator):
+                inputs = self._prepare_inputs(inputs)
+                if self.label_smoother is not None or self.compute_loss_func is not None:
+                    inputs.pop("labels", None)
+                with self.compute_loss_context_manager():
+                    self.model(**inputs)
+
+        with torch.random.fork_rng():  # the order of the training data stays what it is
+            mean = partial(self.accelerator.reduce, reduction="mean")
+            explained = fit_start(self.model, student, forward_passes, mean)
         logger.info(f"{student!r} starts at the teachers' mean update, {explained:.1%} of which it explains.")
 
     # The stages
@@ -254,6 +279,11 @@ class DistillationTrainer(AdapterTrainer):
             # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
             for parameter in self._fusion_parameters:
                 parameter.grad = None
+        if self.args.stop_on_nan and not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}: {self._record.not_finite()}. "
+                "No weight has changed in this step; lower the learning rate, or pass stop_on_nan=False to go on."
+            )
         self._note(loss, self._record)
         return loss
 
@@ -282,59 +312,34 @@ class DistillationTrainer(AdapterTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        student = self.block.student
-        # Adapters cannot write prefixes as safetensors: several layers share them.
-        has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in self.model.named_parameters())
-        self.model.save_adapter(os.path.join(output_dir, student), student, use_safetensors=not has_prefix)
-        if fusion := {key: value for key, value in self.model.state_dict().items() if is_fusion(key, student)}:
-            save_file(fusion, os.path.join(output_dir, FUSION_WEIGHTS_NAME))
+        save_student(self.model, self.block.student, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # the last that each process writes
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_digests(output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+            whole = newest_whole_checkpoint(self.args.output_dir)
+            raise RuntimeError(
+                f"The checkpoint of step {self.state.global_step} could not be written "
+                f"({str(error).strip().splitlines()[0]}); the newest whole one is {whole or 'none'}. "
+                "Make room on the disk and resume."
+            ) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = os.path.join(resume_from_checkpoint, self.block.student)
-        self._check_teachers_of(folder)
-        fusion = os.path.join(resume_from_checkpoint, FUSION_WEIGHTS_NAME)
-        if not os.path.isfile(fusion):
-            raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
-        state = load_file(fusion)
-        for name in (SAFE_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME):
-            if os.path.exists(path := os.path.join(folder, name)):
-                state.update(load_file(path))
-        for name in (WEIGHTS_NAME, HEAD_WEIGHTS_NAME):
-            if os.path.exists(path := os.path.join(folder, name)):
-                state.update(torch.load(path, map_location="cpu", weights_only=True))
-        own = self.model.state_dict()
-        wrong = {name for name, value in state.items() if name not in own or own[name].shape != value.shape}
-        wrong |= {name for name, p in self.model.named_parameters() if p.requires_grad and name not in state}
-        if wrong:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} does not fit {self.block.student!r}: {len(wrong)} weights "
-                f"are missing, unknown or of another shape, {min(wrong)} the first; use the configs of that training."
-            )
-        # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
-        self.model.load_state_dict(state, strict=False)
-        # Adapters lays out the bases of ReFT anew where it saves, and rounding follows the layout.
-        self.model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
+        load_student(self.model, self.block, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _check_teachers_of(self, folder: str) -> None:
-        if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG_NAME)):
-            raise ValueError(
-                f"{folder} does not exist, so there is no checkpoint of {self.block.student!r} to resume."
-            )
-        saved = {teacher["name"]: teacher["digest"] for teacher in read_provenance(folder)["teachers"]}
-        here = {teacher: adapter_digest(self.model, teacher) for teacher in self.block.teachers}
-        if different := sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)):
-            raise ValueError(
-                f"The checkpoint {folder} was made with other teachers than the model has now; different or missing: "
-                f"{', '.join(different)}. Load the same teachers, or start anew without resume_from_checkpoint."
-            )
+        load_student(self.model, self.block, self.state.best_model_checkpoint)
 
     # Logging
 
@@ -387,35 +392,6 @@ class DistillationTrainer(AdapterTrainer):
             A table with a row for the base model, the student, its head, the fusion, and the teachers.
         """
         return parameter_table(self.model, self.block)
-
-    def _check_head(self) -> None:
-        student = self.block.student
-        if hasattr(self.model, "heads") and student not in self.model.heads:
-            raise ValueError(
-                f"{student!r} has no head; add one of that name, "
-                f"for instance model.add_classification_head({student!r}, num_labels=2)."
-            )
-
-
-def _active_block(model: PreTrainedModel) -> AdapterDistillation:
-    if not isinstance(model, ModelAdaptersMixin):
-        raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
-    block = join_block(model.active_adapters)
-    if block is None or block.student not in distillations(model.adapters_config):
-        setup, known = model.active_adapters, distillations(model.adapters_config)
-        last = setup.children[-1] if setup is not None else None
-        if isinstance(last, str) and last in known and known[last].config.teachers:
-            raise ValueError(
-                f"No distilled student is active: {setup} runs {last!r} without its teachers; call "
-                f"model.train_adapter({last!r}) last, and to put a frozen adapter below it, set "
-                "model.active_adapters = Stack(name, model.active_adapters) then."
-            )
-        raise ValueError(
-            f"No distilled student is active (the active setup is {setup}); add one with "
-            "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
-            "A student whose teachers were all deleted has nothing to learn from."
-        )
-    return block
 
 
 AdapterDistillationTrainer = DistillationTrainer

@@ -29,7 +29,7 @@ def test_bad_config(kwargs, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"distillation_start": 1.5}, "distillation_start=1.5 is out of range; it is a fraction"),
+        ({"distillation_start": 1.5}, "distillation_start=1.5 is out of range; it must be a fraction"),
         ({"distillation_start": -0.1}, "distillation_start=-0.1"),
         ({"distillation_start": float("nan")}, "distillation_start=nan"),
         (

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from adapters import AutoAdapterModel
 from conftest import make_dataset, make_model, noisy
 
@@ -149,3 +152,17 @@ def test_the_tables_of_a_page_are_those_of_the_result_files(name, n_tables):
             assert all(f"--output benchmarks/results/{file}" in page for file in files.split())
     for image in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (ROOT / "docs" / image).is_file(), image
+
+
+def test_the_accelerate_configs_of_the_docs_are_valid():
+    page = (ROOT / "docs" / "several_gpus.md").read_text()
+    configs = sorted((ROOT / "examples" / "accelerate").iterdir())
+    assert len(configs) == 2
+    for path in configs:
+        config = load_config_from_file(str(path))  # an unknown key is an error
+        assert (
+            config.distributed_type == DistributedType.MULTI_GPU
+            and f"--config_file examples/{path.parent.name}/{path.name}" in page
+        )
+        command = re.search(rf"accelerate launch --config_file examples/accelerate/{path.name}(.*) train.py", page)
+        assert launch_command_parser().parse_args([*command[1].split(), "train.py"]).training_script == "train.py"

@@ -12,7 +12,7 @@ from test_trainer import trainer_for
 from hf_adapter_distillation.hub import adapter_digest
 from hf_adapter_distillation.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.regression import UpProjectionFit
-from hf_adapter_distillation.start import START_EXAMPLES, start_examples
+from hf_adapter_distillation.start import START_EXAMPLES, fit_start, start_examples
 from hf_adapter_distillation.state import distillations
 
 
@@ -110,7 +110,7 @@ def test_all_layers_are_fitted_to_what_a_forward_pass_of_the_mean_sees(trainer_a
 
 
 @pytest.mark.parametrize("how", ["average", "random", "trained before", "resumed", "other config"])
-def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_args, tmp_path):
+def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_args, monkeypatch):
     if how == "other config":
         model = make_student(make_model())
         model.add_adapter("insurance", config="seq_bn[reduction_factor=8]", distill_from=TEACHERS, overwrite_ok=True)
@@ -120,9 +120,8 @@ def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_arg
     trainer = trainer_for(model, trainer_args(max_steps=2, save_steps=1, save_strategy="steps"))
     if how == "trained before":
         noisy(model, "insurance")
-    fitted = []
-    original = trainer.get_test_dataloader
-    trainer.get_test_dataloader = lambda dataset: fitted.append(1) or original(dataset)
+    fitted, original = [], fit_start
+    monkeypatch.setattr("hf_adapter_distillation.trainer.fit_start", lambda *args: fitted.append(1) or original(*args))
     if how == "resumed":
         trainer.train()
         assert fitted == [1], "a new training is fitted"

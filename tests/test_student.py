@@ -304,7 +304,7 @@ def test_bad_teachers_leave_the_model_as_it_was(teachers, error, message):
     [
         ("bert", "prompt_tuning", "Student 'insurance' is a PromptTuningConfig, which makes the sequence longer"),
         ("bert", "mtl_lora", "Student 'insurance' is a MTLLoRAConfig, which belongs to several tasks at once"),
-        ("gpt2", "dora", "adapters cannot add 'insurance', a DoRAConfig, to a GPT2AdapterModel: The size of tensor"),
+        ("gpt2", "dora", "Student 'insurance' cannot be made from its config: The size of tensor"),
     ],
 )
 def test_bad_students(family, config, message):
@@ -358,7 +358,7 @@ def damaged(tmp_path, what):
         ("cut weights", "cannot be loaded"),
         ("missing layer", "lacks 4 weights that this model needs"),
         ("not finite", "has weights that are NaN or infinite"),
-        ("dot", "would be named 'bank.v1'; rename the folder to have no dot or comma"),
+        ("dot", "would be named 'bank.v1'; rename the folder to have no dot, comma or slash"),
         ("taken", "would be named 'work', and the model has an adapter or head of that name"),
         ("student", "would have the name of the student, 'insurance'"),
     ],

@@ -349,7 +349,7 @@ def test_a_checkpoint_holds_student_head_and_fusion_alone(trainer_args, tmp_path
     assert files == {
         "insurance/adapter_config.json", "insurance/adapter.safetensors", "insurance/head_config.json",
         "insurance/model_head.safetensors", "distillation_fusion.safetensors", "training_args.bin", "optimizer.pt",
-        "scheduler.pt", "rng_state.pth", "trainer_state.json",
+        "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint_digests.json",
     }  # fmt: skip
 
 
@@ -430,7 +430,7 @@ def test_resuming_with_other_teachers_is_refused(trainer_args):
 
 def test_resuming_from_what_is_no_checkpoint_is_refused(trainer_args, tmp_path):
     trainer = trainer_for(make_student(make_model()), trainer_args())
-    with pytest.raises(ValueError, match="there is no checkpoint of 'insurance' to resume"):
+    with pytest.raises(ValueError, match="is no whole checkpoint: checkpoint_digests.json does not exist"):
         trainer.train(resume_from_checkpoint=str(tmp_path))
     checkpoint = checkpoint_of(trainer_args)
     model = make_student(make_model(), config="seq_bn[reduction_factor=8]")

@@ -1,0 +1,133 @@
+"""The trainings that `test_distributed.py` compares: in one process there, in two here.
+
+torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_dataset, make_model, make_student
+from test_trainer import EachStep, StopAt
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.hub import adapter_digest
+from hf_adapter_distillation.state import distillations
+
+GLOBAL_BATCH = 8
+
+
+def summed_loss(outputs, labels, num_items_in_batch):
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+# What differs from a training of the carrier "student" on a flex model, with 16 examples.
+SETTINGS = {
+    "plain": {},
+    "unused parameters": {"ddp_find_unused_parameters": True},
+    "checkpointing": {"gradient_checkpointing": True, "carrier": "mixed"},
+    "checkpointing, unused parameters": {
+        "gradient_checkpointing": True, "carrier": "fused", "ddp_find_unused_parameters": True
+    },
+    "dual": {"carrier": "dual", "ddp_find_unused_parameters": False},
+    "accumulation": {"gradient_accumulation_steps": 2, "carrier": "mixed"},
+    "a start fitted on 19 examples": {"examples": 19, "max_steps": 2, "distillation_start": 0.0, "start": "teachers"},
+    "a start fitted on 3 examples": {"examples": 3, "max_steps": 0, "start": "teachers"},
+    "static head": {"kind": "classification", "label_smoothing_factor": 0.1},
+    "lora": {"config": "lora", "start": "average"},
+    "loss function": {"compute_loss_func": summed_loss, "gradient_accumulation_steps": 2},
+    "tokens": {"family": "gpt2", "kind": "causal_lm", "labels": "tokens"},
+    "tokens, accumulation": {
+        "family": "gpt2", "kind": "causal_lm", "labels": "tokens", "gradient_accumulation_steps": 2
+    },
+    "tokens of each process": {
+        "family": "gpt2", "kind": "causal_lm", "labels": "all tokens", "average_tokens_across_devices": False
+    },
+    "float32": {"dtype": torch.float32},
+}  # fmt: skip
+
+
+def trainer_of(
+    folder, examples=16, family="bert", kind="flex", labels="classification", config="seq_bn", carrier="student",
+    start="random", dtype=torch.float64, callbacks=(), compute_loss_func=None, gradient_accumulation_steps=1, **kwargs,
+):  # fmt: skip
+    model = make_student(
+        make_model(family, kind, dtype=dtype), config=config, carrier=carrier, student_start=start
+    ).to(dtype)
+    distillation = distillations(model.adapters_config)["insurance"]
+    if start == "teachers":  # the cast has changed the digest
+        distillation.start_digest = adapter_digest(model, "insurance")
+    dataset = make_dataset(examples, labels.split()[-1])
+    if labels == "all tokens":
+        dataset = dataset.map(lambda row: {"attention_mask": [1] * 8, "labels": row["input_ids"]})
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    defaults = {"max_steps": 4, "distillation_start": 0.5}
+    args = had.DistillationTrainingArguments(
+        str(folder), per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=1e-2, logging_steps=1, keep_fusion=True,
+        ddp_timeout=60,
+        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        **{"save_strategy": "no", **defaults, **kwargs},
+    )  # fmt: skip
+    return had.DistillationTrainer(
+        model, args, train_dataset=dataset, callbacks=list(callbacks), compute_loss_func=compute_loss_func
+    )
+
+
+def train(folder, name, **kwargs):
+    trainer = trainer_of(folder / "training", **SETTINGS[name], **kwargs)
+    if trainer.args.max_steps:
+        trainer.train()
+    else:
+        trainer.fit_start()
+    trained = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trained |= {n: p.detach() for n, p in trainer.model.named_parameters() if ".insurance" in n}
+    return trained, trainer.state.log_history, trainer
+
+
+def resumed(folder, rank):
+    """Step 2 of 4 in a first training, the others in a second."""
+    arguments = {"save_strategy": "steps", "save_steps": 2, "carrier": "mixed"}
+    trainer_of(folder / "resumed", callbacks=[StopAt(2)], **arguments).train()
+    second = trainer_of(folder / "resumed", **arguments)
+    second.train(resume_from_checkpoint=True)
+    unbroken = trainer_of(folder / "unbroken", **arguments)
+    unbroken.train()
+    pairs = zip(second.model.parameters(), unbroken.model.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def terminated(folder, rank):
+    """SIGTERM reaches the second process alone; both must leave at the same step."""
+
+    def terminate(args, state, control, **kwargs):
+        if state.global_step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = trainer_of(folder / "terminated", callbacks=[EachStep(terminate)], save_on_sigterm=True)
+    try:
+        trainer.train()
+    except SystemExit as stop:
+        return stop.code, trainer.state.global_step, (folder / "terminated" / "checkpoint-3").is_dir()
+
+
+def main(folder):
+    rank = int(os.environ["RANK"])
+    # Trainer resumes optimizers to "cpu:0", a place that torch does not know.
+    torch.serialization.register_package(0, lambda storage: None, lambda storage, place: storage)
+    results = {}
+    for name in SETTINGS:
+        trained, logs, trainer = train(folder, name)
+        assert trainer.args.world_size == 2
+        if trainer.args.max_steps:
+            assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        results[name] = {"trained": trained, "logs": logs}
+    facts = {"resumed": resumed(folder, rank), "terminated": terminated(folder, rank)}
+    torch.save({"results": results, "facts": facts}, folder / f"rank-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

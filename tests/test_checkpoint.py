@@ -1,0 +1,184 @@
+"""Checkpoints that are whole, and what happens to those that are not."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import changed, make_dataset, make_model, make_student, snapshot
+from killed_runs import FILES, SAVE_STEPS, STEPS
+from safetensors import SafetensorError
+from test_trainer import EachStep, trainer_for
+
+from hf_adapter_distillation import checkpoint
+from hf_adapter_distillation.checkpoint import check_whole, newest_whole_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_killed_runs_lose_nothing(tmp_path):
+    """Kills at random calls of both stages and within each file of a checkpoint, of which one is kept at a time."""
+    script, environment = Path(__file__).with_name("killed_runs.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills = {}
+    for kill in json.loads((tmp_path / "kills.json").read_text()):
+        assert kill["status"] == -signal.SIGKILL
+        kills[kill["folder"]] = kill["newest"]
+    for index, file in enumerate(FILES):
+        assert kills.pop(file) == f"checkpoint-{(6, 9)[index % 2] - SAVE_STEPS}"
+    assert {None, "checkpoint-3", "checkpoint-6", "checkpoint-9"} <= set(kills.values()), "kills in both stages"
+    unbroken = torch.load(tmp_path / "unbroken" / "end.pt", weights_only=True)
+    assert len(unbroken["logs"]) == STEPS + 1 and any("fusion" in name for name in unbroken["weights"])
+    for folder in (*kills, *FILES):
+        resumed = torch.load(tmp_path / folder / "end.pt", weights_only=True)
+        assert resumed["logs"] == unbroken["logs"], folder
+        assert resumed["weights"].keys() == unbroken["weights"].keys()
+        assert all(torch.equal(value, unbroken["weights"][name]) for name, value in resumed["weights"].items()), folder
+
+
+@pytest.fixture
+def training(trainer_args):
+    """A finished training with checkpoints of steps 1 to 3, and a function that makes a trainer to resume it."""
+
+    def trainer(**kwargs):
+        args = trainer_args(max_steps=3, save_strategy="steps", save_steps=1, distillation_start=0.3)
+        return trainer_for(make_student(make_model()), args, **kwargs)
+
+    first = trainer()
+    first.train()
+    return Path(first.args.output_dir), trainer
+
+
+def test_what_damages_a_checkpoint(training):
+    folder, _ = training
+    names = [path for path in (folder / "checkpoint-3").rglob("*") if path.is_file()]
+    assert len(names) == 11
+    assert newest_whole_checkpoint(str(folder)) == str(folder / "checkpoint-3")
+    for path in names:
+        content = path.read_bytes()
+        for damaged in (None, content[: len(content) // 2], b""):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            fault = "does not exist" if damaged is None else "is damaged"
+            with pytest.raises(ValueError) as caught:
+                check_whole(str(folder / "checkpoint-3"))
+            name = path.relative_to(folder / "checkpoint-3")
+            assert str(caught.value) == f"{folder / 'checkpoint-3'} is no whole checkpoint: {name} {fault}."
+            assert newest_whole_checkpoint(str(folder)) == str(folder / "checkpoint-2")
+            path.write_bytes(content)
+    weights = folder / "checkpoint-3" / checkpoint.FUSION_WEIGHTS_NAME
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert newest_whole_checkpoint(str(folder)) == str(folder / "checkpoint-2")
+    assert newest_whole_checkpoint(str(folder / "none")) is None
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named_or_refused(training, caplog):
+    folder, trainer = training
+    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+    resumed = trainer(callbacks=[EachStep(lambda args, state, control, **kwargs: steps.append(state.global_step))])
+    before, steps = snapshot(resumed.model), []
+    with pytest.raises(ValueError, match="checkpoint-3 is no whole checkpoint: optimizer.pt does not exist"):
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert not changed(resumed.model, before)
+    resumed.train(resume_from_checkpoint=True)
+    assert steps == [3]
+    warning = (
+        f"{folder / 'checkpoint-3'} is no whole checkpoint: optimizer.pt does not exist. An older one is looked for"
+    )
+    assert warning in caplog.text
+    check_whole(str(folder / "checkpoint-3"))
+    for step in (1, 2, 3):
+        (folder / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="training has no whole checkpoint; leave out resume_from_checkpoint"):
+        trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_is_written_over_counts_when_it_is_whole_again(training, monkeypatch):
+    folder, trainer = training
+    monkeypatch.setattr(
+        "transformers.TrainerState.save_to_json", lambda *args: pytest.fail("killed before the last file")
+    )
+    with pytest.raises(pytest.fail.Exception):
+        trainer().train()
+    with pytest.raises(ValueError, match="checkpoint-1 is no whole checkpoint: trainer_state.json does not exist"):
+        check_whole(str(folder / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "error", "reason"),
+    [
+        ("torch.save", OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            "torch.save",
+            RuntimeError("PytorchStreamWriter failed writing file data/3\nmore"),
+            "failed writing file data/3",
+        ),
+        (
+            "hf_adapter_distillation.checkpoint.save_file",
+            SafetensorError("I/O error: no space"),
+            "I/O error: no space",
+        ),
+    ],
+)
+def test_a_full_disk_is_an_error_that_names_the_last_whole_checkpoint(owner, error, reason, training, monkeypatch):
+    folder, trainer = training
+    full = trainer()
+    full.args.max_steps = 5
+
+    def fail(*args, **kwargs):
+        raise error
+
+    class Fill(EachStep):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                monkeypatch.setattr(owner, fail)
+
+    full.add_callback(Fill(lambda *args, **kwargs: None))
+    with pytest.raises(RuntimeError) as caught:
+        full.train(resume_from_checkpoint=True)
+    message = str(caught.value)
+    assert message.startswith("The checkpoint of step 4 could not be written (") and "\n" not in message
+    assert reason in message and f"the newest whole one is {folder / 'checkpoint-3'}." in message
+    check_whole(str(folder / "checkpoint-3"))
+
+
+def test_sigterm_ends_with_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(trainer_args, tmp_path):
+    def trainer(folder, callbacks=(), **kwargs):
+        args = trainer_args(
+            output_dir=str(tmp_path / folder), max_steps=8, save_strategy="epoch", keep_fusion=True,
+            eval_strategy="epoch", save_on_sigterm=True, **kwargs,
+        )  # fmt: skip
+        model = make_student(make_model(dropout=True), carrier="mixed")
+        return trainer_for(model, args, callbacks=list(callbacks), eval_dataset=make_dataset(seed=1))
+
+    def terminate(args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    unbroken = trainer("unbroken")
+    unbroken.train()
+    with pytest.raises(SystemExit) as caught:
+        trainer("terminated", [EachStep(terminate)]).train()
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert newest_whole_checkpoint(str(tmp_path / "terminated")).endswith("checkpoint-5")
+    resumed = trainer("terminated")
+    resumed.train(resume_from_checkpoint=True)
+    assert not changed(resumed.model, snapshot(unbroken.model))
+    losses = [[log["task_loss"] for log in t.state.log_history if "task_loss" in log] for t in (unbroken, resumed)]
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
