@@ -178,8 +178,13 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         fusion = layer.distillation_fusion[block.student]
         fusion.requires_grad_(True).train(layer.training)
         fusion.cache.clear()
+    base = model.base_model
     for below in block.children[:-1]:
         model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
+        model.apply_to_basemodel_childs(lambda i, child, below=below: child.freeze_adapter(below))
+        for held in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
+            if below in held:
+                held[below].requires_grad_(False)
 
 
 def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool) -> None:
