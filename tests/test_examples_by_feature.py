@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "by_feature"
 sys.path.insert(0, str(EXAMPLES))
 
 import demo  # noqa: E402
+import demo_data  # noqa: E402
 
 # What the demo measures, and what it is at least after the training; perplexity is better the lower it is.
 RESULTS = {
@@ -39,7 +40,7 @@ def run_example(monkeypatch, script, *arguments):
 
 
 def test_each_script_is_tested_and_described():
-    scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"demo"}
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"demo", "demo_data"}
     assert scripts == set(RESULTS)
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"{script}.py --demo" in readme for script in scripts)
@@ -71,7 +72,7 @@ def test_teachers_and_data_of_ones_own(folder, tmp_path, monkeypatch, capsys):
     made = folder / "text_classification"
     if not (made / "films").exists():  # this test alone
         run_example(monkeypatch, "text_classification", "--demo", "--output_dir", made, "--max_steps", 1)
-    data = demo.reviews(["sentence1", "sentence2"])["hotels"]
+    data = demo_data.reviews(["sentence1", "sentence2"])["hotels"]
     monkeypatch.setattr(text_classification, "load_dataset", lambda *asked: {("nyu-mll/glue", "rte"): data}[asked])
     capsys.readouterr()
     run_example(

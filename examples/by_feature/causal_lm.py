@@ -12,6 +12,7 @@ from math import exp
 
 import adapters
 import demo
+import demo_data
 from adapters import AdapterTrainer, LoRAConfig
 from datasets import DatasetDict, load_dataset
 from transformers import (
@@ -69,9 +70,9 @@ def load_model(args: Arguments) -> PreTrainedModel:
     return model
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, teachers and data; `args` name them afterwards."""
-    tasks = demo.colours(args.text_column)
+    tasks = demo_data.colours(args.text_column)
     args.block_size = min(args.block_size, 16)
     args.model_name_or_path = demo.save_decoder(tasks.pop("pretraining")["train"][args.text_column], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -88,7 +89,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/causal_lm", learning_rate=2e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name, args.dataset_config_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name, args.dataset_config_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         model = load_model(args)

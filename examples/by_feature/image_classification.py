@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 import demo
+import demo_data
 import torch
 from adapters import AdapterTrainer, AutoAdapterModel
 from datasets import DatasetDict, load_dataset
@@ -51,9 +52,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, teachers and data; `args` name them afterwards."""
-    tasks, args.eval_split = demo.pictures(args.image_column, args.label_column), "validation"
+    tasks, args.eval_split = demo_data.pictures(args.image_column, args.label_column), "validation"
     args.model_name_or_path = demo.save_vision_encoder(tasks.pop("pretraining")["train"], folder)
     *siblings, own = tasks
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
@@ -78,7 +79,7 @@ def main() -> None:
             Arguments, output_dir="outputs/image_classification", learning_rate=1e-3, remove_unused_columns=False
         )
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name)
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
         encoded = encode(data, processor, args)
         model = AutoAdapterModel.from_pretrained(args.model_name_or_path)

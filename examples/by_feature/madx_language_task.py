@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field
 
 import demo
+import demo_data
 from adapters import AdapterTrainer, AutoAdapterModel, Stack
 from datasets import DatasetDict, load_dataset
 from transformers import (
@@ -72,9 +73,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, language adapter, teachers and data; `args` name them afterwards."""
-    *siblings, own = tasks = demo.reviews(args.text_columns)
+    *siblings, own = tasks = demo_data.reviews(args.text_columns)
     args.model_name_or_path = demo.save_encoder(tasks, args.text_columns, folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model = AutoAdapterModel.from_pretrained(args.model_name_or_path)
@@ -101,7 +102,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/madx_language_task", learning_rate=1e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name, args.dataset_config_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name, args.dataset_config_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         model = AutoAdapterModel.from_pretrained(args.model_name_or_path)

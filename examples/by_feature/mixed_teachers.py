@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 import demo
+import demo_data
 from adapters import AdapterTrainer, AutoAdapterModel, IA3Config, LoRAConfig, PrefixTuningConfig, SeqBnConfig
 from datasets import DatasetDict, load_dataset
 from transformers import (
@@ -62,9 +63,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, data and a teacher of each method; `args` name them afterwards."""
-    tasks = demo.reviews([args.text_column])
+    tasks = demo_data.reviews([args.text_column])
     args.model_name_or_path = demo.save_encoder(tasks, [args.text_column], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     collator = DataCollatorWithPadding(tokenizer)
@@ -84,7 +85,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/mixed_teachers", learning_rate=1e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         model = AutoAdapterModel.from_pretrained(args.model_name_or_path)

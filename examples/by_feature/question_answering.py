@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import demo
+import demo_data
 import numpy as np
 from adapters import AdapterTrainer, AutoAdapterModel
 from datasets import Dataset, DatasetDict, load_dataset
@@ -91,9 +92,9 @@ def evaluate(trainer: AdapterTrainer, encoded: Dataset, data: Dataset, args: Arg
     return float(np.mean(exact)), float(np.mean(f1))
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, teachers and data; `args` name them afterwards."""
-    *siblings, own = tasks = demo.facts()
+    *siblings, own = tasks = demo_data.facts()
     args.model_name_or_path = demo.save_encoder(tasks, ["question", "context"], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
 
@@ -114,7 +115,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/question_answering", learning_rate=1e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         model = AutoAdapterModel.from_pretrained(args.model_name_or_path)

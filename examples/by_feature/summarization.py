@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import adapters
 import demo
+import demo_data
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
@@ -87,9 +88,9 @@ def evaluate(
     return sum(scores) / len(scores)
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, teachers and data; `args` name them afterwards."""
-    tasks, args.prefix = demo.reports(args.text_column, args.summary_column), ""
+    tasks, args.prefix = demo_data.reports(args.text_column, args.summary_column), ""
     args.model_name_or_path = demo.save_encoder_decoder(tasks.pop("pretraining")["train"], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     *siblings, own = tasks
@@ -105,7 +106,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/summarization", learning_rate=5e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         model = load_model(args)

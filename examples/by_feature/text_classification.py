@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 import demo
+import demo_data
 from adapters import AdapterTrainer, AutoAdapterModel
 from datasets import DatasetDict, load_dataset
 from transformers import (
@@ -63,9 +64,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, teachers and data; `args` name them afterwards."""
-    tasks = demo.reviews(TASKS[args.task_name])
+    tasks = demo_data.reviews(TASKS[args.task_name])
     args.model_name_or_path = demo.save_encoder(tasks, TASKS[args.task_name], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     *siblings, own = tasks
@@ -86,7 +87,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/text_classification", learning_rate=1e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name, args.task_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name, args.task_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         model = AutoAdapterModel.from_pretrained(args.model_name_or_path)

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 import demo
+import demo_data
 from adapters import AdapterTrainer, AutoAdapterModel
 from datasets import DatasetDict, load_dataset
 from transformers import (
@@ -76,9 +77,9 @@ def entity_f1(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
     return {"f1": 2 * right / max(predicted + expected, 1)}
 
 
-def demo_data(args: Arguments, folder: str) -> DatasetDict:
+def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
     """Makes model, teachers and data; `args` name them afterwards."""
-    *siblings, own = tasks = demo.mentions()
+    *siblings, own = tasks = demo_data.mentions()
     args.model_name_or_path = demo.save_encoder(tasks, ["tokens"], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     collator = DataCollatorForTokenClassification(tokenizer)
@@ -98,7 +99,7 @@ def main() -> None:
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/token_classification", learning_rate=1e-4)
         folder = training_args.output_dir
-        data = demo_data(args, folder) if args.demo else load_dataset(args.dataset_name)
+        data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name)
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         encoded = encode(data, tokenizer, args)
         names = data["train"].features[args.tag_column].feature.names
