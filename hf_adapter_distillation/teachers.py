@@ -6,11 +6,11 @@ import os
 import pickle
 from pathlib import Path
 
+import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
 from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
-from safetensors import safe_open
 
 from ._compat import (
     ADAPTER_CONFIG_NAME,
@@ -169,7 +169,7 @@ def _check_own_weights(model: ModelAdaptersMixin, name: str, folder: Path) -> No
         files.append((SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME))
     for safe_name, pickled_name in files:
         if (folder / safe_name).exists():
-            with safe_open(folder / safe_name, "pt") as file:
+            with safetensors.safe_open(folder / safe_name, "pt") as file:
                 keys = list(file.keys())
         elif (folder / pickled_name).exists():
             try:
