@@ -11,7 +11,6 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.lora import LoRA, LoRALinear, LoRAState
 from adapters.methods.modeling import Adapter, ParallelAdapter
-from adapters.methods.reft import ReftLayer
 from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from adapters.utils import HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from packaging.version import Version
@@ -33,7 +32,6 @@ __all__ = [
     "LoRALinear",
     "LoRAState",
     "ParallelAdapter",
-    "ReftLayer",
     "forward_arguments",
     "loss_counts_items",
     "warn_if_untested",

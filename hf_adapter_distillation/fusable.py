@@ -155,12 +155,12 @@ def choose_level(
 
 def _covers(config: AdapterConfig, index: int) -> bool:
     """Whether an adapter of a config has modules in the layer of an index."""
-    return any(
-        index not in (part.get("leave_out") or ()) and part.get("layers", "all") in ("all", index)
-        if not isinstance(part.get("layers", "all"), list)
-        else index in part["layers"]
-        for part in _parts(config)
-    )
+
+    def covers(part: AdapterConfig) -> bool:  # ReFT names the layers that it has, the others those that it leaves out
+        layers = part.get("layers", "all")
+        return index not in part.get("leave_out", ()) and (layers == "all" or index in layers)
+
+    return any(map(covers, _parts(config)))
 
 
 def check_weights(model: ModelAdaptersMixin, teacher: str, name: str) -> None:

@@ -12,7 +12,7 @@ from adapters import ModelAdaptersMixin
 from torch import nn
 from transformers import Cache
 
-from ._compat import AdapterLayerBase, ReftLayer
+from ._compat import AdapterLayerBase
 from .fusion import fusions_at
 from .passes import DistillationPass, Fused, current_pass
 
@@ -32,8 +32,8 @@ def whole_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, nn.
 
 def hidden_size(layer: nn.Module) -> int:
     """The width of the hidden states of a transformer layer."""
-    # Adapters puts one of these into each layer of each model. It knows the config of its own stack.
-    return next(module.model_config.hidden_size for module in layer.modules() if isinstance(module, ReftLayer))
+    # Whatever adapters puts into a layer knows the config of its own stack (of a decoder, of a vision model).
+    return next(module.model_config.hidden_size for module in layer.modules() if isinstance(module, AdapterLayerBase))
 
 
 def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -38,6 +38,8 @@ SETTINGS = {
     "a start fitted on 3 examples": {"examples": 3, "max_steps": 0, "start": "teachers"},
     "static head": {"kind": "classification", "label_smoothing_factor": 0.1},
     "lora": {"config": "lora", "start": "average"},
+    "whole layers": {"config": "ia3", "level": "layer"},
+    "whole layers, checkpointing": {"level": "layer", "carrier": "mixed", "gradient_checkpointing": True},
     "loss function": {"compute_loss_func": summed_loss, "gradient_accumulation_steps": 2},
     "tokens": {"family": "gpt2", "kind": "causal_lm", "labels": "tokens"},
     "tokens, accumulation": {
@@ -52,10 +54,11 @@ SETTINGS = {
 
 def trainer_of(
     folder, examples=16, family="bert", kind="flex", labels="classification", config="seq_bn", carrier="student",
-    start="random", dtype=torch.float64, callbacks=(), compute_loss_func=None, gradient_accumulation_steps=1, **kwargs,
+    level="auto", start="random", dtype=torch.float64, callbacks=(), compute_loss_func=None,
+    gradient_accumulation_steps=1, **kwargs,
 ):  # fmt: skip
     model = make_student(
-        make_model(family, kind, dtype=dtype), config=config, carrier=carrier, student_start=start
+        make_model(family, kind, dtype=dtype), config=config, carrier=carrier, level=level, student_start=start
     ).to(dtype)
     distillation = distillations(model.adapters_config)["insurance"]
     if start == "teachers":  # the cast has changed the digest

@@ -222,6 +222,14 @@ def test_every_method(family, method, record_property):
     assert table()[family][method] == cell
 
 
+def test_an_interface_that_names_few_methods(monkeypatch):
+    monkeypatch.setattr(INTERFACE, "adapter_methods", ["bottleneck", "lora"])
+    model = make_student("smollm3 (own interface)", "mixed", student_start="random")
+    loss = model(**batch_for("smollm3 (own interface)")).loss
+    record = distillations(model.adapters_config)["insurance"].take_record()
+    assert torch.isfinite(loss) and list(record.attention) == ["layers.0", "layers.1"]
+
+
 # transformers' own: of each training of an EncoderDecoderModel, and in DeBERTa and ModernBERT.
 @pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
