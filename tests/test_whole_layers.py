@@ -155,6 +155,20 @@ def test_an_update_at_the_end_of_a_layer_is_the_same_at_both_levels(family, carr
         assert torch.allclose(inside, whole, **tolerance)
 
 
+def test_each_layer_is_matched_at_the_states_that_it_gets(monkeypatch):
+    model, terms = make_mixture(*MIXTURES["mixed"]), []
+    monkeypatch.setattr(
+        "hf_adapter_distillation.passes.feature_matching_loss",
+        lambda *args: terms.append(feature_matching_loss(*args)) or terms[-1],
+    )
+    distil(model)
+    for layer in range(2):
+        own = [p for name, p in model.named_parameters() if f".layer.{layer}." in name and ".insurance." in name]
+        for number, term in enumerate(terms):
+            gradients = torch.autograd.grad(term, own, allow_unused=True, retain_graph=True)
+            assert {gradient is None for gradient in gradients} == {number != layer}
+
+
 @pytest.mark.parametrize("mixture", [name for name in MIXTURES if name != "mixed into ia3"])
 def test_teachers_that_are_the_student_leave_no_loss_whatever_the_dropout(mixture):
     student = MIXTURES[mixture][1]
