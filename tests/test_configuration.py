@@ -18,6 +18,7 @@ def test_the_setting_of_the_paper():
     ("kwargs", "message"),
     [
         ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed', 'dual'"),
+        ({"level": "head"}, "level='head' is not supported; choose one of 'auto', 'adapter', 'layer'"),
         ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'average'"),
     ],
 )
