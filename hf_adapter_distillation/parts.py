@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 
-from adapters import ModelAdaptersMixin
+from adapters import ModelAdaptersMixin, Stack
 from torch import nn
 
 from .composition import AdapterDistillation, join_block
@@ -95,7 +95,7 @@ def check_trainable(model: ModelAdaptersMixin, block: AdapterDistillation) -> No
 
 
 def active_block(model: nn.Module) -> AdapterDistillation:
-    """The distillation block that `train_adapter` has made active.
+    """The distillation block that `train_adapter` has made active, or that a student on top of a `Stack` stands for.
 
     Args:
         model: The model.
@@ -109,16 +109,14 @@ def active_block(model: nn.Module) -> AdapterDistillation:
     """
     if not isinstance(model, ModelAdaptersMixin):
         raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
-    block = join_block(model.active_adapters)
-    if block is None or block.student not in distillations(model.adapters_config):
-        setup, known = model.active_adapters, distillations(model.adapters_config)
-        last = setup.children[-1] if setup is not None else None
-        if isinstance(last, str) and last in known and known[last].config.teachers:
-            raise ValueError(
-                f"No distilled student is active: {setup} runs {last!r} without its teachers; call "
-                f"model.train_adapter({last!r}) last, and to put a frozen adapter below it, set "
-                "model.active_adapters = Stack(name, model.active_adapters) then."
-            )
+    setup, known = model.active_adapters, distillations(model.adapters_config)
+    block = join_block(setup)
+    if type(setup) is Stack and len(setup) > 1 and all(isinstance(name, str) for name in setup):
+        # How adapters puts a task adapter on a language adapter; a Stack of the student alone is plain training.
+        distillation = known.get(setup.last())
+        if distillation is not None and distillation.config.teachers:
+            block = AdapterDistillation(setup, distillation.config.teachers)
+    if block is None or block.student not in known:
         raise ValueError(
             f"No distilled student is active (the active setup is {setup}); add one with "
             "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "

@@ -215,12 +215,18 @@ def by_block_in_stack(model):
 
 
 def by_active_adapters(model):
-    """The recipe of adapters for MAD-X: train the task adapter, activate the stack."""
+    """The recipe of adapters for MAD-X, train the task adapter and activate the stack, with the block in its place."""
     model.train_adapter("insurance")
     model.active_adapters = Stack("german", model.active_adapters)
 
 
-@pytest.mark.parametrize("way", [by_block_in_stack, by_active_adapters])
+def by_names(model):
+    """The recipe as it stands in the docs of adapters."""
+    model.train_adapter("insurance")
+    model.active_adapters = Stack("german", "insurance")
+
+
+@pytest.mark.parametrize("way", [by_block_in_stack, by_active_adapters, by_names])
 def test_the_ways_to_write_a_stack_train_the_same(way, trainer_args):
     models = []
     for prepare in (by_block, way):
@@ -252,10 +258,11 @@ def test_stacks_that_cannot_be_trained(trainer_args):
     on_top = Stack(had.AdapterDistillation("insurance", teachers=TEACHERS), "german")
     with pytest.raises(ValueError, match="'german' is stacked on top of the student 'insurance'.*must come last"):
         model.train_adapter(on_top)
-    model.train_adapter("insurance")
-    model.active_adapters = Stack("german", "insurance")
-    message = r"Stack\[german, insurance\] runs 'insurance' without its teachers; call .*Stack\(name, model.active_ada"
-    with pytest.raises(ValueError, match=message):
+    model.train_adapter(Stack("german", "insurance"))  # of adapters: plain training of both
+    with pytest.raises(ValueError, match=r"german.* is trainable, .* call model.train_adapter\('insurance'\) last"):
+        had.DistillationTrainer(model, trainer_args(), train_dataset=make_dataset())
+    model.train_adapter(Stack("insurance"))
+    with pytest.raises(ValueError, match=r"No distilled student is active \(the active setup is Stack\[insurance\]\)"):
         had.DistillationTrainer(model, trainer_args(), train_dataset=make_dataset())
 
 
