@@ -18,7 +18,7 @@ from ._compat import LoRALinear
 from .configuration import Level
 from .layers import FusedLayer, adapter_layers
 from .parts import owner
-from .whole_layers import holds
+from .whole_layers import holds, whole_layers
 
 
 def check_supported(who: str, config: AdapterConfig) -> None:
@@ -175,16 +175,22 @@ def check_weights(model: ModelAdaptersMixin, teacher: str, name: str) -> None:
 
 
 def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
-    """Refuses teachers on another device than the student. Another data type is cast where the teachers are fused.
+    """Refuses teachers on another device than the student in a layer; layers may be on several devices.
+
+    Another data type is cast where the teachers are fused.
 
     Raises:
         ValueError: With the first such teacher and both devices.
     """
-    named = [(owner(key, {student, *teachers}), p.device) for key, p in model.base_model.named_parameters()]
-    own = next(device for name, device in named if name == student)
-    for name, device in named:
-        if name is not None and device != own:
-            raise ValueError(
-                f"Teacher {name!r} is on {device}, {student!r} on {own}; "
-                f"call model.to({str(own)!r}) once all adapters are added."
-            )
+    for layer_name, layer in whole_layers(model, student):
+        devices: dict[str, torch.device] = {}
+        for key, parameter in layer.named_parameters():
+            if (name := owner(key, {student, *teachers})) is not None:
+                devices.setdefault(name, parameter.device)
+        own = devices.get(student)
+        for name, device in devices.items():
+            if own is not None and device != own:
+                raise ValueError(
+                    f"Teacher {name!r} is on {device}, {student!r} on {own} ({layer_name}); "
+                    f"call model.to({str(own)!r}) once all adapters are added."
+                )

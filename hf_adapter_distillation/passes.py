@@ -98,11 +98,6 @@ class DistillationPass:
         return made
 
     @property
-    def distils(self) -> bool:
-        """Whether the teachers run: in stage 2, and where their attention or their mean is asked for."""
-        return self.distillation.enabled or self.distillation.in_evaluation
-
-    @property
     def matched_only(self) -> bool:
         """Whether the fused output is matched and never passed on.
 
@@ -196,7 +191,7 @@ def call_with_distillation(
 
     masks = _masks(model, args, kwargs, is_half=distillation.halves is not None)
     reruns = {}
-    if distillation.level == "layer" and (distillation.enabled or distillation.in_evaluation):
+    if distillation.level == "layer" and distillation.distils:
         reruns = _reruns(type(context), model, block, args, kwargs)
 
     def run(context: ForwardContext, part: str) -> tuple[DistillationPass, Any]:

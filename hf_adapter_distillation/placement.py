@@ -26,7 +26,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     """
     student, distillation = block.student, distillations(model.adapters_config)[block.student]
     decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
-    weight = next(p for name, p in model.base_model.named_parameters() if owner(name, {student}))
+    dtype = next(p.dtype for name, p in model.base_model.named_parameters() if owner(name, {student}))
     _remove_hooks(distillation)
     for name, layer, sizes in _places(model, block, distillation.level):
         if not fusions_at(layer):
@@ -34,7 +34,8 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         fusions = fusions_at(layer)
         if student not in fusions:
             in_decoder = layer in decoder and not _reads_encoder(name, layer)
-            fusions[student] = TeacherFusion(*sizes, name, in_decoder, weight.device, weight.dtype)
+            device = next(layer.parameters()).device  # layers may be on several
+            fusions[student] = TeacherFusion(*sizes, name, in_decoder, device, dtype)
         fusion = fusions[student]
         fusion.requires_grad_(True).train(layer.training)
         fusion.cache.clear()

@@ -112,6 +112,11 @@ class Distillation:
         """Whether forward passes in evaluation mode run the teachers, too."""
         return self.observing or self.fits is not None
 
+    @property
+    def distils(self) -> bool:
+        """Whether the teachers run: in stage 2, and where their attention or their mean is asked for."""
+        return self.enabled or self.in_evaluation
+
     def take_record(self) -> DistillationRecord:
         """The record of the last forward pass, which is then forgotten together with its graph."""
         assert self.record is not None, "no forward pass of the student went before"

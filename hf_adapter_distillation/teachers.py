@@ -149,8 +149,9 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
         model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
     except Exception as error:  # whatever a damaged file makes of the libraries that read it
         raise ValueError(f"Teacher {teacher!r} cannot be loaded: {first_line(error)}") from error
-    if heads:
-        model.heads.load_state_dict(heads, strict=False)
+    finally:
+        if heads:
+            model.heads.load_state_dict(heads, strict=False)
     if missing := [key for key in info.get("missing_keys", []) if f".{name}." in key]:
         raise ValueError(
             f"Teacher {teacher!r} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "

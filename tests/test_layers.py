@@ -11,6 +11,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.fusion import TeacherFusion
 from hf_adapter_distillation.layers import adapter_layers, compose_distillation
 from hf_adapter_distillation.losses import feature_matching_loss, token_weights
+from hf_adapter_distillation.placement import fusions_of
 from hf_adapter_distillation.stacked import StackedAdapters
 from hf_adapter_distillation.state import distillations
 
@@ -264,12 +265,21 @@ def test_a_teacher_on_another_device_is_refused_before_anything_is_changed():
     model = make_student(make_model(), train=False)
     active = model.active_adapters
     adapter_layers(model, "bank")[1][1].adapters["bank"].to("meta")
-    message = r"Teacher 'bank' is on meta, 'insurance' on cpu; call model.to\('cpu'\)"
+    message = r"Teacher 'bank' is on meta, 'insurance' on cpu \(encoder.layer.1.*call model.to\('cpu'\)"
     for setup in ("insurance", had.AdapterDistillation("insurance", teachers=TEACHERS)):
         with pytest.raises(ValueError, match=message):
             model.train_adapter(setup)
     assert model.active_adapters == active
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("level", ["adapter", "layer"])
+def test_each_layer_may_be_on_a_device_of_its_own(level):
+    model = make_student(make_model(), train=False, level=level, student_start="random")
+    model.bert.encoder.layer[1].to("meta")
+    model.train_adapter("insurance")
+    devices = [next(fusion.parameters()).device.type for fusion in fusions_of(model, "insurance")]
+    assert devices == ["cpu", "meta"]
 
 
 @pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
