@@ -31,6 +31,7 @@ class Onboarding:
         teachers: The names of the other tenants' adapters.
         train: The training pairs of the new tenant.
         others: Training pairs of the other tenants, as many of each as the new one has.
+        query_log: Makes pairs of other queries of the new tenant, each with all FAQs.
         steps: The optimizer steps of the training, all stages together.
         options: Further training arguments of all methods.
         seconds: What the training took, so far.
@@ -40,6 +41,7 @@ class Onboarding:
     teachers: list[str]
     train: Dataset
     others: list[Dataset]
+    query_log: Callable[[], Dataset]
     steps: int
     options: dict[str, Any]
     seconds: float = 0.0
@@ -113,6 +115,23 @@ def adapter_distillation(
     return run.save
 
 
+def with_query_log(run: Onboarding) -> Save:
+    """The student of `DistillationTrainer`, which also reads queries that nobody has labelled."""
+    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers))
+    platform = run.platform
+    trainer = had.DistillationTrainer(
+        model=platform.model,
+        args=platform.training_arguments(
+            1, cls=had.DistillationTrainingArguments, max_steps=run.steps, keep_fusion=True, **run.options
+        ),
+        train_dataset=run.train,
+        distillation_dataset=run.query_log().remove_columns("labels"),
+        data_collator=platform.collator,
+    )
+    run.seconds = trainer.train().metrics["train_runtime"]
+    return run.save
+
+
 def untrained_student(run: Onboarding) -> Save:
     """The student where `DistillationTrainer` starts it: without a step, and without a label of the new tenant."""
     run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers))
@@ -169,6 +188,12 @@ METHODS = {
     "AdapterDistillation: mixed, random start": _configured("plain adapter", carrier="mixed", student_start="random"),
     "AdapterDistillation: dual, random start": _configured("plain adapter", carrier="dual", student_start="random"),
     "AdapterDistillation: average start": _configured(student_start="average"),
+    "AdapterDistillation: cosine": _configured(objective="cosine"),
+    "AdapterDistillation: task-specific": _configured(objective="task_specific"),
+    "AdapterDistillation: features and logits": _configured(objective={"features": 1.0, "logits": 1.0}),
+    "AdapterDistillation: features and cross-task": _configured(objective={"features": 1.0, "cross_task": 1.0}),
+    "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
+    "AdapterDistillation: query log": Method(with_query_log, rate_of="AdapterDistillation"),
     "AdapterDistillation: stage 2 from 0.25": _trained(distillation_start=0.25),
     "AdapterDistillation: stage 2 from 0.5": _trained(distillation_start=0.5),
     "AdapterDistillation: never stage 2": _trained(distillation_start=1.0),

@@ -37,6 +37,7 @@ from faq_data import Tenant, hold_out, load_tenants, make_pairs  # isort: skip
 
 TEACHER_SEED = 0
 SEARCH_SEED = 0
+QUERY_LOG = 20  # queries of each FAQ, at most, that are read without labels
 
 
 @dataclass
@@ -185,6 +186,7 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
         teachers=[tenant.name for tenant in others],
         train=pairs(new, "train", shots, args.n_wrong),
         others=[pairs(tenant, "train", shots, args.n_wrong) for tenant in others],
+        query_log=lambda: pairs(new, "validation", QUERY_LOG, None),
         steps=args.steps,
         options=options(args),
     )

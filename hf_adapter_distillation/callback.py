@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .hub import adapter_digest, provenance
 from .parts import check_trainable
+from .ranking import calibrate
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -35,11 +36,11 @@ class FrozenTeachersCallback(TrainerCallback):
         names = trainer.block.teachers
         of_teachers = [trainer.model.get_adapter(name).values() for name in names]
         trainer._teacher_modules = [m for places in of_teachers for place in places for m in place.values()]
-        trainer._sums.clear()
-        trainer._attention.clear()
+        trainer._terms.clear()
         trainer.distillation.training = None  # what an earlier training left for the provenance
         self.digests = {name: adapter_digest(trainer.model, name) for name in names}
         trainer.fit_start()
+        calibrate(trainer)
         table = trainer.parameter_table()
         logger.info(table)
         if not args.disable_tqdm and state.is_world_process_zero:
@@ -63,6 +64,7 @@ class FrozenTeachersCallback(TrainerCallback):
             "distillation_start": trainer.distillation_start,
             "distillation_weight": trainer.distillation_weight,
             **{name: getattr(args, name) for name in settings},
+            **({} if trainer.distillation.ranking is None else {"ranking": trainer.distillation.ranking}),
             "steps": state.global_step,
             "first_distillation_step": trainer.first_distillation_step,
         }

@@ -1,6 +1,6 @@
 """What is distilled (`DistillationConfig`) and how it is trained (`DistillationTrainingArguments`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, get_args
@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 Carrier = Literal["student", "fused", "mixed", "dual"]
 StudentStart = Literal["teachers", "average", "random"]
 Level = Literal["auto", "adapter", "layer"]
+LayerObjective = Literal["features", "cosine", "task_specific"]  # of what the layers put out
+OutputObjective = Literal["logits", "cross_task"]  # of what the heads predict
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -30,6 +32,11 @@ def _check_range(name: str, value: object, default: object) -> None:
         allowed = "" if 0 <= float(value) < float("inf") else "finite and not negative"
     if allowed:
         raise ValueError(f"{name}={value!r} is out of range; it must be {allowed}.")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+        raise ValueError(f"{name}={value!r} is out of range; it must be a number above 0.")
 
 
 @dataclass
@@ -55,16 +62,33 @@ class DistillationConfig:
             adapters add their updates, which bottleneck adapters do, and LoRA; `"layer"`: in the output of each layer,
             which is run again with each teacher, at a higher cost and for any methods and mixtures of them; `"auto"`:
             the first where student and teachers have such places in common, else the second.
+        objective: What the student is distilled by, one name or several with weights,
+            `{"features": 1.0, "logits": 0.5}`. In each layer, `"features"`: the squared error of its update
+            (`losses.FeatureLoss`); `"cosine"`: the angle (`CosineLoss`); `"task_specific"`: the squared error in the
+            subspace that a probe of the layer finds to matter for the task (`TaskSpecificLoss`). With the teachers'
+            own heads, which must have the student's labels, `"logits"`: their mean prediction (`LogitLoss`);
+            `"cross_task"`: calibrated and corrected scores of two classes and the order of the items
+            (`CrossTaskLoss`).
+        layer_weights: The weight of each layer of the base model in the mean over layers, from the first (of an
+            encoder-decoder model, of the encoder) to the last, for objectives of layers. By default all are equal.
+        temperature: The temperature of the objectives `"logits"` and `"cross_task"`.
+        teacher_selection: `"all"`, or how many teachers are kept at most: `DistillationTrainer` then ranks them on
+            the training data before the first step (`ranking.rank_teachers`), and goes on with the best of those
+            that are above chance.
 
     Raises:
-        ValueError: If `carrier`, `student_start` or `level` is unknown. The teachers are checked against the student
-            and the model by `add_adapter`.
+        ValueError: If a value is unknown or out of its range. The teachers, and what objectives need, are checked
+            against the student and the model by `add_adapter` and `DistillationTrainer.train`.
     """
 
     teachers: Sequence[str]
     carrier: Carrier = "student"
     student_start: StudentStart = "teachers"
     level: Level = "auto"
+    objective: str | Mapping[str, float] = "features"
+    layer_weights: Sequence[float] | None = None
+    temperature: float = 2.0
+    teacher_selection: int | Literal["all"] = "all"
 
     @classmethod
     def paper(cls, teachers: Sequence[str]) -> "DistillationConfig":
@@ -82,6 +106,44 @@ class DistillationConfig:
         _check_choice("carrier", self.carrier, get_args(Carrier))
         _check_choice("student_start", self.student_start, get_args(StudentStart))
         _check_choice("level", self.level, get_args(Level))
+        if not isinstance(self.objective, str | Mapping) or not self.objective:
+            raise ValueError(f"objective={self.objective!r} is not supported; give a name, or weights by names.")
+        if isinstance(self.objective, Mapping):
+            self.objective = dict(self.objective)
+        for name, weight in self.objectives.items():
+            _check_choice("objective", name, get_args(LayerObjective) + get_args(OutputObjective))
+            _check_positive(f"The weight of objective {name!r}", weight)
+        _check_positive("temperature", self.temperature)
+        if self.layer_weights is not None:
+            self._check_layer_weights(self.layer_weights)
+        k = self.teacher_selection
+        if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError(f"teacher_selection={k!r} is out of range; it must be 'all' or a number of teachers.")
+
+    def _check_layer_weights(self, weights: object) -> None:
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"layer_weights={weights!r} is out of range; give one number for each layer.")
+        for weight in weights:
+            _check_range("A weight in layer_weights", weight, 1.0)
+        if not any(weights):
+            raise ValueError(f"layer_weights={weights!r} is out of range; at least one must be above 0.")
+        if not self.layer_objectives:
+            raise ValueError(f"layer_weights needs an objective of layers, not {self.objective!r}; leave it out.")
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """The weight of each objective."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+
+    @property
+    def layer_objectives(self) -> dict[str, float]:
+        """The weights of those objectives that match what the layers put out."""
+        return {name: weight for name, weight in self.objectives.items() if name in get_args(LayerObjective)}
+
+    @property
+    def output_objectives(self) -> dict[str, float]:
+        """The weights of those objectives that match what the heads predict."""
+        return {name: weight for name, weight in self.objectives.items() if name in get_args(OutputObjective)}
 
 
 @dataclass

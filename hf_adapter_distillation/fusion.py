@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from .losses import TaskSpecificLoss
 from .stacked import StackCache, StackedAdapters
 
 
@@ -20,6 +21,7 @@ class TeacherFusion(nn.Module):
     with h the input of the layer's adapters and u_n the update of teacher n. The key has no bias: it would add the
     same number to each score and vanish in the softmax. The value starts at the identity, so that the first fused
     output is a convex combination of the updates. The size of the module does not depend on the number of teachers.
+    The objective `task_specific` has weights of its own in each layer, which are kept here.
 
     Sources: Wang et al., https://arxiv.org/abs/2312.16261 (Q_l, K_l, V_l of each layer); AdapterFusion,
     https://arxiv.org/abs/2005.00247 (the form of the attention).
@@ -55,6 +57,8 @@ class TeacherFusion(nn.Module):
         nn.init.normal_(self.key.weight, std=0.02)
         nn.init.eye_(self.value.weight)
         self.cache = StackCache()
+        self.layer_weight = 1.0  # in the mean of the layers' losses
+        self.task_specific: TaskSpecificLoss | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.cache.clear()  # .to(), .half() and the like: the teachers move, too

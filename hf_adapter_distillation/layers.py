@@ -62,7 +62,7 @@ def compose_distillation(
     fusion = fusions[block.student]
     current.fusions[fusion.location] = fusion
     distillation = current.distillation
-    if not distillation.distils:
+    if not distillation.fuses:
         return layer.compose_stack(block, state, lvl)
 
     for below in block.children[:-1]:

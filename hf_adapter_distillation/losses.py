@@ -3,9 +3,18 @@
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    cross_entropy,
+    linear,
+    softplus,
+)
 
 # Keeps the loss finite where all teachers put out the same constant, for instance zero.
 MINIMAL_VARIANCE = 1e-6
+PROJECTED_SHARE = 8  # of the width of the updates, one part of so many is what `TaskSpecificLoss` matches
 
 
 def token_weights(mask: torch.Tensor) -> torch.Tensor:
@@ -22,9 +31,7 @@ def token_weights(mask: torch.Tensor) -> torch.Tensor:
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def feature_matching_loss(
-    student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+class FeatureLoss(nn.Module):
     r"""Relative squared error of the student's update with respect to the teachers' fused update, in one layer.
 
     .. math::
@@ -37,26 +44,261 @@ def feature_matching_loss(
     (gradient accumulation, several processes).
 
     Feature matching is the objective of Wang et al., https://arxiv.org/abs/2312.16261; the normalisation is ours.
+    """
+
+    def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            student_output: The student's update to the residual stream, (batch, seq_len, hidden).
+            fused_output: The teachers' fused update, (batch, seq_len, hidden). Detach it where it is a fixed target.
+            weights: What `token_weights` makes of the padding mask, (batch, seq_len).
+
+        Returns:
+            The loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
+        """
+        dtype = torch.promote_types(student_output.dtype, torch.float32)
+        weights = weights.to(dtype)
+        # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
+        target = fused_output.detach().to(dtype)
+        means = target.mean(dim=-1)  # (B, T)
+        variances = (target - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
+        mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
+        variance = (weights * (variances + (means - mean).square())).sum(dim=1)  # (B,)
+        errors = (student_output.to(dtype) - fused_output.to(dtype)).square().mean(dim=-1)  # (B, T)
+        error = (weights * errors).sum(dim=1)  # (B,)
+        return (error / variance.clamp(min=MINIMAL_VARIANCE)).mean()
+
+
+class CosineLoss(nn.Module):
+    r"""One minus the cosine between the student's update and the teachers' fused update, in one layer.
+
+    .. math::
+        \mathcal{L} = \frac{1}{B} \sum_b \frac{1}{T_b} \sum_t 1 - \cos(u_{bt}, f_{bt})
+
+    The direction of each token's update is matched and its length left free (`FeatureLoss` matches both). Cosine
+    matching of hidden states is known from DistilBERT, https://arxiv.org/abs/1910.01108.
+    """
+
+    def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            student_output: As for `FeatureLoss`, (batch, seq_len, hidden).
+            fused_output: The same, (batch, seq_len, hidden).
+            weights: The same, (batch, seq_len).
+
+        Returns:
+            The loss, from 0 to 2, a float32 scalar (float64 for float64 inputs).
+        """
+        dtype = torch.promote_types(student_output.dtype, torch.float32)
+        cosines = cosine_similarity(student_output.to(dtype), fused_output.to(dtype), dim=-1)  # (B, T)
+        return (weights.to(dtype) * (1 - cosines)).sum(dim=1).mean()
+
+
+class TaskSpecificLoss(nn.Module):
+    r"""`FeatureLoss` in the subspace of the updates that matters for the task, in one layer.
+
+    .. math::
+        \mathcal{L} = \mathrm{FeatureLoss}(P u, P f), \quad
+        \mathcal{L}_\mathrm{probe} = \mathrm{task\ loss}\Big(C \sum_t w_t P f_t\Big)
+
+    The projection P and the classifier C behind it learn the task from the fused output alone, without gradient to
+    it; what is matched then goes through P, which that match does not train. So the student follows its teachers where
+    it matters for the task, and is free elsewhere.
+
+    After the supervised projection of TSKD (BrainDistill, Xie et al., https://arxiv.org/abs/2601.17625). There the
+    teacher has learnt the task and a classifier of its own, which the projection preserves; here the teachers have
+    learnt other tasks, so each layer's projection learns the new one from its labels while the student is trained.
 
     Args:
-        student_output: The student's update to the residual stream, (batch, seq_len, hidden).
-        fused_output: The teachers' fused update, (batch, seq_len, hidden). Detach it where it is a fixed target.
-        weights: What `token_weights` makes of the padding mask, (batch, seq_len).
-
-    Returns:
-        The loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
+        hidden_size: The width of the updates.
+        n_labels: The number of labels.
+        device: The device of the weights.
+        dtype: The data type of the weights.
     """
-    dtype = torch.promote_types(student_output.dtype, torch.float32)
-    weights = weights.to(dtype)
-    # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
-    target = fused_output.detach().to(dtype)
-    means = target.mean(dim=-1)  # (B, T)
-    variances = (target - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
-    mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
-    variance = (weights * (variances + (means - mean).square())).sum(dim=1)  # (B,)
-    errors = (student_output.to(dtype) - fused_output.to(dtype)).square().mean(dim=-1)  # (B, T)
-    error = (weights * errors).sum(dim=1)  # (B,)
-    return (error / variance.clamp(min=MINIMAL_VARIANCE)).mean()
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_labels: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        width = min(hidden_size, max(n_labels, hidden_size // PROJECTED_SHARE))
+        self.projection = nn.Linear(hidden_size, width, bias=False, device=device, dtype=dtype)
+        self.classifier = nn.Linear(width, n_labels, device=device, dtype=dtype)
+        with torch.no_grad():  # in float32, since there is no half-precision decomposition
+            self.projection.weight.copy_(nn.init.orthogonal_(torch.empty(width, hidden_size)))
+        self.match = FeatureLoss()
+
+    def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Computes what is matched.
+
+        Args:
+            student_output: As for `FeatureLoss`, (batch, seq_len, hidden).
+            fused_output: The same, (batch, seq_len, hidden).
+            weights: The same, (batch, seq_len).
+
+        Returns:
+            The loss, a float32 scalar (float64 for float64 inputs), without gradient to the projection.
+        """
+        projection = self.projection.weight.detach()  # (p, d)
+        student, fused = (linear(o.to(projection.dtype), projection) for o in (student_output, fused_output))
+        return self.match(student, fused, weights)
+
+    def probe_loss(self, fused_output: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The task loss that trains the projection and the classifier.
+
+        Args:
+            fused_output: The teachers' fused update, (batch, seq_len, hidden).
+            weights: As for `FeatureLoss`, (batch, seq_len).
+            labels: Classes, (batch,), or of each token, (batch, seq_len), -100 where there is none; several labels at
+                once, (batch, n_labels), or values, (batch,), as floating point numbers.
+
+        Returns:
+            The cross-entropy, or for values the squared error, a scalar.
+        """
+        logits = self.classifier(self.projection(fused_output.detach().to(self.projection.weight.dtype)))  # (B, T, C)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels.dim() == 2 and not labels.is_floating_point():
+            counted = (labels != -100).sum().clamp(min=1)
+            return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / counted
+        logits = torch.einsum("bt,btc->bc", weights.to(logits.dtype), logits)  # (B, C)
+        if not labels.is_floating_point() and logits.shape[1] > 1:
+            return cross_entropy(logits, labels)
+        if logits.shape[1] > 1 or labels.dim() == 2:
+            return binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return (logits.squeeze(1) - labels.to(logits.dtype)).square().mean()
+
+    @torch.no_grad()
+    def ratio(self, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The task-specific ratio: the share of the fused output's variance that the projection keeps.
+
+        Args:
+            fused_output: The teachers' fused update, (batch, seq_len, hidden).
+            weights: As for `FeatureLoss`, (batch, seq_len).
+
+        Returns:
+            A number from 0, nothing of the teachers is matched, to 1, all of it; float32, or float64.
+        """
+        dtype = torch.promote_types(fused_output.dtype, torch.float32)
+        basis, _ = torch.linalg.qr(self.projection.weight.to(dtype).T)  # (d, p)
+        weights = weights.to(dtype) / len(weights)
+        fused = fused_output.to(dtype)
+        fused = fused - torch.einsum("bt,btd->d", weights, fused)  # (B, T, d)
+        kept, total = ((weights * part.square().sum(dim=-1)).sum() for part in (fused @ basis, fused))
+        return kept / total.clamp(min=MINIMAL_VARIANCE)
+
+
+class LogitLoss(nn.Module):
+    r"""Cross-entropy of the student's predictions with soft labels, the mean of the teachers' predictions.
+
+    .. math::
+        \mathcal{L} = \tau^2 \, \mathrm{KL}\Big(\frac{1}{N} \sum_n \mathrm{softmax}(y_n / \tau) \;\Big\Vert\;
+                                              \mathrm{softmax}(y / \tau)\Big)
+
+    with the logits y of the student and y_n of teacher n, each with its own head. The factor keeps the size of the
+    gradient where the temperature changes (Hinton et al., https://arxiv.org/abs/1503.02531); several teachers are
+    averaged as there. `FeatureLoss` needs no common label space, this does.
+
+    Args:
+        temperature: The temperature, above 0; the higher, the softer the labels.
+    """
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            student_logits: The student's logits, (..., n_labels).
+            teacher_logits: The teachers' logits, (n_teachers, ..., n_labels). No gradient flows through them.
+            weights: For logits of tokens, (batch, seq_len, ...), what `token_weights` makes of the padding mask.
+
+        Returns:
+            The mean over all predictions (but those of padding), a float32 scalar (float64 for float64 inputs).
+        """
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        soft = (teacher_logits.detach().to(dtype) / self.temperature).softmax(dim=-1).mean(dim=0)  # (..., C)
+        predicted = (student_logits.to(dtype) / self.temperature).log_softmax(dim=-1)  # (..., C)
+        divergences = self.temperature**2 * (torch.xlogy(soft, soft) - soft * predicted).sum(dim=-1)  # (...)
+        if weights is None:
+            return divergences.mean()
+        divergences = divergences.reshape(*weights.shape, -1).mean(dim=2)  # (B, T)
+        return (weights.to(dtype) * divergences).sum(dim=1).mean()
+
+
+class CrossTaskLoss(nn.Module):
+    r"""What teachers of other tasks say about a student's items: how likely each is right, and which is before which.
+
+    .. math::
+        \tilde r_n = s \max(s \, r_n, m), \quad s = 2 y - 1, \qquad
+        \mathcal{L} = \tau^2 \, \mathrm{KL}\Big(\frac{1}{N} \sum_n \sigma(\tilde r_n / \tau) \;\Big\Vert\;
+                                              \sigma(r / \tau)\Big)
+        + \frac{\sum_{ij} w_{ij} \, \mathrm{softplus}(r_j - r_i)}{\sum_{ij} w_{ij}}
+
+    with the student's score r, the calibrated score r_n of teacher n (`calibration.fit_platt`), and the label y. A
+    teacher that is on the wrong side of the label by more than the margin is clipped to the right one. The second sum
+    runs over the pairs of the batch that have the same label, and whose order by the teachers' mean score is i before
+    j; :math:`w_{ij}` is the difference of their probabilities, so that near ties hardly count.
+
+    After CrossDistil (Yang et al., AAAI 2022, https://arxiv.org/abs/2202.09852): calibration, error correction, and a
+    pairwise term by which another task orders the items that share a label. There all tasks have labels for the same
+    items and train each other; here the teachers are frozen and their tasks have no labels for these items, so their
+    scores take the place of the labels that form the quadruplets, and are calibrated once.
+
+    The pairs are those of a micro-batch, as in-batch negatives are: smaller ones have fewer.
+
+    Args:
+        temperature: The temperature, above 0.
+        margin: How far on the right side of the label a clipped score is.
+    """
+
+    def __init__(self, temperature: float = 2.0, margin: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.margin = margin
+        self.soft_labels = LogitLoss(temperature)
+
+    def forward(
+        self, student_scores: torch.Tensor, teacher_scores: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Computes the loss.
+
+        Args:
+            student_scores: The logit of the positive label, (batch,).
+            teacher_scores: The teachers' calibrated logits, (n_teachers, batch). No gradient flows through them.
+            labels: 0 or 1, (batch,); None for examples without, whose predictions cannot be corrected, and whose
+                pairs all count.
+
+        Returns:
+            The loss, a float32 scalar (float64 for float64 inputs).
+        """
+        dtype = torch.promote_types(student_scores.dtype, torch.float32)
+        student, teachers = student_scores.to(dtype), teacher_scores.detach().to(dtype)  # (B,), (N, B)
+        corrected, of_one_label = teachers, torch.ones(len(student), len(student), dtype=dtype, device=student.device)
+        if labels is not None:
+            sign = 2 * labels.to(dtype) - 1  # (B,)
+            corrected = sign * (sign * teachers).clamp(min=self.margin)  # (N, B)
+            of_one_label = (labels.unsqueeze(1) == labels).to(dtype)  # (B, B)
+        matched = self.soft_labels(two_classes(student), two_classes(corrected))
+
+        mean = teachers.mean(dim=0)  # (B,)
+        probability = mean.sigmoid()  # (B,)
+        weight = of_one_label * (probability.unsqueeze(1) - probability).clamp(min=0)  # (B, B)
+        ranked = weight * softplus(student - student.unsqueeze(1))  # (B, B), i before j
+        return matched + ranked.sum() / weight.sum().clamp(min=MINIMAL_VARIANCE)
+
+
+def two_classes(scores: torch.Tensor) -> torch.Tensor:
+    """The logits of the negative and the positive class, (..., 2), whose softmax is the sigmoid of a score."""
+    return torch.stack([torch.zeros_like(scores), scores], dim=-1)
 
 
 def logit_matching_loss(

@@ -123,16 +123,3 @@ def active_block(model: nn.Module) -> AdapterDistillation:
             "A student whose teachers were all deleted has nothing to learn from."
         )
     return block
-
-
-def check_head(model: ModelAdaptersMixin, student: str) -> None:
-    """Refuses a student without a head, on a model whose heads are added one by one.
-
-    Raises:
-        ValueError: With what to call.
-    """
-    if hasattr(model, "heads") and student not in model.heads:
-        raise ValueError(
-            f"{student!r} has no head; add one of that name, "
-            f"for instance model.add_classification_head({student!r}, num_labels=2)."
-        )

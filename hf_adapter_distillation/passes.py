@@ -9,8 +9,12 @@ from adapters import AdapterSetup, ModelAdaptersMixin, Stack
 from ._compat import ForwardContext, forward_arguments
 from .composition import AdapterDistillation, join_block
 from .fusion import TeacherFusion
-from .losses import feature_matching_loss, logit_matching_loss, token_weights, value_regularization
-from .state import Distillation, DistillationRecord, TeacherAttention, distillations
+from .losses import CosineLoss, FeatureLoss, token_weights
+from .objectives import fold, match_passes, match_predictions
+from .predictions import teacher_logits
+from .state import Distillation, TeacherAttention, distillations
+
+LAYER_LOSSES = {"features": FeatureLoss(), "cosine": CosineLoss()}  # those without weights of their own
 
 
 class Fused(NamedTuple):
@@ -49,6 +53,7 @@ class DistillationPass:
             seq_len) each, None where all tokens count.
         training: Whether the losses are wanted, or the attention alone.
         part: `"fused"` or `"student"` in the two passes of the carrier `dual`, which are matched after the second.
+        labels: The labels of the batch, if there are any.
         reruns: Where whole layers are fused, how they are run again: by the name of each adapter, and of none.
     """
 
@@ -59,6 +64,7 @@ class DistillationPass:
         masks: dict[bool, torch.Tensor | None],
         training: bool,
         part: str = "",
+        labels: torch.Tensor | None = None,
         reruns: dict[str | None, Rerun] | None = None,
     ) -> None:
         self.block = block
@@ -66,10 +72,14 @@ class DistillationPass:
         self.masks = masks
         self.training = training
         self.part = part
+        self.labels = labels
         self.reruns = reruns or {}
         self.fusions: dict[str, TeacherFusion] = {}
-        self.losses: list[torch.Tensor] = []
-        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.losses: list[dict[str, torch.Tensor]] = []
+        self.outputs: list[tuple[TeacherFusion, torch.Tensor]] = []
+        self.output_losses: dict[str, torch.Tensor] = {}
+        self.probe_losses: list[torch.Tensor] = []
+        self.ratios: list[torch.Tensor] = []
         self.attention: dict[str, TeacherAttention] = {}
         self.logit_loss: torch.Tensor | float = 0.0
         self.fused_task_loss: torch.Tensor | None = None
@@ -114,17 +124,37 @@ class DistillationPass:
             fused: The teachers' fused update; None in the student's pass of the carrier `dual`.
         """
         # What gradient checkpointing appends again in backward comes after the sum.
-        sequence_weights, batch_weights = self.weights(fusion, student_output)
         if fused is None:
-            self.outputs.append((student_output, sequence_weights))
+            self.outputs.append((fusion, student_output))
             return
+        _, batch_weights = self.weights(fusion, student_output)
         mean_attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))
         self.attention[fusion.location] = TeacherAttention(fused.names, mean_attention)
         target = fused.output if self.matched_only else fused.output.detach()
         if self.part == "fused":
-            self.outputs.append((target, sequence_weights))
+            self.outputs.append((fusion, target))
         else:
-            self.losses.append(feature_matching_loss(student_output, target, sequence_weights))
+            self.match(fusion, student_output, target)
+
+    def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
+        """Computes the objectives of one layer.
+
+        Args:
+            fusion: The fusion of the layer.
+            student_output: The student's update, (batch, seq_len, hidden).
+            target: The teachers' fused update, (batch, seq_len, hidden).
+        """
+        weights, _ = self.weights(fusion, student_output)
+        losses = {}
+        for name in self.distillation.config.layer_objectives:
+            loss = LAYER_LOSSES.get(name, fusion.task_specific)
+            assert loss is not None, "the head came after train_adapter"
+            losses[name] = loss(student_output, target, weights) * fusion.layer_weight
+        self.losses.append(losses)
+        if (probe := fusion.task_specific) is not None and self.training:
+            self.ratios.append(probe.ratio(target, weights))
+            if self.labels is not None:
+                self.probe_losses.append(probe.probe_loss(target, weights, self.labels))
 
     def passed_on(self, student_states: torch.Tensor, fused_states: torch.Tensor) -> torch.Tensor:
         """What a layer passes on, as the carrier says.
@@ -190,12 +220,13 @@ def call_with_distillation(
         return original(context, model, forward, *args, **kwargs)
 
     masks = _masks(model, args, kwargs, is_half=distillation.halves is not None)
+    labels = _named(model, args, kwargs).get("labels")
     reruns = {}
-    if distillation.level == "layer" and distillation.distils:
+    if distillation.level == "layer" and distillation.fuses:
         reruns = _reruns(type(context), model, block, args, kwargs)
 
     def run(context: ForwardContext, part: str) -> tuple[DistillationPass, Any]:
-        current = DistillationPass(block, distillation, masks, training, part, reruns)
+        current = DistillationPass(block, distillation, masks, training, part, labels, reruns)
         vars(context)["distillation_pass"] = current
         _share_parameters(context, model)
         return current, original(context, model, forward, *args, **kwargs)
@@ -207,11 +238,19 @@ def call_with_distillation(
         positions = ("start_positions", "end_positions")
         kwargs |= {name: kwargs[name].clone() for name in positions if kwargs.get(name) is not None}
         current, output = run(context, "student")
-        _match(current, output, fused, fused_output, model.config.is_encoder_decoder)
+        match_passes(current, output, fused, fused_output, model.config.is_encoder_decoder)
     else:
         current, output = run(context, "")
+    if training and distillation.enabled and distillation.config.output_objectives:
+
+        def run_teacher(context: ForwardContext) -> Any:
+            _share_parameters(context, model)
+            return original(context, model, forward, *args, **kwargs)
+
+        predicted = teacher_logits(type(context), run_teacher, model, block, args, kwargs)
+        match_predictions(current, model, output, predicted)
     if distillation.halves is None:
-        distillation.record = _fold(current, output)
+        distillation.record = fold(current, output)
     else:
         distillation.halves.append(current)
     return output
@@ -236,7 +275,7 @@ def fold_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: An
         whole.losses += half.losses
         whole.fusions |= half.fusions
         whole.attention |= half.attention
-    distillation.record = _fold(whole, output)
+    distillation.record = fold(whole, output)
 
 
 def _share_parameters(context: ForwardContext, model: ModelAdaptersMixin) -> None:
@@ -268,36 +307,16 @@ def _reruns(
     return made
 
 
-def _match(
-    current: DistillationPass, output: Any, fused: DistillationPass, fused_output: Any, of_decoder: bool
-) -> None:
-    """Gathers the terms of the carrier `dual` in the student's pass: each layer's output, logits and both task losses.
-
-    Raises:
-        ValueError: If the outputs have no loss, which the fusion would have to learn from.
-    """
-    if not isinstance(output, dict) or output.get("loss") is None:
-        raise ValueError(
-            "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
-        )
-    pairs = zip(current.outputs, fused.outputs, strict=True)
-    current.losses = [feature_matching_loss(student, target, weights) for (student, weights), (target, _) in pairs]
-    weights, _ = current._weights.get(of_decoder, (None, None))
-    for name in (name for name in output if name.endswith("logits")):
-        logits = output[name]
-        of_tokens = weights is not None and logits.shape[:2] == weights.shape
-        of_tokens &= logits.dim() > 2 or name in ("start_logits", "end_logits")  # the others are (batch, labels)
-        current.logit_loss += logit_matching_loss(logits, fused_output[name], weights if of_tokens else None)
-    current.fused_task_loss = fused_output["loss"]
-    current.fusions, current.attention = fused.fusions, fused.attention
+def _named(model: ModelAdaptersMixin, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of forward by their names."""
+    return dict(zip(forward_arguments(model), args, strict=False)) | kwargs if args else kwargs
 
 
 def _masks(
     model: ModelAdaptersMixin, args: tuple, kwargs: dict[str, Any], is_half: bool
 ) -> dict[bool, torch.Tensor | None]:
     """The padding masks by `TeacherFusion.in_decoder`."""
-    if args:
-        kwargs = dict(zip(forward_arguments(model), args, strict=False)) | kwargs
+    kwargs = _named(model, args, kwargs)
     encoder, decoder, labels = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels"))
     if is_half:
         return {False: kwargs.get("encoder_attention_mask", encoder), True: encoder}
@@ -308,37 +327,3 @@ def _masks(
     elif encoder is not None and all(kwargs.get(f"decoder_{name}") is None for name in ("input_ids", "inputs_embeds")):
         decoder = encoder  # ... the shifted inputs of the encoder, whose last token is cut off in the longest row
     return {False: encoder, True: decoder}
-
-
-def _fold(current: DistillationPass, output: Any) -> DistillationRecord:
-    """Adds the gathered terms to the loss of the output, if it has one."""
-    if not current.training:
-        return DistillationRecord(torch.zeros(()), False, None, None, None, current.attention)
-    distillation, fusions = current.distillation, current.fusions.values()
-    added = torch.zeros(())
-    if not current.losses or distillation.config.carrier == "mixed":
-        # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
-        added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
-    distillation_loss = regularization = layer_losses = None
-    if current.losses:
-        layer_losses = torch.stack(current.losses)
-        distillation_loss, layer_losses = layer_losses.mean() + current.logit_loss, layer_losses.detach()
-        regularization = distillation.regularization * value_regularization(f.value.weight for f in fusions)
-        added = added + distillation.scale * (distillation.weight * distillation_loss + regularization)
-        distillation_loss, regularization = distillation_loss.detach(), regularization.detach()
-    fused_task_loss = current.fused_task_loss
-    if fused_task_loss is not None:
-        added = added + fused_task_loss
-        fused_task_loss = fused_task_loss.detach()
-    in_loss = isinstance(output, dict) and output.get("loss") is not None
-    if in_loss:
-        output["loss"] = output["loss"] + added
-        added = added.detach()
-    elif isinstance(output, dict):
-        # DistributedDataParallel takes parameters that no output depends on for unused.
-        for name, value in output.items():
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                output[name] = value + 0.0 * added
-                break
-    terms = (distillation_loss, regularization, fused_task_loss)
-    return DistillationRecord(added, in_loss, *terms, current.attention, layer_losses)

@@ -1,6 +1,6 @@
 """Where the fusions of a student are in a model: making, finding and dropping them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from adapters import ModelAdaptersMixin
@@ -9,7 +9,9 @@ from transformers import EncoderDecoderModel
 
 from .composition import AdapterDistillation
 from .fusion import TeacherFusion, fusions_at
+from .heads import number_of_labels
 from .layers import adapter_layers
+from .losses import TaskSpecificLoss
 from .parts import owner
 from .passes import begin_halves, fold_halves
 from .stacked import update_sizes
@@ -37,6 +39,8 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
             device = next(layer.parameters()).device  # layers may be on several
             fusions[student] = TeacherFusion(*sizes, name, in_decoder, device, dtype)
         fusion = fusions[student]
+        if distillation.config.layer_weights is not None:
+            fusion.layer_weight = _layer_weight(model, distillation.config.layer_weights, name)
         fusion.requires_grad_(True).train(layer.training)
         fusion.cache.clear()
         if distillation.level == "layer":
@@ -52,6 +56,38 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         for held in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
             if below in held:
                 held[below].requires_grad_(False)
+
+
+def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
+    """Gives each fusion the probe of the objective `task_specific`, once the student has a head.
+
+    Args:
+        model: The model that holds the heads.
+        student: The name of the student.
+    """
+    n_labels = number_of_labels(model, student)
+    config = distillations(model.adapters_config)[student].config
+    if "task_specific" not in config.objectives or n_labels is None:  # the trainer refuses a student without a head
+        return
+    for fusion in fusions_of(model, student):
+        if fusion.task_specific is None:
+            weight = fusion.value.weight
+            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype)
+            fusion.task_specific.train(fusion.training)
+
+
+def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location: str) -> float:
+    """The weight of the layer that a location is in, relative to the mean over all layers.
+
+    Raises:
+        ValueError: If the model has another number of layers.
+    """
+    layers = [layer for _, layer in model.base_model.iter_layers()]
+    if len(layers) != len(weights):
+        raise ValueError(f"layer_weights has {len(weights)} numbers, but the model has {len(layers)} layers.")
+    module = model.base_model.get_submodule(location)
+    number = next(i for i, layer in enumerate(layers) if any(part is module for part in layer.modules()))
+    return weights[number] * len(weights) / sum(weights)
 
 
 def _places(

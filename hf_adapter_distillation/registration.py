@@ -17,7 +17,7 @@ from .configuration import DistillationConfig
 from .hub import provenance, save_card
 from .layers import FusedLayer, compose_distillation
 from .passes import call_with_distillation
-from .placement import prepare_fusion
+from .placement import prepare_fusion, prepare_probes
 from .state import distillations
 from .student import add_student, distillation_block, forget_adapter, prepare_head
 
@@ -139,6 +139,7 @@ def _train_adapter_with_head(
     original(self, block or adapter_setup, train_embeddings)
     if block is not None:
         prepare_head(self, block.student, train_embeddings)
+        prepare_probes(self, block.student)
 
 
 def _delete_adapter(original: Callable, self: ModelAdaptersMixin, adapter_name: str) -> None:

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-import datasets
 import torch
 from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.utils import logging
 
 from ._compat import LoRA
@@ -125,26 +123,6 @@ def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillati
     head = model.heads[student]
     if all(type(other) is type(head) and _shapes(other) == _shapes(head) for other in heads):
         head.load_state_dict(_mean(heads))
-
-
-def start_examples(dataset: Dataset, seed: int) -> Dataset | None:
-    """The examples that a student's start is fitted on, at most `START_EXAMPLES`, drawn from the training data.
-
-    Args:
-        dataset: The training data.
-        seed: For the draw.
-
-    Returns:
-        The examples; the first ones of an `IterableDataset` of datasets, None for other streams, which cannot be read
-        twice.
-    """
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.take(START_EXAMPLES)
-    if isinstance(dataset, IterableDataset):
-        return None
-    size = len(dataset)  # type: ignore[arg-type]
-    indices = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:START_EXAMPLES].tolist()
-    return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
 
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:

@@ -35,7 +35,10 @@ class DistillationRecord:
         fusion_regularization: Weighted, detached; None in stage 1.
         fused_task_loss: The task loss of the fused pass of the carrier `dual`, detached; None for the others.
         attention: The attention at each location.
-        layer_losses: The parts of `distillation_loss`, in the order of the layers, detached; None in stage 1.
+        layer_losses: The parts of `distillation_loss`, in the order of the layers, detached; None in stage 1, and
+            where no objective matches layers.
+        terms: What else is logged, detached: the objectives one by one where there are several, and of
+            `task_specific` the loss of its probes and its ratio.
     """
 
     added: torch.Tensor
@@ -45,12 +48,15 @@ class DistillationRecord:
     fused_task_loss: torch.Tensor | None
     attention: dict[str, TeacherAttention]
     layer_losses: torch.Tensor | None = None
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def not_finite(self) -> str:
         """Names the term by which a loss is NaN or infinite, and the first layer concerned."""
-        if self.layer_losses is None or self.distillation_loss is None or self.fusion_regularization is None:
+        if self.distillation_loss is None or self.fusion_regularization is None:
             return "task_loss, in stage 1"
-        finite, names = self.layer_losses.isfinite().tolist(), list(self.attention)
+        finite, names = [], list(self.attention)
+        if self.layer_losses is not None:
+            finite = self.layer_losses.isfinite().tolist()
         if not all(finite):
             return f"distillation_loss, first in {names[finite.index(False) % len(names)]}"
         if not self.distillation_loss.isfinite():
@@ -82,6 +88,8 @@ class Distillation:
         scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
         fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
             where it changes from step to step, or compiled code would be compiled anew.
+        calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
+        ranking: The scores by which the teachers were chosen (`ranking.rank_teachers`), the best first.
         fits: What the layers gather for `start.fit_start`, by location, while it runs.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
         halves: While an `EncoderDecoderModel` runs, the passes of its encoder and decoder.
@@ -101,6 +109,8 @@ class Distillation:
     regularization: float = DistillationTrainingArguments.fusion_regularization
     scale: float = 1.0
     fused_probability: float | torch.Tensor = 1.0
+    calibration: torch.Tensor | None = None
+    ranking: dict[str, float] | None = None
     fits: dict[str, UpProjectionFit] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
     halves: list[Any] | None = None
@@ -113,9 +123,13 @@ class Distillation:
         return self.observing or self.fits is not None
 
     @property
-    def distils(self) -> bool:
-        """Whether the teachers run: in stage 2, and where their attention or their mean is asked for."""
-        return self.enabled or self.in_evaluation
+    def fuses(self) -> bool:
+        """Whether the teachers run in the layers: in stage 2, and where their attention or their mean is asked for.
+
+        With the carrier `student` nothing but the objectives of layers needs what they put out.
+        """
+        needed = self.config.carrier != "student" or bool(self.config.layer_objectives)
+        return (self.enabled and needed) or self.in_evaluation
 
     def take_record(self) -> DistillationRecord:
         """The record of the last forward pass, which is then forgotten together with its graph."""

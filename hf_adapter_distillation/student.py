@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .composition import AdapterDistillation, check_name, check_teachers, join_block
 from .configuration import DistillationConfig
 from .fusable import check_devices, check_supported, check_weights, choose_level
+from .hub import adapter_digest
 from .placement import drop_fusion, fusions_of
 from .start import start_at_average, start_head
 from .state import Distillation, add_distillation, distillations
@@ -155,6 +156,28 @@ def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
         sources.update({name: source for name, source in known.sources.items() if name in sources})
     distillation = Distillation(config=config, level=level, level_reason=reason, sources=sources)
     add_distillation(model.adapters_config, block.student, distillation)
+
+
+def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: Sequence[str]) -> None:
+    """Goes on with some of the teachers, and makes the student with them active.
+
+    A student that still stands at the average of its teachers, and its head, start anew at that of those that are
+    kept. The others stay on the model.
+
+    Args:
+        model: The model.
+        block: The active distillation block.
+        names: The teachers to keep.
+    """
+    student, distillation = block.student, distillations(model.adapters_config)[block.student]
+    at_start = distillation.start_digest == adapter_digest(model, student)
+    kept = [name for name in block.teachers if name in names]
+    distillation.config = replace(distillation.config, teachers=kept)
+    if at_start:
+        distillation.head_started = False
+        start_at_average(model, student, distillation)
+    drop_fusion(model, student)
+    model.train_adapter(AdapterDistillation(Stack(*block.children), kept))
 
 
 def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool) -> None:

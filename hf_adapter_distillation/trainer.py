@@ -1,18 +1,16 @@
 """The two-stage training of a distilled student."""
 
 import os
-from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
 from math import ceil
 from typing import Any
 
-import datasets
 import torch
 from adapters import AdapterTrainer, Stack
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -21,19 +19,20 @@ from ._compat import loss_counts_items
 from .callback import FrozenTeachersCallback
 from .checkpoint import check_whole, load_student, newest_whole_checkpoint, save_student, write_digests
 from .configuration import DistillationTrainingArguments
+from .data import UnlabelledBatches, batches, drawn
+from .heads import check_head, check_objectives
 from .hub import adapter_digest
-from .parts import active_block, check_head, check_trainable, is_fusion, parameter_table
+from .logs import LoggedTerms
+from .parts import active_block, check_trainable, is_fusion, parameter_table
 from .placement import drop_fusion
+from .ranking import select_teachers
+from .refused import check_arguments, check_combinations
 from .sigterm import SigtermCallback
-from .start import can_be_fitted, fit_start, start_examples
+from .start import START_EXAMPLES, can_be_fitted, fit_start
 from .state import Distillation, DistillationRecord, distillations
 
 logger = logging.get_logger(__name__)
 
-NOT_SHARDED = (
-    "is not supported: what is trained is too small to be worth sharding. Leave it out; accelerate launch runs the "
-    "training on several GPUs, each with a copy of the model."
-)
 PRIOR_EXAMPLES = 200  # as many of a task's own examples outweigh its teachers, by default
 
 
@@ -42,7 +41,7 @@ class DistillationTrainer(AdapterTrainer):
 
     A student that starts at its teachers' average is first moved to the average of their updates (`start.fit_start`).
     Stage 1 trains the student and its head on the task alone; stage 2, from the step
-    `ceil(distillation_start * max_steps)` on, adds the distillation loss (`losses.feature_matching_loss`, the mean
+    `ceil(distillation_start * max_steps)` on, adds the distillation loss (by default `losses.FeatureLoss`, the mean
     over layers times `distillation_weight`) and trains the fusion with it. Evaluation runs the student alone. There is
     one optimizer and one schedule; the stage follows from the step, so that resuming needs no more than a checkpoint.
 
@@ -52,17 +51,21 @@ class DistillationTrainer(AdapterTrainer):
     Args:
         model: A model on which `train_adapter` was called for an adapter that has `distill_from`.
         args: The arguments of both stages.
+        distillation_dataset: Examples of the task without labels (columns of labels are left out). In stage 2 each
+            batch of the training data comes with one of these, and the distillation loss is the mean of both.
         **kwargs: The other arguments of `transformers.Trainer`: datasets, `data_collator` and so on.
 
     Raises:
         TypeError: If `args` are no `DistillationTrainingArguments`.
-        ValueError: If no distilled student is active, or something else is left trainable.
+        ValueError: If no distilled student is active, or something else is left trainable, or settings exclude one
+            another.
     """
 
     def __init__(
         self,
         model: PreTrainedModel | None = None,
         args: DistillationTrainingArguments | None = None,
+        distillation_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -71,33 +74,18 @@ class DistillationTrainer(AdapterTrainer):
             raise TypeError(
                 f"args must be DistillationTrainingArguments, not {type(args).__name__}; they take the same arguments."
             )
-        for name in ("fsdp", "deepspeed"):
-            if getattr(args, name):
-                raise ValueError(f"{name}={getattr(args, name)!r} {NOT_SHARDED}")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start with accelerate launch."
-            )
+        check_arguments(args)
         if model is not None:
             active_block(model)
         super().__init__(model, args, **kwargs)
-        if (kind := self.accelerator.distributed_type.value) != "NO" and not kind.startswith("MULTI_"):
-            raise ValueError(f"accelerate's distributed_type {kind} {NOT_SHARDED}")
         self.block = active_block(self.model)
         check_trainable(self.model, self.block)
         # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
         self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
-        if self.args.torch_compile and self.distillation.level == "layer":
-            raise ValueError(
-                "torch_compile=True is not supported where whole layers are fused (level='layer'); leave it out."
-            )
-        if self.distillation.config.carrier == "dual" and (self.label_smoother or self.compute_loss_func):
-            raise ValueError(
-                "The carrier 'dual' needs the model's own loss in both of its passes; leave out "
-                "label_smoothing_factor and compute_loss_func, or choose the carrier 'mixed'."
-            )
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._attention: dict[tuple[str, ...], torch.Tensor] = {}
+        check_combinations(self, distillation_dataset)
+        self._unlabelled = None if distillation_dataset is None else UnlabelledBatches(self, distillation_dataset)
+        self._without_labels = False  # whether the running step is one of those
+        self._terms = LoggedTerms(self.accelerator)
         self._record: DistillationRecord
         self._teacher_modules: list[nn.Module] = []
         self._fusion_parameters: list[nn.Parameter] = []
@@ -136,6 +124,8 @@ class DistillationTrainer(AdapterTrainer):
         self.model.train_adapter(self.block)
         if self.model_init is None and self.compute_loss_func is None:
             check_head(self.model, self.block.student)
+        check_objectives(self.model, self.block)
+        select_teachers(self)
         with self._sigterm if self.args.save_on_sigterm else nullcontext():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.distillation.enabled, self.distillation.scale = True, 1.0
@@ -155,7 +145,7 @@ class DistillationTrainer(AdapterTrainer):
             return
         if distillation.start_digest != adapter_digest(self.model, student) or not can_be_fitted(self.model, student):
             return
-        examples = start_examples(self.train_dataset, self.args.seed)
+        examples = drawn(self.train_dataset, START_EXAMPLES, self.args.seed)
         if examples is None:
             logger.warning(
                 f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
@@ -163,16 +153,8 @@ class DistillationTrainer(AdapterTrainer):
             )
             return
 
-        # Each process reads all of them: a share of its own would be padded with examples that count twice.
-        collator = self.data_collator
-        if isinstance(examples, datasets.Dataset):
-            examples = self._remove_unused_columns(examples, "start")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, "start")
-
         def forward_passes() -> None:
-            for inputs in DataLoader(examples, self.args.eval_batch_size, collate_fn=collator):
-                inputs = self._prepare_inputs(inputs)
+            for inputs in batches(self, examples):
                 if self.label_smoother is not None or self.compute_loss_func is not None:
                     inputs.pop("labels", None)
                 with self.compute_loss_context_manager():
@@ -219,9 +201,14 @@ class DistillationTrainer(AdapterTrainer):
         distillation.weight = self.distillation_weight
         distillation.regularization = self.args.fusion_regularization
         distillation.fused_probability = torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first))
-        distillation.scale = self._loss_scale(num_items_in_batch)
+        distillation.scale = self._share * self._loss_scale(num_items_in_batch)
         for module in self._teacher_modules:  # Trainer puts the whole model into training mode at each step
             module.eval()
+
+    @property
+    def _share(self) -> float:
+        """The share of a batch in the distillation loss of its step."""
+        return 1.0 if self._unlabelled is None else 0.5
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | None) -> float:
         """The factor that the terms need where Trainer does not divide the loss by the micro-batches of a step."""
@@ -256,6 +243,13 @@ class DistillationTrainer(AdapterTrainer):
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._without_labels:
+            self._enter_stage(num_items_in_batch)
+            outputs = model(**inputs)
+            self._record = self.distillation.take_record()
+            # What no gradient reaches in this pass (the head) stays in the graph of each process.
+            rest = sum(value.sum() * 0.0 for value in outputs.values() if isinstance(value, torch.Tensor))
+            return (self._record.added + rest, outputs) if return_outputs else self._record.added + rest
         if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
             raise ValueError(
                 f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
@@ -268,13 +262,39 @@ class DistillationTrainer(AdapterTrainer):
             loss = loss + record.added
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; in stage 1 the optimizer does not see the fusion.
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass, in stage 2 another one without labels if there are such examples.
+
+        In stage 1 the optimizer does not see the fusion.
+
+        Args:
+            model: The model, perhaps wrapped.
+            inputs: The batch.
+            num_items_in_batch: The number of labels in all micro-batches of the step.
 
         Returns:
             The loss of the micro-batch, detached.
+
+        Raises:
+            FloatingPointError: If it is NaN or infinite, unless `stop_on_nan` is unset.
         """
-        loss = super().training_step(*args, **kwargs)
+        loss = self._micro_step(model, inputs, num_items_in_batch)
+        step = 1 / self.current_gradient_accumulation_steps
+        self._terms.note(loss, self._record, self.distillation, step, self._share)
+        if self._unlabelled is not None and self.distillation.enabled:
+            stage_2_step = self.state.global_step - self.first_distillation_step
+            self._without_labels = True
+            try:
+                loss = loss + self._micro_step(model, self._unlabelled.next(stage_2_step), num_items_in_batch)
+            finally:
+                self._without_labels = False
+            self._terms.note_distillation(self._record, step * self._share)
+        return loss
+
+    def _micro_step(self, *args: Any) -> torch.Tensor:
+        loss = super().training_step(*args)
         if not self.distillation.enabled:
             # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
             for parameter in self._fusion_parameters:
@@ -284,7 +304,6 @@ class DistillationTrainer(AdapterTrainer):
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}: {self._record.not_finite()}. "
                 "No weight has changed in this step; lower the learning rate, or pass stop_on_nan=False to go on."
             )
-        self._note(loss, self._record)
         return loss
 
     # Optimizer
@@ -343,46 +362,20 @@ class DistillationTrainer(AdapterTrainer):
 
     # Logging
 
-    def _note(self, loss: torch.Tensor, record: DistillationRecord) -> None:
-        """Adds the terms of one micro-batch to the sums that the next log divides by the number of steps."""
-        step = 1 / self.current_gradient_accumulation_steps
-        self._sums["steps"] += step
-        if record.distillation_loss is None or record.fusion_regularization is None:  # stage 1
-            self._sums["task_loss"] += loss
-            return
-        added = self.distillation.weight * record.distillation_loss + record.fusion_regularization
-        if record.fused_task_loss is not None:
-            fused_task_loss = record.fused_task_loss / self.distillation.scale  # normalised as the task loss is
-            added = added + fused_task_loss
-            self._sums["fused_task_loss"] += step * fused_task_loss
-        self._sums["task_loss"] += loss - step * added
-        self._sums["stage_2_steps"] += step
-        self._sums["distillation_loss"] += step * record.distillation_loss
-        self._sums["fusion_regularization"] += step * record.fusion_regularization
-        for names, weights in record.attention.values():
-            self._attention[names] = self._attention.get(names, 0.0) + step * weights / len(record.attention)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs the loss terms one by one beside Trainer's values.
 
         `task_loss` is the mean over all steps since the last log; `distillation_loss` (unweighted),
-        `fusion_regularization` (weighted) and `attention/<teacher>` are means over those steps that were in stage 2.
+        `fusion_regularization` (weighted) and `attention/<teacher>` are means over those steps that were in stage 2,
+        and so are `distillation_loss/<objective>` (unweighted) where there are several, and of `task_specific` the
+        `probe_loss` and the `task_specific_ratio`.
 
         Args:
             logs: What Trainer logs.
             start_time: The start of the training, in seconds.
         """
-        if "loss" in logs and self._sums:
-            sums = {name: self.accelerator.gather(total).mean().item() for name, total in self._sums.items()}
-            self._sums.clear()
-            stage_2_steps = sums.pop("stage_2_steps", 0)
-            for names, total in self._attention.items():
-                for name, weight in zip(names, self.accelerator.reduce(total, "mean").tolist(), strict=True):
-                    sums[f"attention/{name}"] = sums.get(f"attention/{name}", 0.0) + weight
-            self._attention.clear()
-            logs["task_loss"] = round(sums.pop("task_loss") / sums.pop("steps"), 6)
-            logs |= {name: round(total / stage_2_steps, 6) for name, total in sums.items()}
-            logs["stage"] = 2 if stage_2_steps else 1
+        if "loss" in logs:
+            logs |= self._terms.means()
         super().log(logs, start_time)
 
     def parameter_table(self) -> str:

@@ -58,7 +58,7 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
         return None
     fusion = fusions_at(layer)[student]
     current.fusions[fusion.location] = fusion
-    if not current.distillation.distils:
+    if not current.distillation.fuses:
         return None
 
     args, kwargs = _inputs(args, kwargs, detach=current.matched_only)

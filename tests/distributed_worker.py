@@ -48,6 +48,12 @@ SETTINGS = {
     "tokens of each process": {
         "family": "gpt2", "kind": "causal_lm", "labels": "all tokens", "average_tokens_across_devices": False
     },
+    "objectives": {"objective": {"features": 1.0, "logits": 0.5, "task_specific": 1.0}, "teacher_selection": 2},
+    "without labels": {"unlabelled": 20, "objective": {"features": 1.0, "logits": 0.5}},
+    "without labels, unused parameters": {
+        "unlabelled": 20, "ddp_find_unused_parameters": True, "objective": "task_specific", "carrier": "fused"
+    },
+    "without labels, accumulation": {"unlabelled": 20, "gradient_accumulation_steps": 2},
     "float32": {"dtype": torch.float32},
 }  # fmt: skip
 
@@ -55,11 +61,12 @@ SETTINGS = {
 def trainer_of(
     folder, examples=16, family="bert", kind="flex", labels="classification", config="seq_bn", carrier="student",
     level="auto", start="random", dtype=torch.float64, callbacks=(), compute_loss_func=None,
-    gradient_accumulation_steps=1, **kwargs,
+    gradient_accumulation_steps=1, objective="features", teacher_selection="all", unlabelled=0, **kwargs,
 ):  # fmt: skip
     model = make_student(
-        make_model(family, kind, dtype=dtype), config=config, carrier=carrier, level=level, student_start=start
-    ).to(dtype)
+        make_model(family, kind, dtype=dtype), config=config, carrier=carrier, level=level, student_start=start,
+        objective=objective, teacher_selection=teacher_selection,
+    ).to(dtype)  # fmt: skip
     distillation = distillations(model.adapters_config)["insurance"]
     if start == "teachers":  # the cast has changed the digest
         distillation.start_digest = adapter_digest(model, "insurance")
@@ -76,8 +83,9 @@ def trainer_of(
         **{"save_strategy": "no", **defaults, **kwargs},
     )  # fmt: skip
     return had.DistillationTrainer(
-        model, args, train_dataset=dataset, callbacks=list(callbacks), compute_loss_func=compute_loss_func
-    )
+        model, args, train_dataset=dataset, callbacks=list(callbacks), compute_loss_func=compute_loss_func,
+        distillation_dataset=make_dataset(unlabelled, seed=5) if unlabelled else None,
+    )  # fmt: skip
 
 
 def train(folder, name, **kwargs):

@@ -28,7 +28,7 @@ from conftest import (
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
-from hf_adapter_distillation.losses import feature_matching_loss, token_weights
+from hf_adapter_distillation.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.state import distillations
 
 SMALL = {"reduction_factor": 8}
@@ -156,7 +156,7 @@ def test_a_teacher_of_another_kind_reads_its_own_input(teacher, student, monkeyp
     batch = make_batch()
     model(**batch)
     weights = token_weights(batch["attention_mask"].double())
-    expected = torch.stack([feature_matching_loss(u, fused, weights) for u, fused in calls]).mean()
+    expected = torch.stack([FeatureLoss()(u, fused, weights) for u, fused in calls]).mean()
     record = distillations(model.adapters_config)["insurance"].record
     torch.testing.assert_close(record.distillation_loss, expected.detach(), rtol=1e-9, atol=1e-12)
 

@@ -20,11 +20,42 @@ def test_the_setting_of_the_paper():
         ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed', 'dual'"),
         ({"level": "head"}, "level='head' is not supported; choose one of 'auto', 'adapter', 'layer'"),
         ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'average'"),
+        ({"objective": "hidden"}, "objective='hidden' is not supported; choose one of 'features', 'cosine', "),
+        ({"objective": {}}, "objective={} is not supported; give a name, or weights by names."),
+        ({"objective": ["features"]}, r"objective=\['features'\] is not supported; give a name, or weights by names."),
+        (
+            {"objective": {"logits": 0}},
+            "The weight of objective 'logits'=0 is out of range; it must be a number above",
+        ),
+        ({"objective": {"logits": "1"}}, "The weight of objective 'logits'='1' is out of range"),
+        ({"temperature": 0.0}, "temperature=0.0 is out of range; it must be a number above 0."),
+        ({"temperature": True}, "temperature=True is out of range"),
+        ({"layer_weights": 2}, "layer_weights=2 is out of range; give one number for each layer."),
+        (
+            {"layer_weights": [1, -1]},
+            "A weight in layer_weights=-1 is out of range; it must be finite and not negative",
+        ),
+        ({"layer_weights": [0, 0]}, r"layer_weights=\[0, 0\] is out of range; at least one must be above 0."),
+        ({"layer_weights": []}, r"layer_weights=\[\] is out of range; at least one must be above 0."),
+        (
+            {"layer_weights": [1], "objective": "logits"},
+            "layer_weights needs an objective of layers, not 'logits'; leave it out.",
+        ),
+        ({"teacher_selection": 0}, "teacher_selection=0 is out of range; it must be 'all' or a number of teachers."),
+        ({"teacher_selection": "best"}, "teacher_selection='best' is out of range"),
+        ({"teacher_selection": 1.5}, "teacher_selection=1.5 is out of range"),
+        ({"teacher_selection": True}, "teacher_selection=True is out of range"),
     ],
 )
 def test_bad_config(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         DistillationConfig(teachers=["a"], **kwargs)
+
+
+def test_objectives_and_their_weights():
+    assert DistillationConfig(["a"]).objectives == {"features": 1.0}
+    config = DistillationConfig(["a"], objective={"cosine": 2, "cross_task": 0.5})
+    assert (config.layer_objectives, config.output_objectives) == ({"cosine": 2}, {"cross_task": 0.5})
 
 
 @pytest.mark.parametrize(

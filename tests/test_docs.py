@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality  # noqa: E402
 import report  # noqa: E402
 
-PAGES = ["README.md", "docs/quickstart.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/objectives.md"]
 
 
 def blocks(page, language):
@@ -46,15 +46,20 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("DISABLE_TQDM", "1")
     names = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1)}
+    if page == "docs/objectives.md":  # which goes on from the quick start
+        args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
+        names |= {"had": had, "model": platform, "args": args, "query_log": make_dataset(seed=2)}
     sources = blocks(page, "python")
     assert sources
     for source in sources:
         exec(compile(source, page, "exec"), names)
     if page == "README.md":
         assert pushed == ["insurance"]
-    else:
+    elif page == "docs/quickstart.md":
         assert (tmp_path / "outputs" / "attention.png").is_file()
         assert (tmp_path / "outputs" / "faq-insurance" / "adapter_config.json").is_file()
+    else:
+        assert names["trainer"].state.global_step == 2 and len(names["trainer"].block.teachers) <= 2
 
 
 def test_commands_of_the_readme_are_targets_of_the_makefile():

@@ -10,7 +10,7 @@ from conftest import TEACHERS, changed, make_batch, make_model, make_student, no
 import hf_adapter_distillation as had
 from hf_adapter_distillation.fusion import TeacherFusion
 from hf_adapter_distillation.layers import adapter_layers, compose_distillation
-from hf_adapter_distillation.losses import feature_matching_loss, token_weights
+from hf_adapter_distillation.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.placement import fusions_of
 from hf_adapter_distillation.stacked import StackedAdapters
 from hf_adapter_distillation.state import distillations
@@ -68,7 +68,7 @@ def test_layers_equal_the_plain_reference(carrier, config, monkeypatch):
         scores = torch.stack([(q * (x @ fusion.key.weight.T)).sum(-1) for x in updates], -1)
         a = scores.softmax(-1)
         fused = sum(a[..., n : n + 1] * (x @ fusion.value.weight.T) for n, x in enumerate(updates))
-        losses.append(feature_matching_loss(u, fused, token_weights(batch["attention_mask"].double())))
+        losses.append(FeatureLoss()(u, fused, token_weights(batch["attention_mask"].double())))
         passed_on = residual + (u if carrier == "student" else fused)
         torch.testing.assert_close(result.hidden_states, passed_on, rtol=1e-10, atol=1e-10)
         names = [*TEACHERS, "insurance"][: len(updates)]
@@ -387,7 +387,7 @@ def test_dual_matches_a_fused_pass_and_a_students_pass(monkeypatch):
     monkeypatch.undo()
     fused, student = seen["fused"], seen["student"]
     weights = token_weights(make_batch()["attention_mask"].double())
-    matched = [feature_matching_loss(u, f, weights) for u, f in zip(student[1], fused[2], strict=True)]
+    matched = [FeatureLoss()(u, f, weights) for u, f in zip(student[1], fused[2], strict=True)]
     logits = (student[0].logits - fused[0].logits).square().mean()
     torch.testing.assert_close(record.distillation_loss, (torch.stack(matched).mean() + logits).detach())
     torch.testing.assert_close(record.fused_task_loss, fused[0].loss.detach())

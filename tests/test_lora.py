@@ -17,7 +17,7 @@ from conftest import (
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
-from hf_adapter_distillation.losses import feature_matching_loss, token_weights
+from hf_adapter_distillation.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.stacked import StackCache, stack
 from hf_adapter_distillation.start import average_lora
 from hf_adapter_distillation.state import distillations
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_the_formulas(monkeypatch):
         q = h @ fusion.query.weight.T + fusion.query.bias
         a = torch.stack([(q * (x @ fusion.key.weight.T)).sum(-1) for x in updates], -1).softmax(-1)
         fused = sum(a[..., n : n + 1] * (x @ fusion.value.weight.T) for n, x in enumerate(updates))
-        losses.append(feature_matching_loss(u, fused, token_weights(batch["attention_mask"].double())))
+        losses.append(FeatureLoss()(u, fused, token_weights(batch["attention_mask"].double())))
         widths.add((h.shape[-1], u.shape[-1]))
     assert widths == {(32, 32), (32, 37), (37, 32)} and len(losses) == 10
     record = distillations(model.adapters_config)["insurance"].record

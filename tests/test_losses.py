@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,11 @@ from hypothesis import strategies as st
 
 from hf_adapter_distillation.losses import (
     MINIMAL_VARIANCE,
-    feature_matching_loss,
+    CosineLoss,
+    CrossTaskLoss,
+    FeatureLoss,
+    LogitLoss,
+    TaskSpecificLoss,
     logit_matching_loss,
     token_weights,
     value_regularization,
@@ -32,7 +38,7 @@ def test_equals_the_equation(batch, seq_len, hidden, seed):
     shape = (batch, seq_len, hidden)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     mask = torch.randint(0, 2, (batch, seq_len), generator=generator)
-    expected, loss = reference(*inputs, mask), feature_matching_loss(*inputs, token_weights(mask.double()))
+    expected, loss = reference(*inputs, mask), FeatureLoss()(*inputs, token_weights(mask.double()))
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     wanted = torch.autograd.grad(expected, inputs, materialize_grads=True)
     for grad, other in zip(torch.autograd.grad(loss, inputs), wanted, strict=True):
@@ -42,8 +48,8 @@ def test_equals_the_equation(batch, seq_len, hidden, seed):
 def test_by_hand():
     fused = torch.tensor([[[1.0, -1.0], [3.0, -3.0]]])  # variance (1 + 1 + 9 + 9) / 4 = 5
     student = fused + 1.0  # squared error 1
-    assert feature_matching_loss(student, fused, token_weights(torch.ones(1, 2))).item() == pytest.approx(1 / 5)
-    assert feature_matching_loss(student, fused, token_weights(torch.tensor([[1, 0]]))).item() == pytest.approx(1.0)
+    assert FeatureLoss()(student, fused, token_weights(torch.ones(1, 2))).item() == pytest.approx(1 / 5)
+    assert FeatureLoss()(student, fused, token_weights(torch.tensor([[1, 0]]))).item() == pytest.approx(1.0)
 
 
 def test_the_mean_of_the_parts_is_the_loss_of_the_whole():
@@ -51,8 +57,8 @@ def test_the_mean_of_the_parts_is_the_loss_of_the_whole():
     student, fused = torch.randn(6, 5, 4, dtype=torch.float64), torch.randn(6, 5, 4, dtype=torch.float64)
     mask = (torch.arange(5) < torch.tensor([1, 5, 2, 3, 4, 5])[:, None]).double()
     mask = token_weights(mask)
-    whole = feature_matching_loss(student, fused, mask)
-    parts = [feature_matching_loss(student[i : i + 2], fused[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)]
+    whole = FeatureLoss()(student, fused, mask)
+    parts = [FeatureLoss()(student[i : i + 2], fused[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
 
 
@@ -60,26 +66,26 @@ def test_padding_does_not_count():
     torch.manual_seed(0)
     student, fused = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    before = feature_matching_loss(student, fused, token_weights(mask))
+    before = FeatureLoss()(student, fused, token_weights(mask))
     student[mask == 0] = 1e6
-    assert torch.equal(feature_matching_loss(student, fused, token_weights(mask)), before)
+    assert torch.equal(FeatureLoss()(student, fused, token_weights(mask)), before)
 
 
 def test_constant_teachers_and_padded_rows_are_finite():
     student, fused = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(2, 3, 4)
-    loss = feature_matching_loss(student, fused, token_weights(torch.tensor([[1, 1, 1], [0, 0, 0]])))
+    loss = FeatureLoss()(student, fused, token_weights(torch.tensor([[1, 1, 1], [0, 0, 0]])))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
-    assert feature_matching_loss(student, fused, token_weights(torch.zeros(2, 3))).item() == 0
+    assert FeatureLoss()(student, fused, token_weights(torch.zeros(2, 3))).item() == 0
 
 
 def test_half_precision_is_computed_in_float32():
     torch.manual_seed(0)
     student, fused = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     weights = token_weights(torch.ones(2, 3))
-    loss = feature_matching_loss(student.bfloat16(), fused.bfloat16(), weights)
+    loss = FeatureLoss()(student.bfloat16(), fused.bfloat16(), weights)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(feature_matching_loss(student, fused, weights).item(), rel=2e-2)
+    assert loss.item() == pytest.approx(FeatureLoss()(student, fused, weights).item(), rel=2e-2)
 
 
 def test_value_regularization():
@@ -96,3 +102,173 @@ def test_logits_by_hand():
     assert student.grad.tolist() == [[0.0, 1.0], [-1.5, 0.0]] and fused.grad is None
     assert logit_matching_loss(student.bfloat16(), fused.bfloat16()).dtype == torch.float32
     assert logit_matching_loss(student.double(), fused.double()).dtype == torch.float64
+
+
+def softmax(row):
+    exponentials = [math.exp(x) for x in row]
+    return [x / sum(exponentials) for x in exponentials]
+
+
+def test_cosine_by_hand():
+    student = torch.tensor([[[2.0, 0.0], [3.0, 3.0]]], dtype=torch.float64, requires_grad=True)
+    fused = torch.tensor([[[5.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    loss = CosineLoss()(student, fused, token_weights(torch.ones(1, 2)))
+    assert loss.item() == pytest.approx((0 + 1 - 1 / math.sqrt(2)) / 2)
+    loss.backward()  # of -cos at (3, 3) towards (0, 1): (xy, -x^2) / |u|^3, and half of it
+    size = 18**1.5
+    assert student.grad.flatten().tolist() == pytest.approx([0, 0, 9 / size / 2, -9 / size / 2])
+    assert CosineLoss()(student, fused, token_weights(torch.tensor([[1, 0]]))).item() == pytest.approx(0)
+
+
+def test_the_length_of_an_update_is_free_for_the_cosine_alone():
+    torch.manual_seed(0)
+    fused, weights = torch.randn(2, 3, 4), token_weights(torch.ones(2, 3))
+    assert CosineLoss()(3 * fused, fused, weights).item() == pytest.approx(0, abs=1e-6)
+    assert FeatureLoss()(3 * fused, fused, weights).item() > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_soft_labels_by_hand(temperature):
+    logits, teachers = [[0.0, math.log(3)]], [[[0.0, 0.0]], [[0.0, math.log(3)]]]
+    student = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    of_teachers = torch.tensor(teachers, dtype=torch.float64, requires_grad=True)
+    loss = LogitLoss(temperature)(student, of_teachers)
+    p = softmax([x / temperature for x in logits[0]])
+    each = [softmax([x / temperature for x in teacher[0]]) for teacher in teachers]
+    soft = [(a + b) / 2 for a, b in zip(*each, strict=True)]
+    if temperature == 1:
+        assert soft == pytest.approx([0.375, 0.625]) and p == pytest.approx([0.25, 0.75])
+    divergence = sum(q * math.log(q / r) for q, r in zip(soft, p, strict=True))
+    assert loss.item() == pytest.approx(temperature**2 * divergence)
+    loss.backward()
+    assert student.grad[0].tolist() == pytest.approx([temperature * (r - q) for q, r in zip(soft, p, strict=True)])
+    assert of_teachers.grad is None
+
+
+def test_soft_labels_of_tokens_leave_out_padding():
+    torch.manual_seed(0)
+    student, teachers = torch.randn(2, 3, 5), torch.randn(4, 2, 3, 5)
+    weights = token_weights(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    loss = LogitLoss()(student, teachers, weights)
+    rows = [LogitLoss()(student[b, :n], teachers[:, b, :n]) for b, n in ((0, 2), (1, 1))]
+    assert loss.item() == pytest.approx(sum(rows).item() / 2)
+    assert LogitLoss()(student, student.unsqueeze(0)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_cross_task_by_hand():
+    """Teacher a is on the wrong side of the first item; of the two wrong items the second is before the third."""
+    r, labels = [0.5, -0.2, 0.1], torch.tensor([1, 0, 0])
+    teachers = [[-2.0, -1.5, -3.0], [3.0, 0.5, -4.0]]
+    student = torch.tensor(r, dtype=torch.float64, requires_grad=True)
+    loss = CrossTaskLoss(temperature=2.0, margin=1.0)(student, torch.tensor(teachers, dtype=torch.float64), labels)
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    corrected = [[1.0, -1.5, -3.0], [3.0, -1.0, -4.0]]
+    soft = [(sigmoid(a / 2) + sigmoid(b / 2)) / 2 for a, b in zip(*corrected, strict=True)]
+    own = [sigmoid(x / 2) for x in r]
+    matched = [q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) for q, p in zip(soft, own, strict=True)]
+    ranked = math.log(1 + math.exp(r[2] - r[1]))  # one pair, whose weight cancels out
+    assert loss.item() == pytest.approx(4 * sum(matched) / 3 + ranked)
+    loss.backward()
+    gradient = [2 * (p - q) / 3 for q, p in zip(soft, own, strict=True)]
+    gradient[1] -= sigmoid(r[2] - r[1])
+    gradient[2] += sigmoid(r[2] - r[1])
+    assert student.grad.tolist() == pytest.approx(gradient)
+
+
+def test_cross_task_without_labels_corrects_nothing_and_compares_all():
+    student, teachers = torch.tensor([0.0, 1.0]), torch.tensor([[2.0, -2.0]])
+    loss = CrossTaskLoss(temperature=1.0)
+    ranked = math.log(1 + math.exp(1.0))
+    matched = LogitLoss(1.0)(torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([[[0.0, 2.0], [0.0, -2.0]]]))
+    assert loss(student, teachers, None).item() == pytest.approx(matched.item() + ranked, rel=1e-6)
+    corrected = loss(student, teachers, torch.tensor([0, 1]))  # both are clipped, and no two share a label
+    assert corrected.item() != pytest.approx(loss(student, teachers, None).item(), rel=1e-2)
+    ties = loss(student, torch.zeros(1, 2), None)
+    assert ties.item() == pytest.approx(
+        LogitLoss(1.0)(torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.zeros(1, 2, 2)).item()
+    )
+
+
+def task_specific(projection, n_labels=2):
+    loss = TaskSpecificLoss(len(projection[0]), n_labels, dtype=torch.float64)
+    loss.projection.weight = torch.nn.Parameter(torch.tensor(projection, dtype=torch.float64))
+    loss.classifier = torch.nn.Linear(len(projection), n_labels, dtype=torch.float64)
+    return loss
+
+
+def test_the_task_specific_match_is_that_of_the_projections():
+    torch.manual_seed(0)
+    student = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    fused = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    weights = token_weights(torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    every = task_specific(torch.eye(3).tolist())
+    torch.testing.assert_close(every(student, fused, weights), FeatureLoss()(student, fused, weights))
+    first = task_specific([[2.0, 0.0, 0.0]])
+    loss = first(student, fused, weights)
+    torch.testing.assert_close(loss, FeatureLoss()(student[..., :1], fused[..., :1], weights))
+    loss.backward()
+    assert (student.grad[..., 0] != 0).any() and (student.grad[..., 1:] == 0).all()
+    assert (fused.grad[..., 0] != 0).any() and first.projection.weight.grad is None
+
+
+def test_the_probe_learns_from_the_labels_and_moves_nothing_else():
+    fused = torch.tensor([[[1.0, 5.0], [3.0, 7.0]], [[0.0, 2.0], [9.0, 9.0]]], dtype=torch.float64, requires_grad=True)
+    weights = token_weights(torch.tensor([[1, 1], [1, 0]]))
+    probe = task_specific([[1.0, 0.0]])
+    with torch.no_grad():
+        probe.classifier.weight.copy_(torch.tensor([[0.0], [1.0]]))
+        probe.classifier.bias.zero_()
+    loss = probe.probe_loss(fused, weights, torch.tensor([1, 0]))  # logits (0, 2) and (0, 0)
+    assert loss.item() == pytest.approx((-math.log(softmax([0, 2])[1]) + math.log(2)) / 2)
+    loss.backward()
+    assert fused.grad is None and (probe.projection.weight.grad != 0).any()
+    tokens = probe.probe_loss(fused, weights, torch.tensor([[1, -100], [0, -100]]))
+    assert tokens.item() == pytest.approx((-math.log(softmax([0, 1])[1]) + math.log(2)) / 2)
+    several = probe.probe_loss(fused, weights, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    assert several.item() == pytest.approx((3 * math.log(2) + math.log(1 + math.exp(-2))) / 4)
+    one = task_specific([[1.0, 0.0]], n_labels=1)
+    with torch.no_grad():
+        one.classifier.weight.fill_(1.0)
+        one.classifier.bias.zero_()
+    assert one.probe_loss(fused, weights, torch.tensor([1.0, 3.0])).item() == pytest.approx((1 + 9) / 2)
+
+
+def test_the_task_specific_ratio_by_hand():
+    fused = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])  # variance 1 and 4
+    weights = token_weights(torch.ones(1, 2))
+    assert task_specific([[3.0, 0.0]]).ratio(fused, weights).item() == pytest.approx(1 / 5)
+    assert task_specific([[1.0, 1.0], [0.0, 1.0]]).ratio(fused, weights).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("hidden", [1, 4, 64])
+def test_a_fresh_projection_is_orthonormal_and_no_wider_than_the_updates(hidden):
+    weight = TaskSpecificLoss(hidden, 2).projection.weight
+    assert len(weight) == min(hidden, max(2, hidden // 8))
+    torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
+    assert TaskSpecificLoss(hidden, 2, dtype=torch.bfloat16).projection.weight.dtype == torch.bfloat16
+
+
+OBJECTIVES = {
+    "features": lambda u, f, w: FeatureLoss()(u, f, w),
+    "cosine": lambda u, f, w: CosineLoss()(u, f, w),
+    "task_specific": lambda u, f, w: task_specific([[1.0, 0.0, 2.0, 0.0]])(u, f, w),
+    "logits": lambda u, f, w: LogitLoss()(u[:, 0], f[None, :, 0]),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_means_over_examples_and_float32_at_least(name):
+    """The loss of a batch is the mean of its parts, which accumulation and several processes rely on."""
+    torch.manual_seed(0)
+    student, fused = torch.randn(6, 5, 4, dtype=torch.float64), torch.randn(6, 5, 4, dtype=torch.float64)
+    weights = token_weights((torch.arange(5) < torch.tensor([1, 5, 2, 3, 4, 5])[:, None]).double())
+    objective = OBJECTIVES[name]
+    whole = objective(student, fused, weights)
+    parts = [objective(student[i : i + 2], fused[i : i + 2], weights[i : i + 2]) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+    if name != "task_specific":  # whose weights have a type of their own
+        half = objective(student.bfloat16(), fused.bfloat16(), weights)
+        assert half.dtype == torch.float32 and half.item() == pytest.approx(whole.item(), rel=3e-2)

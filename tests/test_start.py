@@ -9,10 +9,11 @@ from adapters import SeqBnConfig
 from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, noisy, snapshot
 from test_trainer import trainer_for
 
+from hf_adapter_distillation.data import drawn
 from hf_adapter_distillation.hub import adapter_digest
 from hf_adapter_distillation.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.regression import UpProjectionFit
-from hf_adapter_distillation.start import START_EXAMPLES, fit_start, start_examples
+from hf_adapter_distillation.start import START_EXAMPLES, fit_start
 from hf_adapter_distillation.state import distillations
 
 
@@ -161,11 +162,13 @@ def test_the_loss_plays_no_part(how, trainer_args):
 
 def test_examples_are_drawn_from_all_of_the_data():
     data = datasets.Dataset.from_dict({"x": list(range(5000))})
-    drawn = start_examples(data, seed=1)["x"]
-    assert len(set(drawn)) == START_EXAMPLES and max(drawn) > 4000
-    assert start_examples(data, seed=1)["x"] == drawn != start_examples(data, seed=2)["x"]
-    assert sorted(start_examples(list(range(5)), seed=1)) == list(range(5))
-    assert [row["x"] for row in start_examples(data.to_iterable_dataset(), seed=1)] == list(range(START_EXAMPLES))
+    chosen = drawn(data, START_EXAMPLES, seed=1)["x"]
+    assert len(set(chosen)) == START_EXAMPLES and max(chosen) > 4000
+    assert drawn(data, START_EXAMPLES, seed=1)["x"] == chosen != drawn(data, START_EXAMPLES, seed=2)["x"]
+    assert sorted(drawn(list(range(5)), START_EXAMPLES, seed=1)) == list(range(5))
+    assert [row["x"] for row in drawn(data.to_iterable_dataset(), START_EXAMPLES, seed=1)] == list(
+        range(START_EXAMPLES)
+    )
 
 
 class Stream(torch.utils.data.IterableDataset):

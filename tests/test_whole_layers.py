@@ -19,8 +19,9 @@ from conftest import (
 )
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation import passes
 from hf_adapter_distillation.fusion import TeacherFusion
-from hf_adapter_distillation.losses import feature_matching_loss, token_weights
+from hf_adapter_distillation.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.placement import fusions_of
 from hf_adapter_distillation.state import distillations
 
@@ -93,10 +94,7 @@ def test_what_is_stacked_below_the_student_runs_below_the_teachers_too(below, st
 def compare_with_whole_passes(model, monkeypatch, *below):
     """Reference: the first layer in whole passes, each with one adapter, which all read the same embeddings."""
     batch, terms = batch_for(model), []
-    monkeypatch.setattr(
-        "hf_adapter_distillation.passes.feature_matching_loss",
-        lambda *args: terms.append(feature_matching_loss(*args)) or terms[-1],
-    )
+    monkeypatch.setitem(passes.LAYER_LOSSES, "features", lambda *args: terms.append(FeatureLoss()(*args)) or terms[-1])
     _, record = distil(model, batch)
     assert len(terms) == 2 and torch.allclose(sum(terms) / 2, record.distillation_loss)
 
@@ -122,7 +120,7 @@ def compare_with_whole_passes(model, monkeypatch, *below):
     weights = torch.einsum("btd,btnd->btn", query, values @ fusion.key.weight.T).softmax(dim=-1)
     fused = torch.einsum("btn,btnd->btd", weights, values @ fusion.value.weight.T)
     mask = batch["attention_mask"].double()
-    expected = feature_matching_loss(update["insurance"], fused, token_weights(mask))
+    expected = FeatureLoss()(update["insurance"], fused, token_weights(mask))
     assert attention.names == tuple(TEACHERS)
     mean = (weights * mask.unsqueeze(-1)).sum(dim=(0, 1)) / mask.sum()
     assert torch.allclose(attention.weights, mean, atol=1e-10)
@@ -157,10 +155,7 @@ def test_an_update_at_the_end_of_a_layer_is_the_same_at_both_levels(family, carr
 
 def test_each_layer_is_matched_at_the_states_that_it_gets(monkeypatch):
     model, terms = make_mixture(*MIXTURES["mixed"]), []
-    monkeypatch.setattr(
-        "hf_adapter_distillation.passes.feature_matching_loss",
-        lambda *args: terms.append(feature_matching_loss(*args)) or terms[-1],
-    )
+    monkeypatch.setitem(passes.LAYER_LOSSES, "features", lambda *args: terms.append(FeatureLoss()(*args)) or terms[-1])
     distil(model)
     for layer in range(2):
         own = [p for name, p in model.named_parameters() if f".layer.{layer}." in name and ".insurance." in name]
