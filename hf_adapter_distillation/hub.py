@@ -1,4 +1,4 @@
-"""What a saved student says about its origin: digests, provenance, model card."""
+"""What a saved student says about its origin, and what the Hub says when it refuses."""
 
 import hashlib
 import importlib.metadata
@@ -7,9 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 from adapters import ModelAdaptersMixin
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ._compat import ADAPTER_CONFIG_NAME
 from .state import Distillation
@@ -42,8 +50,8 @@ def provenance(model: ModelAdaptersMixin, distillation: Distillation) -> dict[st
         distillation: The student's distillation.
 
     Returns:
-        A dict that JSON can hold: the config, teachers with sources, revisions and weight digests, the settings of
-        the training once it has ended, and the versions of the libraries.
+        A dict that JSON can hold: the config, teachers with sources, revisions and weight digests, the versions of
+        the libraries, and once the training has ended its settings, last losses and evaluation.
     """
     teachers = [
         {"name": name, **distillation.sources[name], "digest": adapter_digest(model, name)}
@@ -77,6 +85,46 @@ def read_provenance(folder: str) -> dict[str, Any]:
     if "distillation" not in saved:
         raise ValueError(f"{folder} holds an adapter that was not distilled; it names no teachers.")
     return saved["distillation"]
+
+
+def hub_reason(error: Exception) -> str:
+    """Why the Hub did not do what it was asked for, and what helps.
+
+    Args:
+        error: What `huggingface_hub` raised.
+
+    Returns:
+        One line, without a full stop.
+    """
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return f"it is not in the cache, and {hub_reason(error.__cause__)}"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # a file of the large ones
+        return hub_reason(error.__cause__)
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its terms on the Hub and log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it does not exist or is private; check the name, or log in with `hf auth login`"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        return f"{constants.ENDPOINT} cannot be reached or broke off; try again"
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return STATUS.get(error.response.status_code, f"the Hub answers {_one_line(error)}")
+    return _one_line(error)
+
+
+STATUS = {
+    401: "the token is missing or wrong; log in with `hf auth login`, or pass another token",
+    403: "the token does not allow it; use one that may write there, or pass create_pr=True",
+    409: "another push came between; push again",
+    **{status: f"the Hub failed with {status}; try again" for status in (500, 502, 503, 504)},
+}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 CITATION = """```bibtex

@@ -10,10 +10,11 @@ import safetensors  # the module: datasets hashes functions by pickling what the
 import torch
 from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ._compat import (
     ADAPTER_CONFIG_NAME,
+    HEAD_CONFIG_NAME,
     HEAD_WEIGHTS_NAME,
     SAFE_HEAD_WEIGHTS_NAME,
     SAFE_WEIGHTS_NAME,
@@ -21,9 +22,17 @@ from ._compat import (
     AdapterLoader,
 )
 from .composition import check_name
+from .hub import hub_reason
+from .peft_format import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_format import is_peft, load_peft_lora, peft_lora_config
 
 Source = dict[str, str | None]
+
+# All that is downloaded of a repository, which may hold checkpoints and code, too.
+ADAPTER_FILES = [
+    ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, HEAD_CONFIG_NAME, SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME,
+    PEFT_WEIGHTS_NAME,
+]  # fmt: skip
 
 
 def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path | None, Source]:
@@ -69,11 +78,11 @@ def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
         known = ", ".join(map(repr, model.adapters_config)) or "none"
         raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {known}.")
     try:
-        return Path(snapshot_download(repo, revision=revision or None))
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=ADAPTER_FILES))
+    except OSError as error:  # those of requests and huggingface_hub, and of a full disk
         raise ValueError(
-            f"Teacher {teacher!r} is no adapter on the model, no local folder, and the Hub did not give it: {reason}"
+            f"Teacher {teacher!r} is no adapter on the model, no local folder, and the Hub did not give it: "
+            f"{hub_reason(error)}."
         ) from error
 
 

@@ -5,12 +5,17 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
+from types import SimpleNamespace
+
 import adapters
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from adapters import AutoAdapterModel
 from datasets import Dataset
+from hub_server import Hub
+from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -168,6 +173,24 @@ def trainer_args(tmp_path):
         return had.DistillationTrainingArguments(**{**defaults, **kwargs})
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub on the loopback interface, where huggingface_hub is logged in as `me`."""
+    with Hub() as server:
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        huggingface_hub.utils.reset_sessions()  # the last one is offline
+        yield server
+    huggingface_hub.utils.reset_sessions()
 
 
 @pytest.fixture(autouse=True)

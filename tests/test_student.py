@@ -227,26 +227,6 @@ def test_a_head_with_the_name_of_a_folder_is_not_overwritten(tmp_path):
     assert model.heads["bank"].config["num_labels"] == 7
 
 
-def test_hub_ids_are_pinned_to_a_commit(tmp_path, monkeypatch):
-    other = with_teachers()
-    folder = tmp_path / "snapshots" / "0123abcd"
-    folder.mkdir(parents=True)
-    other.save_adapter(str(folder), "bank")
-    asked = []
-
-    def snapshot_download(repo, revision=None):
-        asked.append((repo, revision))
-        return str(folder)
-
-    monkeypatch.setattr("hf_adapter_distillation.teachers.snapshot_download", snapshot_download)
-    model = make_model()
-    model.add_adapter("insurance", distill_from=["me/faq-bank@v2"])
-    assert asked == [("me/faq-bank", "v2")]
-    distillation = distillations(model.adapters_config)["insurance"]
-    assert distillation.config.teachers == ["faq-bank"]
-    assert distillation.sources["faq-bank"] == {"source": "me/faq-bank@v2", "revision": "0123abcd"}
-
-
 def inside(teachers):
     return had.DistillationConfig(teachers, level="adapter")
 
