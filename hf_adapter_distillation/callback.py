@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .hub import adapter_digest, provenance
 from .parts import check_trainable
 from .ranking import calibrate
+from .summary import measured, summary
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -49,7 +50,7 @@ class FrozenTeachersCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compares the digests and notes the settings for the provenance of the saved student."""
+        """Compares the digests and notes the run for the provenance of the saved student."""
         trainer = self.trainer
         check_trainable(trainer.model, trainer.block)
         teachers = provenance(trainer.model, trainer.distillation)["teachers"]
@@ -59,6 +60,7 @@ class FrozenTeachersCallback(TrainerCallback):
                     f"The weights of teacher {teacher['name']!r} changed in training; reload it before you use it."
                 )
         settings = ("fusion_regularization", "learning_rate", "seed", "fusion_learning_rate")
+        best = state.best_global_step if args.load_best_model_at_end else None
         trainer.distillation.training = {
             "teachers": teachers,
             "distillation_start": trainer.distillation_start,
@@ -67,4 +69,16 @@ class FrozenTeachersCallback(TrainerCallback):
             **({} if trainer.distillation.ranking is None else {"ranking": trainer.distillation.ranking}),
             "steps": state.global_step,
             "first_distillation_step": trainer.first_distillation_step,
+            "epochs": round(state.epoch or 0, 2),
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            **summary(trainer.train_dataset, state.log_history, best or state.global_step),
         }
+        if args.push_to_hub and state.global_step > trainer.first_distillation_step:
+            trainer.distillation.training |= trainer._observe_attention()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the metrics of a trained student for its provenance."""
+        if (training := self.trainer.distillation.training) is not None:
+            training["evaluation"] = training.get("evaluation", {}) | measured(kwargs["metrics"])

@@ -39,11 +39,22 @@ def save_student(model: ModelAdaptersMixin, student: str, folder: str) -> None:
         folder: The folder of the checkpoint.
     """
     os.makedirs(folder, exist_ok=True)
-    # Adapters cannot write prefixes as safetensors: several layers share them.
-    has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
-    model.save_adapter(os.path.join(folder, student), student, use_safetensors=not has_prefix)
+    save_weights(model, student, os.path.join(folder, student))
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
         save_file(fusion, os.path.join(folder, FUSION_WEIGHTS_NAME))
+
+
+def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
+    """Writes the student with its head by `save_adapter`, as safetensors where adapters can.
+
+    Args:
+        model: The model.
+        student: The name of the student.
+        folder: The folder of the student.
+    """
+    # Adapters cannot write prefixes as safetensors: several layers share them.
+    has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
+    model.save_adapter(folder, student, use_safetensors=not has_prefix)
 
 
 def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import requests
 import torch
 from adapters import ModelAdaptersMixin
-from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -125,91 +125,3 @@ STATUS = {
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
-
-
-CITATION = """```bibtex
-@inproceedings{wang-etal-2023-adapterdistillation,
-  title = "AdapterDistillation: Non-Destructive Task Composition with Knowledge Distillation",
-  author = "Wang, Junjie and others",
-  booktitle = "Proceedings of EMNLP 2023: Industry Track",
-  year = "2023",
-  url = "https://arxiv.org/abs/2312.16261"
-}
-```"""
-
-
-def save_card(
-    model: ModelAdaptersMixin,
-    distillation: Distillation,
-    folder: str,
-    name: str,
-    repo_id: str,
-    datasets_tag: str | None = None,
-    tags: list[str] | None = None,
-    language: str | None = None,
-    license: str | None = None,  # noqa: A002 - the name of adapters' argument
-    metrics: list[str] | None = None,
-    architecture_training: str = "",
-    results: str = "",
-    citation: str = CITATION,
-) -> None:
-    """Writes the model card of a distilled student to `folder/README.md`; what is not known is left out.
-
-    Args:
-        model: The model.
-        distillation: The student's distillation.
-        folder: The folder of the saved student.
-        name: The name of the student.
-        repo_id: The repository that it is pushed to.
-        datasets_tag: The id of its data set on the Hub.
-        tags: More tags.
-        language: Its language, as a code.
-        license: Its license, as an identifier of the Hub.
-        metrics: The metrics it was evaluated with.
-        architecture_training: Text about the training, below the settings.
-        results: Text about the results.
-        citation: What to cite.
-    """
-    data = ModelCardData(
-        tags=["adapter-transformers", "adapter-distillation", model.config.model_type, *(tags or [])],
-        datasets=[datasets_tag] if datasets_tag else None,
-        language=language,
-        license=license,
-        metrics=metrics,
-        base_model=model.model_name if "/" in model.model_name and not Path(model.model_name).exists() else None,
-    )
-    origin = provenance(model, distillation)
-    teachers = "\n".join(
-        f"- `{teacher['name']}`" + (f" from `{teacher['source']}`" if teacher["source"] != teacher["name"] else "")
-        for teacher in origin["teachers"]
-    )
-    settings = "\n".join(
-        f"- {key}: {value}"
-        for key, value in origin.items()
-        if key not in ("method", "teachers", "versions") and value is not None
-    )
-    versions = ", ".join(f"{package} {version}" for package, version in origin["versions"].items())
-    trained_on = (
-        f", trained on [{datasets_tag}](https://huggingface.co/datasets/{datasets_tag})" if datasets_tag else ""
-    )
-    sections = {
-        "Teachers": teachers,
-        "Usage": f"""It loads as any adapter does, without the package that trained it:
-
-```python
-from adapters import AutoAdapterModel
-
-model = AutoAdapterModel.from_pretrained("{model.model_name}")
-model.load_adapter("{repo_id}", set_active=True)
-```""",
-        "Training": "\n\n".join(filter(None, [settings, f"With {versions}.", architecture_training])),
-        "Results": results,
-        "Citation": citation,
-    }
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# Adapter `{name}` for `{model.model_name}`\n\n"
-        f"An [adapter](https://adapterhub.ml) for `{model.model_name}`{trained_on}, distilled from "
-        f"{len(origin['teachers'])} teacher adapters with "
-        f"[AdapterDistillation](https://arxiv.org/abs/2312.16261).\n\n{body}\n"
-    ).save(Path(folder) / "README.md")

@@ -14,10 +14,11 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from ._compat import ForwardContext, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
-from .hub import provenance, save_card
+from .hub import provenance
 from .layers import FusedLayer, compose_distillation
 from .passes import call_with_distillation
 from .placement import prepare_fusion, prepare_probes
+from .pushing import push_student
 from .state import distillations
 from .student import add_student, distillation_block, forget_adapter, prepare_head
 
@@ -52,7 +53,7 @@ def register() -> None:
     _wrap(ModelAdaptersMixin, "delete_adapter", _delete_adapter)
     _wrap(ModelAdaptersMixin, "save_adapter", _save_adapter)
     _wrap(ModelAdaptersMixin, "save_pretrained", _save_pretrained)
-    _wrap(PushAdapterToHubMixin, "_save_adapter_card", _save_adapter_card)
+    _wrap(PushAdapterToHubMixin, "push_adapter_to_hub", _push_adapter_to_hub)
 
 
 def unregister() -> None:
@@ -173,14 +174,12 @@ def _save_pretrained(original: Callable, self: ModelAdaptersMixin, save_director
         self._keys_to_ignore_on_save = ignored
 
 
-def _save_adapter_card(
-    original: Callable,
-    self: ModelAdaptersMixin,
-    save_directory: str,
-    adapter_name: str,
-    adapter_repo_name: str,
-    **kwargs: Any,
-) -> None:
-    if distillation := distillations(self.adapters_config).get(adapter_name):
-        return save_card(self, distillation, save_directory, adapter_name, adapter_repo_name, **kwargs)
-    original(self, save_directory, adapter_name, adapter_repo_name, **kwargs)
+def _push_adapter_to_hub(
+    original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
+) -> str:
+    if adapter_name in distillations(self.adapters_config):
+        return push_student(self, repo_id, adapter_name, *args, **kwargs)
+    if adapter_name not in self.adapters_config:  # adapters would create the repository first
+        known = ", ".join(map(repr, self.adapters_config)) or "none"
+        raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {known}.")
+    return original(self, repo_id, adapter_name, *args, **kwargs)

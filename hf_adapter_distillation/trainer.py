@@ -1,13 +1,12 @@
 """The two-stage training of a distilled student."""
 
-import os
 from contextlib import nullcontext
 from functools import partial
 from math import ceil
 from typing import Any
 
 import torch
-from adapters import AdapterTrainer, Stack
+from adapters import Stack
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,9 +18,10 @@ from ._compat import loss_counts_items
 from .callback import FrozenTeachersCallback
 from .checkpoint import check_whole, load_student, newest_whole_checkpoint, save_student, write_digests
 from .configuration import DistillationTrainingArguments
-from .data import UnlabelledBatches, batches, drawn
+from .data import UnlabelledBatches, drawn
 from .heads import check_head, check_objectives
 from .hub import adapter_digest
+from .hub_trainer import StudentPushingTrainer
 from .logs import LoggedTerms
 from .parts import active_block, check_trainable, is_fusion, parameter_table
 from .placement import drop_fusion
@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 PRIOR_EXAMPLES = 200  # as many of a task's own examples outweigh its teachers, by default
 
 
-class DistillationTrainer(AdapterTrainer):
+class DistillationTrainer(StudentPushingTrainer):
     """Trains a student adapter in two stages in one `train()`.
 
     A student that starts at its teachers' average is first moved to the average of their updates (`start.fit_start`).
@@ -93,6 +93,7 @@ class DistillationTrainer(AdapterTrainer):
         self._sigterm = SigtermCallback(self)
         if self.args.save_on_sigterm:
             self.add_callback(self._sigterm)
+        self._allow_pushing()
 
     @property
     def distillation(self) -> Distillation:
@@ -154,9 +155,7 @@ class DistillationTrainer(AdapterTrainer):
             return
 
         def forward_passes() -> None:
-            for inputs in batches(self, examples):
-                if self.label_smoother is not None or self.compute_loss_func is not None:
-                    inputs.pop("labels", None)
+            for inputs in self.input_batches(examples):
                 with self.compute_loss_context_manager():
                     self.model(**inputs)
 
@@ -334,7 +333,7 @@ class DistillationTrainer(AdapterTrainer):
         save_student(self.model, self.block.student, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        self._save_arguments(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # the last that each process writes

@@ -179,11 +179,6 @@ def test_blocks_attention_and_provenance(tmp_path):
     refused(ValueError, message, read_provenance, str(tmp_path / "bank"))
 
 
-def test_pushing_a_name_that_is_no_repository():
-    with pytest.raises(ValueError, match="Repo id must use alphanumeric chars"):
-        make_student(make_model()).push_adapter_to_hub("a b", "insurance")
-
-
 @pytest.mark.parametrize(
     "name", ["epochs", "batch_size", "n_wrong", "test_queries", "teacher_queries", "teacher_epochs"]
 )
