@@ -21,16 +21,20 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality  # noqa: E402
 import report  # noqa: E402
 
-PAGES = ["README.md", "docs/quickstart.md", "docs/objectives.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/objectives.md", "docs/hub.md"]
+
+
+def read(page):
+    return (ROOT / page).read_text()
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), flags=re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), flags=re.M | re.S)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page, tmp_path, monkeypatch):
-    """In an empty folder with trained teachers, on a tiny model in place of the pretrained one."""
+def test_code_blocks_run(page, hub, tmp_path, monkeypatch):
+    """In an empty folder with trained teachers, which are on the Hub, too, on a tiny model as the pretrained one."""
     monkeypatch.chdir(tmp_path)
     platform = make_model()
     for name in ("banking", "travel", "work"):
@@ -39,11 +43,10 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         noisy(platform, name)
         (tmp_path / "adapters").mkdir(exist_ok=True)
         platform.save_adapter(f"adapters/{name}", name)
-    pushed = []
+        files = {path.name: path.read_bytes() for path in (tmp_path / "adapters" / name).iterdir()}
+        repo = hub.create(f"someone/faq-{name}", files)
+        repo.refs["v1"] = repo.refs["main"]
     monkeypatch.setattr(AutoAdapterModel, "from_pretrained", lambda name, **kwargs: make_model())
-    monkeypatch.setattr(
-        had.registration.ModelAdaptersMixin, "push_adapter_to_hub", lambda self, repo, name: pushed.append(name)
-    )
     monkeypatch.setenv("DISABLE_TQDM", "1")
     names = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1)}
     if page == "docs/objectives.md":  # which goes on from the quick start
@@ -54,7 +57,13 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     for source in sources:
         exec(compile(source, page, "exec"), names)
     if page == "README.md":
-        assert pushed == ["insurance"]
+        assert "adapter.safetensors" in hub.repos["me/faq-insurance"].files
+    elif page == "docs/hub.md":
+        repo = hub.repos["me/faq-insurance"]
+        assert repo.private and set(repo.refs) == {"main", "v2"} and repo.refs["v2"] != repo.refs["main"]
+        documented = re.findall(r"`([\w.]+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", read(page), flags=re.M)))
+        assert set(repo.files) - {".gitattributes"} == {name for name in documented if "." in name}
+        assert "insurance" in names["model"].adapters_config
     elif page == "docs/quickstart.md":
         assert (tmp_path / "outputs" / "attention.png").is_file()
         assert (tmp_path / "outputs" / "faq-insurance" / "adapter_config.json").is_file()
