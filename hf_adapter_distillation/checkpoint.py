@@ -149,6 +149,28 @@ def check_whole(folder: str) -> None:
         raise ValueError(f"{folder} is no whole checkpoint: {path.relative_to(folder)} {fault}.") from None
 
 
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that a training starts from.
+
+    Args:
+        asked: The folder of a checkpoint, True for the newest whole one, or None or False for none.
+        output_dir: The folder of the training.
+
+    Returns:
+        The folder of the checkpoint, or None.
+
+    Raises:
+        ValueError: If the folder that was asked for is not whole, or there is no whole one.
+    """
+    if asked is True:
+        if (newest := newest_whole_checkpoint(output_dir)) is None:
+            raise ValueError(f"{output_dir} has no whole checkpoint; leave out resume_from_checkpoint.")
+        return newest
+    if asked:
+        check_whole(asked)
+    return asked or None
+
+
 def newest_whole_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint that was written to its end; a warning names those that are skipped.
 

@@ -189,8 +189,9 @@ class DistillationTrainingArguments(TrainingArguments):
     stop_on_nan: bool = field(
         default=True,
         metadata={
-            "help": "Stop with an error that names the term and the layer where the loss is NaN or infinite, before "
-            "the step changes a weight. It waits for the device at each step, as logging_nan_inf_filter does."
+            "help": "Stop with an error that names the term and the layer, or the teacher, where the loss is NaN or "
+            "infinite, before the step changes a weight. It waits for the device at each step, as "
+            "logging_nan_inf_filter does."
         },
     )
     save_on_sigterm: bool = field(

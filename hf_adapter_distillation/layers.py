@@ -9,7 +9,7 @@ from torch import nn
 from ._compat import Adapter, BottleneckLayer, BottleneckState, LoRA, LoRALinear, LoRAState, ParallelAdapter
 from .composition import AdapterDistillation
 from .fusion import TeacherFusion, fusions_at
-from .passes import Fused, current_pass
+from .passes import DistillationPass, Fused, current_pass
 from .regression import UpProjectionFit
 from .stacked import can_be_stacked, ends_in_up_projection, input_kind, stack
 
@@ -87,7 +87,7 @@ def compose_distillation(
 
     if current.matched_only:
         student_input = student_input.detach()
-    fused = _fuse(layer, block, fusion, state, student_input, without_student=current.matched_only)
+    fused = _fuse(current, layer, fusion, state, student_input)
     current.gather(fusion, student_output, fused)
     if current.matched_only:
         return student_state
@@ -105,21 +105,21 @@ def _student_output(student: Adapter | LoRA, own: _Input, after: BottleneckState
 
 
 def _fuse(
+    current: DistillationPass,
     layer: FusedLayer,
-    block: AdapterDistillation,
     fusion: TeacherFusion,
     state: BottleneckState | LoRAState,
     student_input: _Input,
-    without_student: bool,
 ) -> Fused:
-    """Fuses the teachers of a layer, and the student with them if asked for."""
-    modules, hidden_states = layer.adapter_modules, student_input.hidden_states
+    """Fuses the teachers of a layer, and the student with them where the fused output is passed on."""
+    block, modules, hidden_states = current.block, layer.adapter_modules, student_input.hidden_states
     student = modules[block.student]
     teachers = {name: modules[name] for name in block.teachers if name in modules}
-    joining = {} if without_student else {block.student: student}
+    joining = {} if current.matched_only else {block.student: student}
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    stacks = fusion.cache.get(teachers, layer.adapters_config, dtype)
+    looked_at = current.distillation.overflows is not None
+    stacks = None if looked_at else fusion.cache.get(teachers, layer.adapters_config, dtype)
 
     def own_input(name: str) -> _Input:
         """The student's input, or what an adapter of another kind makes of the state in its own way."""
@@ -129,9 +129,9 @@ def _fuse(
         return own if hidden_states.requires_grad else own.detach()
 
     if stacks is None or not all(can_be_stacked(adapter) for adapter in joining.values()):
-        adapters = teachers | joining
-        updates = [adapter_update(adapter, *own_input(name)) for name, adapter in adapters.items()]
-        return Fused(tuple(adapters), *fusion(hidden_states, torch.stack(updates, dim=2)))
+        adapters = (teachers | joining).items()
+        updates = {name: adapter_update(adapter, *own_input(name)) for name, adapter in adapters}
+        return current.fuse(fusion, hidden_states, updates, without=hidden_states)
     if joining:
         stacks = [*stacks, stack(joining)]
     features = [stacked.features(own_input(stacked.names[0]).hidden_states) for stacked in stacks]

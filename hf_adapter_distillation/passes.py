@@ -115,6 +115,30 @@ class DistillationPass:
         """
         return self.distillation.config.carrier == "student" or not self.training
 
+    def fuse(
+        self,
+        fusion: TeacherFusion,
+        hidden_states: torch.Tensor,
+        updates: dict[str, torch.Tensor],
+        without: torch.Tensor,
+    ) -> Fused:
+        """Fuses updates that were computed one by one, and notes which are not finite where that is asked.
+
+        Args:
+            fusion: The fusion of the layer.
+            hidden_states: What the fusion asks with, (batch, seq_len, hidden).
+            updates: The update of each adapter, (batch, seq_len, hidden).
+            without: What is there without them; if that is not finite, it is no fault of theirs.
+
+        Returns:
+            The fused output with its attention.
+        """
+        if self.distillation.overflows is not None and without.isfinite().all():
+            names = [name for name in self.block.teachers if name in updates and not updates[name].isfinite().all()]
+            if names:
+                self.distillation.overflows.setdefault(fusion.location, names)
+        return Fused(tuple(updates), *fusion(hidden_states, torch.stack(list(updates.values()), dim=2)))
+
     def gather(self, fusion: TeacherFusion, student_output: torch.Tensor, fused: Fused | None) -> None:
         """Takes in what is matched in one layer.
 

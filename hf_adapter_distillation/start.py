@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ._compat import LoRA
 from .hub import adapter_digest
 from .layers import adapter_layers
+from .overflow import TAKE_MORE_RANGE, find_overflow
 from .stacked import ends_in_up_projection
 from .state import Distillation, distillations
 
@@ -154,17 +155,30 @@ def fit_start(
 
     Returns:
         The share of the mean update's squares that the student now explains, averaged over the layers.
+
+    Raises:
+        FloatingPointError: If the mean update is not finite. The student is then what it was.
     """
     distillation = distillations(model.adapters_config)[student]
-    training = model.training
+
+    def run() -> None:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                forward_passes()
+        finally:
+            model.train(training)
+
     fits = distillation.fits = {}
-    model.eval()
     try:
-        with torch.no_grad():
-            forward_passes()
+        run()
     finally:
         distillation.fits = distillation.record = None
-        model.train(training)
+    for name, fit in fits.items():
+        if not fit.square.isfinite():
+            cause = find_overflow(distillation, run) or f"the state of the model is not finite in {name}"
+            raise FloatingPointError(f"{student!r} cannot start at its teachers: {cause}; {TAKE_MORE_RANGE}.")
     unexplained = []
     for name, layer in adapter_layers(model, student):
         if name in fits:

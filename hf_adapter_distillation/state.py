@@ -91,6 +91,7 @@ class Distillation:
         calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
         ranking: The scores by which the teachers were chosen (`ranking.rank_teachers`), the best first.
         fits: What the layers gather for `start.fit_start`, by location, while it runs.
+        overflows: While `overflow.find_overflow` runs: the teachers whose updates are not finite, by location.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
         halves: While an `EncoderDecoderModel` runs, the passes of its encoder and decoder.
         observing: Whether forward passes in evaluation mode run the fusion for its attention.
@@ -112,6 +113,7 @@ class Distillation:
     calibration: torch.Tensor | None = None
     ranking: dict[str, float] | None = None
     fits: dict[str, UpProjectionFit] | None = None
+    overflows: dict[str, list[str]] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
     halves: list[Any] | None = None
     observing: bool = False
@@ -120,7 +122,7 @@ class Distillation:
     @property
     def in_evaluation(self) -> bool:
         """Whether forward passes in evaluation mode run the teachers, too."""
-        return self.observing or self.fits is not None
+        return self.observing or self.fits is not None or self.overflows is not None
 
     @property
     def fuses(self) -> bool:

@@ -16,13 +16,14 @@ from transformers.utils import logging
 
 from ._compat import loss_counts_items
 from .callback import FrozenTeachersCallback
-from .checkpoint import check_whole, load_student, newest_whole_checkpoint, save_student, write_digests
+from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .configuration import DistillationTrainingArguments
 from .data import UnlabelledBatches, drawn
 from .heads import check_head, check_objectives
 from .hub import adapter_digest
 from .hub_trainer import StudentPushingTrainer
 from .logs import LoggedTerms
+from .overflow import find_overflow, loss_error
 from .parts import active_block, check_trainable, is_fusion, parameter_table
 from .placement import drop_fusion
 from .ranking import select_teachers
@@ -116,12 +117,7 @@ class DistillationTrainer(StudentPushingTrainer):
             FloatingPointError: If the loss is NaN or infinite, unless `stop_on_nan` is unset.
             RuntimeError: If a checkpoint cannot be written, or a teacher's weights have changed at the end.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} has no whole checkpoint; leave out resume_from_checkpoint.")
-        elif resume_from_checkpoint:
-            check_whole(resume_from_checkpoint)
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self.model.train_adapter(self.block)
         if self.model_init is None and self.compute_loss_func is None:
             check_head(self.model, self.block.student)
@@ -292,17 +288,20 @@ class DistillationTrainer(StudentPushingTrainer):
             self._terms.note_distillation(self._record, step * self._share)
         return loss
 
-    def _micro_step(self, *args: Any) -> torch.Tensor:
-        loss = super().training_step(*args)
+    def _micro_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.distillation.enabled:
             # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
             for parameter in self._fusion_parameters:
                 parameter.grad = None
         if self.args.stop_on_nan and not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}: {self._record.not_finite()}. "
-                "No weight has changed in this step; lower the learning rate, or pass stop_on_nan=False to go on."
-            )
+
+            def once_more() -> None:
+                with self.compute_loss_context_manager():  # on the model itself: other processes may be well
+                    self.compute_loss(self.model, self._prepare_inputs(inputs), False, num_items_in_batch)
+
+            find = partial(find_overflow, self.distillation, once_more)
+            raise loss_error(self.state.global_step + 1, loss, self._record, find)
         return loss
 
     # Optimizer

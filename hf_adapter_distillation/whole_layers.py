@@ -14,7 +14,7 @@ from transformers import Cache
 
 from ._compat import AdapterLayerBase
 from .fusion import fusions_at
-from .passes import DistillationPass, Fused, current_pass
+from .passes import DistillationPass, current_pass
 
 
 def holds(layer: nn.Module, adapter: str) -> bool:
@@ -75,15 +75,15 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not current.matched_only):
             names = [name for name in current.block.teachers if holds(layer, name)]
-            updates = [_run(current, name, layer, args, kwargs) - without for name in names]
+            updates = {name: _run(current, name, layer, args, kwargs) - without for name in names}
     finally:
         for module in training:
             module.training = True
 
     if not current.matched_only:
-        names, updates = [*names, student], [*updates, student_output]
+        updates[student] = student_output
     hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, d)
-    fused = Fused(tuple(names), *fusion(hidden_states, torch.stack(updates, dim=2)))
+    fused = current.fuse(fusion, hidden_states, updates, without)
     current.gather(fusion, student_output, fused)
     if current.matched_only:
         return None

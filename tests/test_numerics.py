@@ -5,12 +5,13 @@ import threading
 
 import pytest
 import torch
-from conftest import TEACHERS, make_batch, make_model, make_student, noisy, snapshot
+from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
 from test_trainer import EachStep, trainer_for
 from transformers import TrainerCallback
 
 from hf_adapter_distillation.layers import adapter_layers
 from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.whole_layers import whole_layers
 
 
 class Break(TrainerCallback):
@@ -87,6 +88,121 @@ def test_stop_on_nan_can_be_unset(trainer_args):
     trainer = trainer_for(model, trainer_args(stop_on_nan=False), callbacks=[breaking])
     trainer.train()
     assert trainer.state.global_step == 8
+
+
+# float16, whose largest number is 65504
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; CUDA_VISIBLE_DEVICES=0 shows the first one")
+ON_GPU = pytest.param("gpu", marks=[pytest.mark.gpu, NO_GPU])
+
+
+def float16_trainer(device, model, trainer_args, init_scale=2.0**16, **kwargs):
+    """A trainer with fp16=True, or on the CPU, where Trainer refuses that, with what it stands for."""
+    if device == "gpu":
+        return trainer_for(model, trainer_args(use_cpu=False, fp16=True, max_grad_norm=0.0, **kwargs))
+    trainer = trainer_for(model, trainer_args(max_grad_norm=0.0, **kwargs))
+    trainer.compute_loss_context_manager = lambda: torch.autocast("cpu", torch.float16)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return trainer
+
+
+@torch.no_grad()
+def enlarge(model, name, number=1):
+    """Gives a teacher weights in one layer that are finite in float16, while what they put out is not."""
+    _, layer = whole_layers(model, name)[number]
+    for key, parameter in layer.named_parameters():
+        if f".{name}." in key and key.endswith(("adapter_up.weight", "lora_B")):
+            parameter.fill_(60_000.0)
+        elif f".{name}." in key and key.endswith("adapter_down.0.bias"):
+            parameter.fill_(2.0)
+
+
+TOO_LARGE = (
+    "the update of teacher 'travel' is not finite in encoder.layer.1{}. No weight has changed in this step; "
+    "train in bf16 or float32, leave this teacher out, or pass stop_on_nan=False to go on."
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize(
+    ("config", "level", "carrier", "place"),
+    [
+        ("seq_bn", "auto", "student", ".output"),
+        ("seq_bn", "auto", "dual", ".output"),
+        ("seq_bn[use_gating=True]", "auto", "fused", ".output"),
+        ("lora", "auto", "mixed", ".attention.self.query"),
+        ("seq_bn", "layer", "student", ""),
+        ("lora", "layer", "fused", ""),
+    ],
+)
+def test_a_teacher_that_overflows_in_float16_is_named(device, config, level, carrier, place, trainer_args):
+    model = make_student(make_model(), config=config, level=level, carrier=carrier, student_start="random")
+    enlarge(model, "travel")
+    trainer = float16_trainer(device, model, trainer_args, distillation_start=0.0)
+    before = snapshot(model)
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.train()
+    assert str(caught.value) == f"The loss of step 1 is nan: {TOO_LARGE.format(place)}"
+    assert not changed(model, before)
+    assert trainer.distillation.overflows is trainer.distillation.record is None
+
+
+def test_two_teachers_that_overflow_in_a_half_model_are_named(trainer_args):
+    model = make_student(make_model(), student_start="random").half()
+    for name in ("work", "bank"):
+        enlarge(model, name)
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0))
+    with pytest.raises(FloatingPointError, match=r"the update of teacher 'bank' and 'work' is not finite in encoder"):
+        trainer.train()
+
+
+def test_a_teacher_that_overflows_where_the_student_starts_is_named(trainer_args):
+    """A fit to infinite updates would leave a student whose weights are no numbers."""
+    model = make_student(make_model())
+    enlarge(model, "travel")
+    before = snapshot(model)
+    with pytest.raises(FloatingPointError) as caught:
+        float16_trainer("cpu", model, trainer_args).train()
+    assert str(caught.value) == (
+        "'insurance' cannot start at its teachers: the update of teacher 'travel' is not finite in "
+        "encoder.layer.1.output; train in bf16 or float32, leave this teacher out."
+    )
+    assert not changed(model, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("level", ["adapter", "layer"])
+def test_both_stages_in_float16_have_the_terms_of_float32(device, level, trainer_args):
+    def train(trainer):
+        before = snapshot(trainer.model)
+        trainer.train()
+        moved = changed(trainer.model, before)
+        assert any("distillation_fusion" in name for name in moved)
+        assert all(".insurance." in name for name in moved)
+        return [log for log in trainer.state.log_history if "task_loss" in log]
+
+    models = [make_student(make_model(), carrier="dual", level=level) for _ in range(2)]
+    arguments = {"use_cpu": device == "cpu", "max_grad_norm": 0.0, "keep_fusion": True}
+    exact = train(trainer_for(models[0], trainer_args(**arguments)))
+    half = train(float16_trainer(device, models[1], trainer_args, keep_fusion=True))
+    assert [log["stage"] for log in half] == [1] * 4 + [2] * 4
+    for log, expected in zip(half, exact, strict=True):
+        terms = {"task_loss", "distillation_loss", "fused_task_loss", "fusion_regularization"} & expected.keys()
+        assert len(terms) == (1 if log["stage"] == 1 else 4)
+        assert {term: log[term] for term in terms} == pytest.approx(
+            {t: expected[t] for t in terms}, rel=0.05, abs=0.01
+        )
+
+
+def test_steps_that_the_scaler_of_float16_skips_are_no_error(trainer_args):
+    """Gradients that are infinite since the loss was scaled too far; the loss itself is finite."""
+    model, still = make_student(make_model(), student_start="random"), []
+    trainer = float16_trainer("cpu", model, trainer_args, init_scale=2.0**30, max_steps=24)
+    before = snapshot(model)
+    trainer.add_callback(EachStep(lambda args, state, control, **kwargs: still.append(not changed(model, before))))
+    trainer.train()
+    assert still[0] and not still[-1]
+    assert trainer.accelerator.scaler.get_scale() < 2.0**30
 
 
 # Leaks
