@@ -19,6 +19,7 @@ from .callback import FrozenTeachersCallback
 from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .configuration import DistillationTrainingArguments
 from .data import UnlabelledBatches, drawn
+from .drift import DriftCallback
 from .heads import check_head, check_objectives
 from .hub import adapter_digest
 from .hub_trainer import StudentPushingTrainer
@@ -91,6 +92,7 @@ class DistillationTrainer(StudentPushingTrainer):
         self._teacher_modules: list[nn.Module] = []
         self._fusion_parameters: list[nn.Parameter] = []
         self.add_callback(FrozenTeachersCallback(self))
+        self.add_callback(DriftCallback(self))
         self._sigterm = SigtermCallback(self)
         if self.args.save_on_sigterm:
             self.add_callback(self._sigterm)
