@@ -13,13 +13,7 @@ from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.lora import LoRA, LoRALinear, LoRAState
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from adapters.utils import (
-    HEAD_CONFIG_NAME,
-    HEAD_WEIGHTS_NAME,
-    SAFE_HEAD_WEIGHTS_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-)
+from adapters.utils import HEAD_CONFIG_NAME, HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from packaging.version import Version
 from transformers import PreTrainedModel
 

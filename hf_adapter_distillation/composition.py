@@ -103,17 +103,19 @@ def check_teachers(student: str, teachers: Sequence[str]) -> None:
             raise ValueError(f"{student!r} cannot be its own teacher; leave it out of the list of teachers.")
 
 
-def find_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | None:
-    """Finds the distillation block in a setup: the setup itself, or one of its children.
+def find_block(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation | None:
+    """Finds the distillation block in a setup, however deep.
 
     Args:
         setup: An adapter setup, for instance `model.active_adapters`.
 
     Returns:
-        The block, or `None` if the setup has none.
+        The first block, or `None` if the setup has none.
     """
-    candidates = (setup, *(setup.children if setup is not None else ()))
-    return next((block for block in candidates if isinstance(block, AdapterDistillation)), None)
+    if isinstance(setup, AdapterDistillation):
+        return setup
+    children = setup.children if isinstance(setup, AdapterCompositionBlock) else ()
+    return next(filter(None, map(find_block, children)), None)
 
 
 def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | None:
@@ -127,12 +129,14 @@ def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | N
         The block, or `None` if the setup has none.
 
     Raises:
-        ValueError: If anything is stacked on top of the student.
+        ValueError: If anything is stacked on top of the student, or the block stands anywhere else.
     """
     block = find_block(setup)
     if setup is None or block is None or block is setup:
         return block
     *below, last = setup.children
-    if last is not block:
+    if type(setup) is Stack and block in below:
         raise ValueError(f"{last!r} is stacked on top of the student {block.student!r}; the student must come last.")
+    if type(setup) is not Stack or block is not last or not all(isinstance(name, str) for name in below):
+        raise ValueError(f"{block} stands inside {setup}; only a Stack may hold it, after names of adapters.")
     return AdapterDistillation(Stack(*below, *block.children), block.teachers)

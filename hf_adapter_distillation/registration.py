@@ -20,7 +20,7 @@ from .passes import call_with_distillation
 from .placement import prepare_fusion, prepare_probes
 from .pushing import push_student
 from .state import distillations
-from .student import add_student, distillation_block, forget_adapter, prepare_head
+from .student import add_student, check_prepared, distillation_block, forget_adapter, prepare_head
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
@@ -50,6 +50,7 @@ def register() -> None:
     _document_distill_from(_wrap(ModelWithHeadsAdaptersMixin, "add_adapter", _add_adapter))
     _wrap(ModelAdaptersMixin, "train_adapter", _train_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter", _train_adapter_with_head)
+    _wrap(ModelAdaptersMixin, "set_active_adapters", _set_active_adapters)
     _wrap(ModelAdaptersMixin, "delete_adapter", _delete_adapter)
     _wrap(ModelAdaptersMixin, "save_adapter", _save_adapter)
     _wrap(ModelAdaptersMixin, "save_pretrained", _save_pretrained)
@@ -141,6 +142,13 @@ def _train_adapter_with_head(
     if block is not None:
         prepare_head(self, block.student, train_embeddings)
         prepare_probes(self, block.student)
+
+
+def _set_active_adapters(
+    original: Callable, self: ModelAdaptersMixin, adapter_setup: Any, skip_layers: list[int] | None = None
+) -> None:
+    check_prepared(self, adapter_setup)
+    original(self, adapter_setup, skip_layers)
 
 
 def _delete_adapter(original: Callable, self: ModelAdaptersMixin, adapter_name: str) -> None:

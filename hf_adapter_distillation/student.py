@@ -120,12 +120,12 @@ def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDisti
         ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse,
             or a teacher is on another device than the student.
     """
+    if isinstance(setup, list | tuple):  # adapters reads it as a Stack
+        setup = setup[0] if len(setup) == 1 else Stack(*setup)
     if isinstance(setup, AdapterCompositionBlock) and (block := join_block(setup)) is not None:
         _check_block(model, block)
         check_devices(model, block.student, block.teachers)
         return block
-    if isinstance(setup, list) and len(setup) == 1:
-        setup = setup[0]
     if not isinstance(setup, str):
         return None
     distillation = distillations(model.adapters_config).get(setup)
@@ -135,13 +135,41 @@ def distillation_block(model: ModelAdaptersMixin, setup: object) -> AdapterDisti
     return AdapterDistillation(setup, distillation.config.teachers)
 
 
-def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    known = distillations(model.adapters_config).get(block.student)
-    if known is not None and tuple(known.config.teachers) == block.teachers:
+def check_prepared(model: ModelAdaptersMixin, setup: object) -> None:
+    """Refuses to activate a block that would not distil: at the wrong place of a setup, or unknown to its student.
+
+    Args:
+        model: The model.
+        setup: What is to be active.
+
+    Raises:
+        ValueError: With the block, and what to do about it.
+    """
+    block = join_block(Stack(*setup) if isinstance(setup, list | tuple) else setup)
+    if block is None:
         return
+    _check_names(model, block)
+    if not _is_known(model, block):
+        raise ValueError(f"{block} is not prepared; call model.train_adapter with it, which makes it active.")
+
+
+def _check_names(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     for name in (*block.children, *block.teachers):
         if name not in model.adapters_config:
             raise ValueError(f"{block} names {name!r}, which is not on the model; add or load it first.")
+
+
+def _is_known(model: ModelAdaptersMixin, block: AdapterDistillation) -> bool:
+    known = distillations(model.adapters_config).get(block.student)
+    return known is not None and tuple(known.config.teachers) == block.teachers
+
+
+def _check_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    _check_names(model, block)
+    if _is_known(model, block):
+        return
+    known = distillations(model.adapters_config).get(block.student)
+    for name in (*block.children, *block.teachers):
         check_supported(repr(name), model.adapters_config.get(name))
     for name in block.teachers:
         check_weights(model, name, name)

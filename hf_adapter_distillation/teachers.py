@@ -55,7 +55,8 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
     if not os.path.isdir(teacher):
         folder = _download(model, teacher)
         revision = folder.name
-    name = Path(teacher.partition("@")[0] if revision else teacher).resolve().name
+    # That of a symbolic link is its own, not that of the folder it leads to.
+    name = os.path.basename(os.path.abspath(teacher.partition("@")[0] if revision else teacher))
     check_name(f"Teacher {teacher!r}; rename the folder", name)
     if name in model.adapters_config or name in getattr(model, "heads", {}):
         raise ValueError(
@@ -176,7 +177,10 @@ def _check_own_weights(model: ModelAdaptersMixin, name: str, folder: Path) -> No
     here = {key.removeprefix(prefix) for key in model.state_dict() if not key.startswith("heads.")}
     files = [(SAFE_WEIGHTS_NAME, WEIGHTS_NAME)]
     if hasattr(model, "heads"):
-        files.append((SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME))
+        head_files = (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME)
+        if any((folder / file).exists() for file in head_files) and not (folder / HEAD_CONFIG_NAME).is_file():
+            raise ValueError(f"it has the weights of a head, and no {HEAD_CONFIG_NAME}; save it anew.")
+        files.append(head_files)
     for safe_name, pickled_name in files:
         if (folder / safe_name).exists():
             with safetensors.safe_open(folder / safe_name, "pt") as file:

@@ -5,6 +5,7 @@ import pytest
 from adapters import Fuse, Parallel, Stack
 from adapters.composition import AdapterCompositionBlock, parse_composition
 from conftest import TEACHERS, make_model, make_student
+from test_student import everything, with_teachers
 
 from hf_adapter_distillation import AdapterDistillation
 from hf_adapter_distillation.composition import find_block
@@ -56,10 +57,52 @@ def test_nesting():
             parse_composition(outer("x", block))
 
 
+BLOCK = AdapterDistillation("bank", ["work"])
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Fuse("travel", BLOCK),
+        Parallel("travel", BLOCK),
+        Stack(Fuse("travel", "work"), BLOCK),
+        Stack(Stack("travel", BLOCK)),
+        Fuse(Stack("travel", BLOCK), "work"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", ["train_adapter", "set_active_adapters"])
+def test_a_block_stands_alone_or_last_in_a_stack(call, setup):
+    model = with_teachers()
+    before = everything(model)
+    with pytest.raises(ValueError) as caught:
+        getattr(model, call)(setup)
+    assert str(caught.value) == (
+        f"AdapterDistillation[bank; teachers: work] stands inside {setup}; "
+        "only a Stack may hold it, after names of adapters."
+    )
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("block", [BLOCK, AdapterDistillation("insurance", ["work", "bank"])], ids=str)
+def test_a_block_that_would_not_distil_is_not_activated(block):
+    model = make_student(make_model(), train=False)
+    before = everything(model)
+    with pytest.raises(ValueError) as caught:
+        model.active_adapters = block
+    assert str(caught.value) == f"{block} is not prepared; call model.train_adapter with it, which makes it active."
+    assert everything(model) == before
+    model.train_adapter(block)
+    model.active_adapters = None
+    model.active_adapters = block
+    assert model.active_adapters == block
+
+
 def test_find_block():
     block = AdapterDistillation("a", ["b"])
     assert find_block(block) is block
     assert find_block(Stack("l", block)) is block
+    assert find_block(Fuse("m", Stack("l", block))) is block
     assert find_block(Stack("l", "a")) is None
     assert find_block(None) is None
 
