@@ -30,9 +30,11 @@ class AdapterDistillation(Stack):
     def __init__(self, student: str | Stack, teachers: Sequence[str]) -> None:
         names = [student] if isinstance(student, str) else student.children if type(student) is Stack else None
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise TypeError(f"The student must be an adapter name or a Stack of adapter names, not {student!r}.")
+            raise TypeError(f"The student must be an adapter name or a Stack of adapter names, not {_show(student)}.")
         if names[-1] in names[:-1]:
-            raise ValueError(f"The student {names[-1]!r} stands twice in {student}; only frozen adapters go below it.")
+            raise ValueError(
+                f"The student {names[-1]!r} stands twice in {_show(student)}; only frozen adapters go below it."
+            )
         check_teachers(names[-1], teachers)
         super().__init__(*names)
         self.teachers: tuple[str, ...] = tuple(teachers)
@@ -52,11 +54,20 @@ class AdapterDistillation(Stack):
         return hash((type(self), tuple(self.children), self.teachers))
 
     def __repr__(self) -> str:
-        return f"AdapterDistillation[{', '.join(self.children)}; teachers: {', '.join(self.teachers)}]"
+        return _escape(f"AdapterDistillation[{', '.join(self.children)}; teachers: {', '.join(self.teachers)}]")
 
     def to_dict(self) -> dict:
         """Describes the setup that runs at inference, a plain `Stack`, so that stock adapters can load it."""
         return Stack(*self.children).to_dict()
+
+
+def _escape(text: str) -> str:
+    return repr(text)[1:-1]
+
+
+def _show(thing: object) -> str:
+    """Shows a thing in one line, also a block of adapters, which does not escape the names in it."""
+    return _escape(str(thing)) if isinstance(thing, AdapterCompositionBlock) else repr(thing)
 
 
 def check_name(who: str, name: str) -> None:
@@ -136,7 +147,9 @@ def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | N
         return block
     *below, last = setup.children
     if type(setup) is Stack and block in below:
-        raise ValueError(f"{last!r} is stacked on top of the student {block.student!r}; the student must come last.")
+        raise ValueError(
+            f"{_show(last)} is stacked on top of the student {block.student!r}; the student must come last."
+        )
     if type(setup) is not Stack or block is not last or not all(isinstance(name, str) for name in below):
-        raise ValueError(f"{block} stands inside {setup}; only a Stack may hold it, after names of adapters.")
+        raise ValueError(f"{block} stands inside {_show(setup)}; only a Stack may hold it, after names of adapters.")
     return AdapterDistillation(Stack(*below, *block.children), block.teachers)

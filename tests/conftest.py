@@ -36,6 +36,8 @@ from transformers import (
 
 import hf_adapter_distillation as had
 
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the marks of the long form of a test
+
 VOCABULARY = 60
 TEACHERS = ["bank", "travel", "work"]
 

@@ -1,6 +1,6 @@
 """Trains in forks of this process, kills them with SIGKILL, resumes them; `test_checkpoint.py` reads what it writes.
 
-python tests/killed_runs.py FOLDER
+python tests/killed_runs.py FOLDER KILLS
 """
 
 import gc
@@ -113,7 +113,7 @@ def die_in_the_middle_of(folder, file, step):
     train(folder)
 
 
-def main(out):
+def main(out, n_kills):
     logging.set_verbosity_error()
     gc.freeze()  # Trainer collects garbage, and need not look at what the imports have left
     assert in_a_fork(train, out / "unbroken") == 0
@@ -126,7 +126,7 @@ def main(out):
         newest = checkpoint.newest_whole_checkpoint(str(folder)) if folder.is_dir() else None
         kills.append({"folder": folder.name, "status": status, "newest": newest and Path(newest).name})
 
-    for number in range(14):
+    for number in range(n_kills):
         kill(out / f"random-{number}", die_at_call, draw.randrange(calls))
         assert in_a_fork(train, out / f"random-{number}") == 0
     for _ in range(3):  # the resumed run is killed, too
@@ -139,4 +139,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed, make_dataset, make_model, make_student, snapshot
+from conftest import LONG, changed, make_dataset, make_model, make_student, snapshot
 from killed_runs import FILES, SAVE_STEPS, STEPS
 from safetensors import SafetensorError
 from test_trainer import EachStep, trainer_for
@@ -21,12 +21,13 @@ from hf_adapter_distillation.checkpoint import check_whole, newest_whole_checkpo
 ROOT = Path(__file__).parent.parent
 
 
-def test_killed_runs_lose_nothing(tmp_path):
+@pytest.mark.parametrize("n_kills", [14, pytest.param(100, marks=LONG)])
+def test_killed_runs_lose_nothing(n_kills, tmp_path):
     """Kills at random calls of both stages and within each file of a checkpoint, of which one is kept at a time."""
     script, environment = Path(__file__).with_name("killed_runs.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, script, tmp_path],
+        [sys.executable, script, tmp_path, str(n_kills)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -37,6 +38,7 @@ def test_killed_runs_lose_nothing(tmp_path):
     for kill in json.loads((tmp_path / "kills.json").read_text()):
         assert kill["status"] == -signal.SIGKILL
         kills[kill["folder"]] = kill["newest"]
+    assert len(kills) == n_kills + 1 + len(FILES)
     for index, file in enumerate(FILES):
         assert kills.pop(file) == f"checkpoint-{(6, 9)[index % 2] - SAVE_STEPS}"
     assert {None, "checkpoint-3", "checkpoint-6", "checkpoint-9"} <= set(kills.values()), "kills in both stages"

@@ -121,6 +121,7 @@ def test_find_block():
         (Fuse("x", "y"), ["b"], TypeError, "The student must be"),
         (3, ["b"], TypeError, "The student must be an adapter name or a Stack of adapter names, not 3"),
         ("", ["b"], TypeError, "The student must be"),
+        (Stack("a\n", "a\n"), ["b"], ValueError, r"'a\\n' stands twice in Stack\[a\\n, a\\n\];"),
     ],
 )
 def test_bad_blocks(student, teachers, error, message):

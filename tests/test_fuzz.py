@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapters.composition import Average, BatchSplit, Fuse, Parallel, Split, Stack
-from conftest import TEACHERS, make_batch, snapshot
+from conftest import LONG, TEACHERS, make_batch, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bad_inputs import FILES, files_of_a_teacher, write
@@ -15,8 +15,7 @@ from hf_adapter_distillation.composition import find_block
 
 def examples(short, long):
     """The number of examples, and that of the long form."""
-    marks = [pytest.mark.slow, pytest.mark.timeout(3600)]
-    return pytest.mark.parametrize("n", [short, pytest.param(long, marks=marks)])
+    return pytest.mark.parametrize("n", [short, pytest.param(long, marks=LONG)])
 
 
 def fuzz(n, **strategies):
@@ -90,7 +89,7 @@ def test_any_damaged_file(n, tmp_path_factory):
 
 # Compositions
 
-NAMES = st.sampled_from([*TEACHERS, "insurance", "nope"])
+NAMES = st.sampled_from([*TEACHERS, "insurance", "no\npe"])
 BLOCKS = {
     "Stack": Stack,
     "Fuse": Fuse,

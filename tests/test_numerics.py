@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
+from conftest import LONG, TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
 from test_trainer import EachStep, trainer_for
 from transformers import TrainerCallback
 
@@ -213,16 +213,19 @@ def live_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def test_the_number_of_live_tensors_is_flat_in_both_stages(trainer_args):
-    counts = {}
+@pytest.mark.parametrize("steps", [200, pytest.param(1000, marks=LONG)])
+def test_the_number_of_live_tensors_is_flat_in_both_stages(steps, trainer_args):
+    counts = []
 
     def note(args, state, control, **kwargs):
-        if state.global_step in (20, 200, 220, 400):
-            counts[state.global_step] = live_tensors()
+        if state.global_step in (20, steps, steps + 20, 2 * steps):
+            counts.append(live_tensors())
 
-    args = trainer_args(max_steps=401, distillation_start=200 / 401, logging_steps=50)
+    all_steps = 2 * steps + 1  # the last one is logged
+    args = trainer_args(max_steps=all_steps, distillation_start=steps / all_steps, logging_steps=50)
     trainer_for(make_student(make_model(), carrier="dual"), args, callbacks=[EachStep(note)]).train()
-    assert counts[200] == counts[20] and counts[400] == counts[220]
+    early, late, early_in_stage_2, late_in_stage_2 = counts
+    assert early == late and early_in_stage_2 == late_in_stage_2
 
 
 def traces(model):
@@ -241,10 +244,11 @@ def traces(model):
     }
 
 
-def test_a_hundred_deleted_students_leave_nothing_behind():
+@pytest.mark.parametrize("students", [100, pytest.param(1000, marks=LONG)])
+def test_deleted_students_leave_nothing_behind(students):
     model = make_student(make_model())  # what the first one makes, such as the module list of the fusion, may stay
     batch, counts, before = make_batch(), [], None
-    for number in range(101):
+    for number in range(students + 1):
         name = f"student_{number}"
         model.add_adapter(name, distill_from=TEACHERS)
         model.train_adapter(name)
@@ -254,7 +258,7 @@ def test_a_hundred_deleted_students_leave_nothing_behind():
         model.delete_adapter(name)
         if name in model.heads:
             model.delete_head(name)
-        if number in (0, 100):
+        if number in (0, students):
             counts.append(live_tensors())
             before = before or traces(model)
     assert traces(model) == before
