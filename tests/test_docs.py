@@ -143,10 +143,10 @@ def test_the_quality_in_the_readme_is_that_of_the_result_file():
         f"the distilled student ranks the right FAQ first for {100 * np.mean(list(student.values())):.1f}% of the "
         f"test queries. That is, in points with 95% intervals, {against['plain adapter']} against a plain adapter, "
         f"{average} against one that starts at the teachers' average, and "
-        f"{against['AdapterFusion']} against AdapterFusion (one seed), whose queries take "
+        f"{against['AdapterFusion']} against AdapterFusion, whose queries take "
         f"{np.median(list(times['AdapterFusion'].values())):.1f} times as long. Before its first step, without a "
         f"label, it is at {untrained} against the average of the teachers' weights. With all of a tenant's training "
-        f"queries (one seed) it is at {all_data['accuracy_at_1']} points of accuracy and {all_data['auc']} points of "
+        f"queries it is at {all_data['accuracy_at_1']} points of accuracy and {all_data['auc']} points of "
         f"AUC against a plain adapter."
     )
     assert sentences in " ".join((ROOT / "README.md").read_text().split())
