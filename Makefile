@@ -1,11 +1,12 @@
-# make demo | test | test-slow | quality | docs | bench: all that a contributor needs. Everything is installed into .venv.
+# make demo | test | test-slow | compat | reliability | quality | docs | bench: all that a contributor needs. Everything is installed into .venv
+# (compat: .venv-compat-*).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-slow quality docs bench clean
+.PHONY: install demo test test-slow compat compat-lowest compat-highest reliability quality docs bench clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +26,16 @@ test: install
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
+# The lowest and the highest versions that setup.py allows; torch of PyPI takes gigabytes in each environment.
+compat: compat-lowest compat-highest
+
+compat-lowest compat-highest: compat-%:
+	OMP_NUM_THREADS=1 $(PYTHON) tests/compat.py $*
+
+# Some 20 minutes on two cores; then tests/reliability.py writes the tables of docs/reliability.md.
+reliability: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
+
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +51,4 @@ bench: install
 	for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) docs/_build outputs build *.egg-info
+	rm -rf $(VENV) .venv-compat-* docs/_build outputs build *.egg-info

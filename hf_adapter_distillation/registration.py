@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import adapters.composition
 from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin, Stack
@@ -97,7 +97,7 @@ def _document_distill_from(method: Callable) -> None:
 def _get_compose_func(original: Callable, self: ComposableAdapterLayerBase, composition_type: type) -> Callable:
     if composition_type is not AdapterDistillation:
         return original(self, composition_type)
-    if isinstance(self, FusedLayer):
+    if isinstance(self, get_args(FusedLayer)):  # the compilers of torch 2.9 and 2.10 do not know the union itself
         return functools.partial(compose_distillation, self)
     return self.compose_stack
 

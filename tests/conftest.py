@@ -35,11 +35,14 @@ from transformers import (
 )
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation._compat import COMPILES
 
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the marks of the long form of a test
 
 VOCABULARY = 60
 TEACHERS = ["bank", "travel", "work"]
+
+needs_compiler = pytest.mark.skipif(not COMPILES, reason="the compiler of this torch cannot trace adapters")
 
 CONFIGS = {
     "bert": lambda **kw: BertConfig(

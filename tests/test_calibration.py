@@ -31,7 +31,7 @@ def test_equals_a_logistic_regression_on_smoothed_labels(seed, n, scale):
     for (slope, offset), one in zip(fit_platt(scores, labels).tolist(), scores, strict=True):
         expected_slope, expected_offset = reference(one.numpy(), labels.numpy())
         expected = torch.sigmoid(expected_slope * one + expected_offset)
-        torch.testing.assert_close(torch.sigmoid(slope * one + offset), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.sigmoid(slope * one + offset), expected, rtol=0, atol=1e-3)
 
 
 def test_a_score_that_tells_nothing_becomes_the_share_of_positives():

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("n_kills", [14, pytest.param(100, marks=LONG)])
-def test_killed_runs_lose_nothing(n_kills, tmp_path):
+def test_killed_runs_lose_nothing(n_kills, tmp_path, record_property):
     """Kills at random calls of both stages and within each file of a checkpoint, of which one is kept at a time."""
     script, environment = Path(__file__).with_name("killed_runs.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -34,8 +34,9 @@ def test_killed_runs_lose_nothing(n_kills, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kills = {}
-    for kill in json.loads((tmp_path / "kills.json").read_text()):
+    kills, all_kills = {}, json.loads((tmp_path / "kills.json").read_text())
+    record_property("cases", len(all_kills))
+    for kill in all_kills:
         assert kill["status"] == -signal.SIGKILL
         kills[kill["folder"]] = kill["newest"]
     assert len(kills) == n_kills + 1 + len(FILES)
@@ -64,7 +65,7 @@ def training(trainer_args):
     return Path(first.args.output_dir), trainer
 
 
-def test_what_damages_a_checkpoint(training):
+def test_what_damages_a_checkpoint(training, record_property):
     """A power cut may leave any file empty or full of zeros, that of the digests, too."""
     folder, _ = training
     names = [path for path in (folder / "checkpoint-3").rglob("*") if path.is_file()]
@@ -81,11 +82,13 @@ def test_what_damages_a_checkpoint(training):
             assert str(caught.value) == f"{folder / 'checkpoint-3'} is no whole checkpoint: {name} {fault}."
             assert newest_whole_checkpoint(str(folder)) == str(folder / "checkpoint-2")
             path.write_bytes(content)
+            record_property("cases", 1)
     weights = folder / "checkpoint-3" / checkpoint.FUSION_WEIGHTS_NAME
     flipped = bytearray(weights.read_bytes())
     flipped[-1] ^= 1
     weights.write_bytes(flipped)
     assert newest_whole_checkpoint(str(folder)) == str(folder / "checkpoint-2")
+    record_property("cases", 1)
     assert newest_whole_checkpoint(str(folder / "none")) is None
 
 

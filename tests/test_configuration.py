@@ -1,4 +1,8 @@
+import os
+import re
+
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from hf_adapter_distillation import DistillationConfig, DistillationTrainingArguments
@@ -76,6 +80,15 @@ def test_objectives_and_their_weights():
 def test_bad_arguments(kwargs, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         DistillationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"torch_compile": True}, {"torch_compile_mode": "default"}])
+def test_a_torch_that_cannot_compile_adapters_is_refused(kwargs, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_adapter_distillation.configuration.COMPILES", False)
+    message = f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DistillationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **kwargs)
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ
 
 
 def test_every_argument_has_a_help_text():

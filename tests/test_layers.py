@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from adapters import Stack
-from conftest import TEACHERS, changed, make_batch, make_model, make_student, noisy, snapshot
+from conftest import TEACHERS, changed, make_batch, make_model, make_student, needs_compiler, noisy, snapshot
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.fusion import TeacherFusion
@@ -320,6 +320,7 @@ def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monke
     assert cache.nbytes == 2 * small > 0
 
 
+@needs_compiler
 @pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
 def test_compiled_without_graph_breaks(carrier):
     results = []
@@ -336,6 +337,7 @@ def test_compiled_without_graph_breaks(carrier):
     torch._dynamo.reset()
 
 
+@needs_compiler
 @pytest.mark.parametrize("carrier", ["student", "mixed", "dual"])
 def test_compiled_code_takes_sequences_of_any_length(carrier):
     torch._dynamo.reset()

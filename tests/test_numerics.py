@@ -245,7 +245,7 @@ def traces(model):
 
 
 @pytest.mark.parametrize("students", [100, pytest.param(1000, marks=LONG)])
-def test_deleted_students_leave_nothing_behind(students):
+def test_deleted_students_leave_nothing_behind(students, record_property):
     model = make_student(make_model())  # what the first one makes, such as the module list of the fusion, may stay
     batch, counts, before = make_batch(), [], None
     for number in range(students + 1):
@@ -261,6 +261,7 @@ def test_deleted_students_leave_nothing_behind(students):
         if number in (0, students):
             counts.append(live_tensors())
             before = before or traces(model)
+    record_property("cases", number)
     assert traces(model) == before
     assert counts[0] == counts[1]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapters import AdapterSetup, Stack
-from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, snapshot
+from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, needs_compiler, snapshot
 from test_trainer import gradients, trainer_for
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
@@ -412,6 +412,7 @@ def test_soft_labels_with_smoothed_ones(trainer_args):
     assert last["loss"] == pytest.approx(last["task_loss"] + added, abs=1e-3)
 
 
+@needs_compiler
 def test_compiled_code_and_predictions_are_refused(trainer_args):
     model = make_student(make_model(), objective="logits")
     with pytest.raises(ValueError) as caught:

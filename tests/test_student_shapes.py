@@ -276,7 +276,8 @@ def test_a_saved_stack_is_loaded_where_this_package_is_not_installed(trainer_arg
     torch.save(batch, tmp_path / "batch.pt")
     with torch.no_grad():
         expected = model.eval()(**batch).logits
-    argument = json.dumps([str(tmp_path / "base"), str(tmp_path / "setup"), str(tmp_path), False, True, False])
+    argument = json.dumps([str(tmp_path), [[str(tmp_path / "base"), str(tmp_path / "setup"), False, True, False]]])
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), argument], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    (logits,) = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(logits, expected)

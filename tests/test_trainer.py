@@ -8,7 +8,7 @@ import adapters
 import pytest
 import torch
 from adapters import AdapterTrainer, Stack
-from conftest import TEACHERS, changed, make_dataset, make_model, make_student, noisy, snapshot
+from conftest import TEACHERS, changed, make_dataset, make_model, make_student, needs_compiler, noisy, snapshot
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 import hf_adapter_distillation as had
@@ -324,6 +324,7 @@ def test_the_table_of_parameters(trainer_args, capsys):
     assert out.count("fusion (training only)") == 1
 
 
+@needs_compiler
 @pytest.mark.parametrize("carrier", ["student", "mixed"])
 def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args):
     losses = []

@@ -14,6 +14,7 @@ from conftest import (
     make_dataset,
     make_model,
     make_student,
+    needs_compiler,
     noisy,
     snapshot,
 )
@@ -335,6 +336,7 @@ def test_a_copied_model_distils_on_its_own():
     assert distil(model)[1].distillation_loss != record.distillation_loss
 
 
+@needs_compiler
 def test_compiled_training_is_refused(trainer_args):
     model = make_mixture(*MIXTURES["mixed"], dtype=torch.float32)
     with pytest.raises(ValueError, match="torch_compile=True is not supported where whole layers are fused"):

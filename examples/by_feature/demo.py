@@ -13,7 +13,8 @@ from pathlib import Path
 
 import transformers
 from adapters import AdapterConfig, AdapterTrainer, Stack
-from datasets import Dataset, DatasetDict, disable_progress_bars
+from datasets import Dataset, DatasetDict
+from datasets.utils import disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,

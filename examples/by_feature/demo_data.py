@@ -4,7 +4,8 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import Sequence as ListOf
 from PIL import Image as PILImage
 
 PEOPLE = ["anna", "ben", "clara", "david", "eva", "frank", "greta", "hugo"]
@@ -63,7 +64,7 @@ def mentions() -> dict[str, DatasetDict]:
         "sports": ["in {town} the game was won by {person} .", "{person} ran around the lake of {town} ."],
     }
     tags = ClassLabel(names=["O", "B-PER", "I-PER", "B-LOC", "I-LOC"])
-    features = Features({"tokens": List(Value("string")), "ner_tags": List(tags)})
+    features = Features({"tokens": ListOf(Value("string")), "ner_tags": ListOf(tags)})
 
     def split(sentences: list[str], size: int, rng: random.Random) -> Dataset:
         rows: list[dict] = []
