@@ -9,6 +9,7 @@ from adapters import AdapterSetup, ModelAdaptersMixin, Stack
 from ._compat import ForwardContext, forward_arguments
 from .composition import AdapterDistillation, join_block
 from .fusion import TeacherFusion
+from .heads import check_objectives
 from .losses import CosineLoss, FeatureLoss, token_weights
 from .objectives import fold, match_passes, match_predictions
 from .predictions import teacher_logits
@@ -167,12 +168,19 @@ class DistillationPass:
             fusion: The fusion of the layer.
             student_output: The student's update, (batch, seq_len, hidden).
             target: The teachers' fused update, (batch, seq_len, hidden).
+
+        Raises:
+            ValueError: If an objective has no probe, since the head came later.
         """
         weights, _ = self.weights(fusion, student_output)
         losses = {}
         for name in self.distillation.config.layer_objectives:
             loss = LAYER_LOSSES.get(name, fusion.task_specific)
-            assert loss is not None, "the head came after train_adapter"
+            if loss is None:
+                raise ValueError(
+                    f"The objective {name!r} needs the head of {self.block.student!r} in train_adapter; add one for "
+                    f"classes, labels or values, and call model.train_adapter({self.block.student!r}) again."
+                )
             losses[name] = loss(student_output, target, weights) * fusion.layer_weight
         self.losses.append(losses)
         if (probe := fusion.task_specific) is not None and self.training:
@@ -236,6 +244,9 @@ def call_with_distillation(
 
     Returns:
         The output of the model; its loss, if it has one, includes the distillation terms.
+
+    Raises:
+        ValueError: If the heads do not meet the needs of an objective.
     """
     block = join_block(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
@@ -266,6 +277,7 @@ def call_with_distillation(
     else:
         current, output = run(context, "")
     if training and distillation.enabled and distillation.config.output_objectives:
+        check_objectives(model, block)
 
         def run_teacher(context: ForwardContext) -> Any:
             _share_parameters(context, model)

@@ -418,3 +418,24 @@ def test_compiled_code_and_predictions_are_refused(trainer_args):
     with pytest.raises(ValueError) as caught:
         trainer_for(model, trainer_args(torch_compile=True))
     assert str(caught.value) == "torch_compile=True is not supported with the objective 'logits'; leave it out."
+
+
+def test_training_loops_of_ones_own_are_told_the_same():
+    """Where no trainer looks before the first step."""
+    model = make_student(make_model(), objective="logits", student_start="random", train=False)
+    model.delete_head("work")
+    model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    with pytest.raises(ValueError, match=r"^The objective 'logits' needs a head of teacher 'work', which has none"):
+        model.train()(**make_batch())
+    model = make_student(make_model(), objective="task_specific", student_start="random", train=False)
+    model.train_adapter("insurance")
+    model.add_classification_head("insurance")
+    with pytest.raises(ValueError) as caught:
+        model.train()(**make_batch())
+    assert str(caught.value) == (
+        "The objective 'task_specific' needs the head of 'insurance' in train_adapter; add one for classes, labels or "
+        "values, and call model.train_adapter('insurance') again."
+    )
+    model.train_adapter("insurance")
+    assert model.train()(**make_batch()).loss.isfinite()
