@@ -51,7 +51,7 @@ def number_of_labels(model: ModelAdaptersMixin, student: str) -> int | None:
         The number; None for a student without a head, and for heads of other kinds (spans, choices, tokens of text).
     """
     if hasattr(model, "heads"):
-        config = model.heads[student].config if student in model.heads else {}
+        config = head_config(model, student) if student in model.heads else {}
         kind = str(config.get("head_type"))
         return config.get("num_labels") if kind.endswith("classification") or kind == "tagging" else None
     has_labels = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
@@ -95,6 +95,7 @@ def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> N
                 f"{who} needs a head for each teacher, but a {type(model).__name__} has one for all; "
                 "use AutoAdapterModel, or choose 'features'."
             )
+        check_head(model, student)
         for teacher in block.teachers:
             if teacher not in model.heads:
                 raise ValueError(

@@ -13,17 +13,17 @@ from .losses import CrossTaskLoss, LogitLoss, logit_matching_loss, two_classes
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Runs a model without dropout and gradients, and puts each module back into the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Runs a module in evaluation mode, and puts each part of it back into the mode that it had."""
+    # Linear maps are the same in both modes, and those of bitsandbytes would pack their weights anew.
+    training = [part for part in module.modules() if part.training and not isinstance(part, nn.Linear)]
+    for part in training:
+        part.training = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True
 
 
 def as_teacher(model: ModelAdaptersMixin, block: AdapterDistillation, name: str) -> AdapterSetup:
@@ -59,7 +59,7 @@ def teacher_logits(
         The logits by their names in the output of the model, (n_teachers, ...) each, detached.
     """
     outputs = []
-    with evaluation_mode(model):
+    with without_dropout(model), torch.no_grad():
         for name in block.teachers:
             with as_teacher(model, block, name), context_type(model, *args, **kwargs) as context:
                 outputs.append(run(context))

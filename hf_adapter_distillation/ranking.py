@@ -16,7 +16,7 @@ from .data import batches, drawn
 from .heads import is_binary, is_of_sequences, shares_labels
 from .losses import token_weights
 from .parts import active_block
-from .predictions import as_teacher, evaluation_mode, scores
+from .predictions import as_teacher, scores, without_dropout
 from .student import keep_teachers
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _of_each_teacher(
 ) -> list[list[torch.Tensor]]:
     """One part of the outputs of each teacher with its own head, batch by batch."""
     found = []
-    with evaluation_mode(model):
+    with without_dropout(model), torch.no_grad():
         for teacher in block.teachers:
             with as_teacher(model, block, teacher):
                 found.append([model(**batch)[name] for batch in inputs])
@@ -126,14 +126,13 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     return Ranking(dict(zip(teachers, found, strict=True)), what, chance)
 
 
-@torch.no_grad()
 def _agreement(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]) -> list[float]:
     """The cosine of each teacher's update of the last hidden states with the mean of the others' updates."""
     below = block.children[:-1]
     setups = [AdapterSetup(Stack(*below) if below else None)]
     setups += [AdapterSetup(Stack(*below, name)) for name in block.teachers]
     totals, n_examples = torch.zeros(len(block.teachers)), 0
-    with evaluation_mode(model):
+    with without_dropout(model), torch.no_grad():
         for batch in inputs:
             states = []
             for setup in setups:

@@ -15,6 +15,7 @@ from transformers import Cache
 from ._compat import AdapterLayerBase
 from .fusion import fusions_at
 from .passes import DistillationPass, current_pass
+from .predictions import without_dropout
 
 
 def holds(layer: nn.Module, adapter: str) -> bool:
@@ -62,11 +63,7 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
         return None
 
     args, kwargs = _inputs(args, kwargs, detach=current.matched_only)
-    # Linear maps are the same in both modes, and those of bitsandbytes would pack their weights anew.
-    training = [module for module in layer.modules() if module.training and not isinstance(module, nn.Linear)]
-    for module in training:
-        module.training = False
-    try:
+    with without_dropout(layer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not current.matched_only):
             without = _run(current, None, layer, args, kwargs)  # (B, T, d)
         student_output = _run(current, student, layer, args, kwargs) - without  # (B, T, d)
@@ -76,9 +73,6 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
         with torch.set_grad_enabled(torch.is_grad_enabled() and not current.matched_only):
             names = [name for name in current.block.teachers if holds(layer, name)]
             updates = {name: _run(current, name, layer, args, kwargs) - without for name in names}
-    finally:
-        for module in training:
-            module.training = True
 
     if not current.matched_only:
         updates[student] = student_output

@@ -428,6 +428,10 @@ def test_training_loops_of_ones_own_are_told_the_same():
     model.train_adapter("insurance")
     with pytest.raises(ValueError, match=r"^The objective 'logits' needs a head of teacher 'work', which has none"):
         model.train()(**make_batch())
+    model.delete_head("insurance")
+    model.active_head = "bank"
+    with pytest.raises(ValueError, match=r"^'insurance' has no head; add one of that name"):
+        model.train()(**make_batch())
     model = make_student(make_model(), objective="task_specific", student_start="random", train=False)
     model.train_adapter("insurance")
     model.add_classification_head("insurance")
