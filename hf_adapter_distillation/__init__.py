@@ -7,10 +7,11 @@ Source: Wang et al., "AdapterDistillation: Non-Destructive Task Composition with
 Industry, https://arxiv.org/abs/2312.16261.
 """
 
-from .analysis import plot_teacher_attention, teacher_attention
+from .analysis import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig, DistillationTrainingArguments
 from .fusion import TeacherFusion
+from .plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 from .registration import register, unregister
 from .trainer import AdapterDistillationTrainer, DistillationTrainer
 
@@ -23,10 +24,15 @@ __all__ = [
     "DistillationTrainer",
     "DistillationTrainingArguments",
     "TeacherFusion",
+    "leave_one_teacher_out",
+    "plot_leave_one_teacher_out",
+    "plot_student_distance",
     "plot_teacher_attention",
     "register",
+    "student_distance",
     "teacher_attention",
     "unregister",
+    "write_analysis",
 ]
 
 register()

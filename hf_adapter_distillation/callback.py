@@ -73,8 +73,11 @@ class FrozenTeachersCallback(TrainerCallback):
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **summary(trainer.train_dataset, state.log_history, best or state.global_step),
         }
-        if args.push_to_hub and state.global_step > trainer.first_distillation_step:
-            trainer.distillation.training |= trainer._observe_attention()
+        if args.push_to_hub or trainer.args.analysis:
+            if state.global_step > trainer.first_distillation_step:
+                trainer.distillation.training |= trainer._observe_attention()
+            elif trainer.args.analysis:
+                logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,8 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ._compat import STATIC_TO_FLEX_HEAD_MAP
-from .analysis import plot_teacher_attention
 from .hub import provenance
+from .plots import plot_teacher_attention
 from .state import distillations
 
 CARD_NAME = "README.md"

@@ -189,6 +189,14 @@ class DistillationTrainingArguments(TrainingArguments):
             "dropped, and the student is an adapter like any other."
         },
     )
+    analysis: bool = field(
+        default=False,
+        metadata={
+            "help": "At the end of the training write where the knowledge came from to output_dir/analysis: the "
+            "attention over the teachers, the student's distance to them and what each is worth, as tables and "
+            "figures, on up to 256 examples of eval_dataset (train_dataset, where that is not one data set)."
+        },
+    )
     stop_on_nan: bool = field(
         default=True,
         metadata={

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from adapters import AdapterTrainer
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
-from .analysis import AttentionTable, teacher_attention
+from .analysis import teacher_attention, write_analysis
 from .card import save_card
 from .composition import AdapterDistillation
 from .data import batches, drawn
 from .pushing import Files, check_push, commit, student_files, told
-from .start import START_EXAMPLES
 
 logger = logging.get_logger(__name__)
+
+ANALYSED_EXAMPLES = 256
 
 
 class StudentPushingTrainer(AdapterTrainer):
@@ -66,14 +67,29 @@ class StudentPushingTrainer(AdapterTrainer):
                 inputs.pop("labels", None)
             yield inputs
 
-    def _observe_attention(self) -> dict[str, AttentionTable]:
-        """The attention over the teachers at the end of the training, for the provenance, if the data can be read."""
-        examples = drawn(self.train_dataset, START_EXAMPLES, self.args.seed)
+    def _observe_attention(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The attention over the teachers at the end of the training, for the provenance, if the data can be read.
+
+        With `analysis=True` the whole analysis is written.
+        """
+        one_evaluation = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+        dataset = self.eval_dataset if one_evaluation else self.train_dataset
+        examples = drawn(dataset, ANALYSED_EXAMPLES, self.args.seed)
         if examples is None:
+            if self.args.analysis:
+                logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
             return {}
+        folder = Path(self.args.output_dir) / "analysis"
         with torch.random.fork_rng(), self.compute_loss_context_manager():
-            table = teacher_attention(self.model, self.input_batches(examples))
-        return {"attention": {layer: {name: round(w, 4) for name, w in row.items()} for layer, row in table.items()}}
+            loader: DataLoader = DataLoader(list(self.input_batches(examples)), batch_size=None)  # type: ignore[arg-type]
+            table = teacher_attention(self.model, loader)
+            if self.args.analysis and self.is_world_process_zero():
+                try:
+                    write_analysis(self.model, loader, folder)
+                except OSError as error:  # at the end of a training nothing may be lost
+                    logger.warning(f"The analysis could not be written: {error}.")
+        rounded = {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
+        return {"attention": rounded}
 
     def _save_arguments(self, output_dir: str) -> None:
         args = copy(self.args)

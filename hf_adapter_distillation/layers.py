@@ -89,7 +89,7 @@ def compose_distillation(
         student_input = student_input.detach()
     fused = _fuse(current, layer, fusion, state, student_input)
     current.gather(fusion, student_output, fused)
-    if current.matched_only:
+    if current.passes_student_on:
         return student_state
     passed_on = current.passed_on(student_state.hidden_states, student_input.residual + fused.output)  # (B, T, d)
     return student_state._replace(hidden_states=passed_on)

@@ -57,6 +57,20 @@ class FeatureLoss(nn.Module):
         Returns:
             The loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
         """
+        return self.of_sequences(student_output, fused_output, weights).mean()
+
+    @staticmethod
+    def of_sequences(student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The loss of each sequence.
+
+        Args:
+            student_output: As for `forward`.
+            fused_output: The same.
+            weights: The same.
+
+        Returns:
+            The losses, (batch,), float32 (float64 for float64 inputs).
+        """
         dtype = torch.promote_types(student_output.dtype, torch.float32)
         weights = weights.to(dtype)
         # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
@@ -67,7 +81,7 @@ class FeatureLoss(nn.Module):
         variance = (weights * (variances + (means - mean).square())).sum(dim=1)  # (B,)
         errors = (student_output.to(dtype) - fused_output.to(dtype)).square().mean(dim=-1)  # (B, T)
         error = (weights * errors).sum(dim=1)  # (B,)
-        return (error / variance.clamp(min=MINIMAL_VARIANCE)).mean()
+        return error / variance.clamp(min=MINIMAL_VARIANCE)
 
 
 class CosineLoss(nn.Module):

@@ -85,7 +85,7 @@ def fold(current: "DistillationPass", output: Any) -> DistillationRecord:
         What was added.
     """
     if not current.training:
-        return DistillationRecord(torch.zeros(()), False, None, None, None, current.attention)
+        return DistillationRecord(torch.zeros(()), False, None, None, None, {}, observed=current.observed)
     distillation, fusions = current.distillation, current.fusions.values()
     config, added = distillation.config, torch.zeros(())
     if not current.losses or config.carrier == "mixed" or "task_specific" in config.objectives:

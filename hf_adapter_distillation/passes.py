@@ -13,7 +13,7 @@ from .heads import check_objectives
 from .losses import CosineLoss, FeatureLoss, token_weights
 from .objectives import fold, match_passes, match_predictions
 from .predictions import teacher_logits
-from .state import Distillation, TeacherAttention, distillations
+from .state import Distillation, Observation, TeacherAttention, distillations
 
 LAYER_LOSSES = {"features": FeatureLoss(), "cosine": CosineLoss()}  # those without weights of their own
 
@@ -82,6 +82,7 @@ class DistillationPass:
         self.probe_losses: list[torch.Tensor] = []
         self.ratios: list[torch.Tensor] = []
         self.attention: dict[str, TeacherAttention] = {}
+        self.observed: dict[str, Observation] = {}
         self.logit_loss: torch.Tensor | float = 0.0
         self.fused_task_loss: torch.Tensor | None = None
         self._weights: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -115,6 +116,11 @@ class DistillationPass:
         The carrier `student` leaves the task loss to the student: its fusion explains the student and steers nothing.
         """
         return self.distillation.config.carrier == "student" or not self.training
+
+    @property
+    def passes_student_on(self) -> bool:
+        """Whether each layer passes on the student's output, whatever is fused beside it."""
+        return self.matched_only and (self.training or self.distillation.observing != "fused")
 
     def fuse(
         self,
@@ -152,7 +158,13 @@ class DistillationPass:
         if fused is None:
             self.outputs.append((fusion, student_output))
             return
-        _, batch_weights = self.weights(fusion, student_output)
+        sequence_weights, batch_weights = self.weights(fusion, student_output)
+        if self.distillation.observing:
+            counted = sequence_weights.any(dim=1)  # (B,)
+            attention = torch.einsum("bt,btn->bn", sequence_weights, fused.attention.to(sequence_weights.dtype))
+            distance = FeatureLoss.of_sequences(student_output, fused.output, sequence_weights)  # (B,)
+            self.observed[fusion.location] = Observation(fused.names, attention[counted], distance[counted])
+            return
         mean_attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))
         self.attention[fusion.location] = TeacherAttention(fused.names, mean_attention)
         target = fused.output if self.matched_only else fused.output.detach()
@@ -209,8 +221,10 @@ class DistillationPass:
         Compiled code cannot branch on what was drawn: there the draw is a tensor, and both outputs are computed.
         """
         carrier = self.part or self.distillation.config.carrier
-        if not self.training or carrier != "mixed":
-            return self.training and carrier == "fused"
+        if not self.training:
+            return not self.passes_student_on
+        if carrier != "mixed":
+            return carrier == "fused"
         if torch.compiler.is_compiling():
             return torch.rand((), device=device) < self.distillation.fused_probability
         return bool(torch.rand(()) < self.distillation.fused_probability)
@@ -311,6 +325,7 @@ def fold_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: An
         whole.losses += half.losses
         whole.fusions |= half.fusions
         whole.attention |= half.attention
+        whole.observed |= half.observed
     distillation.record = fold(whole, output)
 
 

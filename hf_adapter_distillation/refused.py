@@ -1,10 +1,12 @@
 """Settings that a `DistillationTrainer` refuses when it is made."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
 from .configuration import DistillationTrainingArguments
+from .plots import MISSING
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -23,10 +25,13 @@ def check_arguments(args: DistillationTrainingArguments) -> None:
 
     Raises:
         ValueError: With the setting.
+        ImportError: If an analysis is wanted and matplotlib is not installed.
     """
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)!r} {NOT_SHARDED}")
+    if args.analysis and find_spec("matplotlib") is None:
+        raise ImportError(f"analysis=True draws figures. {MISSING}")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start with accelerate launch."

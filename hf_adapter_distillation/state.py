@@ -23,6 +23,20 @@ class TeacherAttention(NamedTuple):
     weights: torch.Tensor
 
 
+class Observation(NamedTuple):
+    """What one location shows of a batch in evaluation mode, sequence by sequence, those of padding only left out.
+
+    Args:
+        names: The teachers.
+        attention: The mean attention to each of them over the tokens of a sequence, (n_sequences, n_teachers).
+        distance: That of the student's update to the fused one, as `losses.FeatureLoss` has it, (n_sequences,).
+    """
+
+    names: tuple[str, ...]
+    attention: torch.Tensor
+    distance: torch.Tensor
+
+
 @dataclass
 class DistillationRecord:
     """What one training forward pass added to the task loss.
@@ -39,6 +53,7 @@ class DistillationRecord:
             where no objective matches layers.
         terms: What else is logged, detached: the objectives one by one where there are several, and of
             `task_specific` the loss of its probes and its ratio.
+        observed: While `Distillation.observing` is set, what each location shows, in the place of all the others.
     """
 
     added: torch.Tensor
@@ -49,6 +64,7 @@ class DistillationRecord:
     attention: dict[str, TeacherAttention]
     layer_losses: torch.Tensor | None = None
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    observed: dict[str, Observation] = field(default_factory=dict)
 
     def not_finite(self) -> str:
         """Names the term by which a loss is NaN or infinite, and the first layer concerned."""
@@ -94,7 +110,8 @@ class Distillation:
         overflows: While `overflow.find_overflow` runs: the teachers whose updates are not finite, by location.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
         halves: While an `EncoderDecoderModel` runs, the passes of its encoder and decoder.
-        observing: Whether forward passes in evaluation mode run the fusion for its attention.
+        observing: Where forward passes in evaluation mode run the fusion, to be looked at: what each layer passes on,
+            the student's output (as in production) or the fused one.
         record: What the last training forward pass added, until the trainer has read it.
     """
 
@@ -116,13 +133,13 @@ class Distillation:
     overflows: dict[str, list[str]] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
     halves: list[Any] | None = None
-    observing: bool = False
+    observing: Literal["student", "fused"] | None = None
     record: DistillationRecord | None = None
 
     @property
     def in_evaluation(self) -> bool:
         """Whether forward passes in evaluation mode run the teachers, too."""
-        return self.observing or self.fits is not None or self.overflows is not None
+        return self.observing is not None or self.fits is not None or self.overflows is not None
 
     @property
     def fuses(self) -> bool:

@@ -59,6 +59,7 @@ class DistillationTrainer(StudentPushingTrainer):
 
     Raises:
         TypeError: If `args` are no `DistillationTrainingArguments`.
+        ImportError: If `analysis=True` and matplotlib is not installed.
         ValueError: If no distilled student is active, or something else is left trainable, or settings exclude one
             another.
     """

@@ -79,7 +79,7 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
     hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, d)
     fused = current.fuse(fusion, hidden_states, updates, without)
     current.gather(fusion, student_output, fused)
-    if current.matched_only:
+    if current.passes_student_on:
         return None
     passed_on = current.passed_on(_states(output), without + fused.output)  # (B, T, d)
     return passed_on if isinstance(output, torch.Tensor) else (passed_on, *output[1:])

@@ -167,10 +167,10 @@ def test_blocks_attention_and_provenance(tmp_path):
         message = f"{block} names 'nope', which is not on the model; add or load it first."
         refused(ValueError, message, model.train_adapter, block)
     message = "The active setup None distils nothing; call model.train_adapter(student)."
-    refused(ValueError, message, had.teacher_attention, model, [make_batch()])
-    message = "The table is empty; make one with teacher_attention(model, batches)."
+    refused(ValueError, message, had.teacher_attention, model, make_dataset(4))
+    message = "The table is empty; make one with teacher_attention(model, dataset)."
     refused(ValueError, message, had.plot_teacher_attention, {})
-    message = "There is no attention to show: no batches were given, or the fusion was dropped."
+    message = "There is no attention to show: there are no examples, or the fusion was dropped."
     refused(ValueError, message, had.teacher_attention, make_student(make_model()), [])
     model.save_adapter(str(tmp_path / "bank"), "bank")
     message = f"{tmp_path / 'bank'} holds an adapter that was not distilled; it names no teachers."
