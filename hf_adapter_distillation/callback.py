@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .hub import adapter_digest, provenance
 from .parts import check_trainable
+from .prediction_cache import predict
 from .ranking import calibrate
 from .summary import measured, summary
 
@@ -42,6 +43,7 @@ class FrozenTeachersCallback(TrainerCallback):
         self.digests = {name: adapter_digest(trainer.model, name) for name in names}
         trainer.fit_start()
         calibrate(trainer)
+        predict(trainer)
         table = trainer.parameter_table()
         logger.info(table)
         if not args.disable_tqdm and state.is_world_process_zero:

@@ -1,6 +1,6 @@
 """What the teachers predict with their own heads, and the objectives that match it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,28 @@ def as_teacher(model: ModelAdaptersMixin, block: AdapterDistillation, name: str)
     """The setup in which a model is a teacher: its adapter in the place of the student's, its head if it has one."""
     own_head = name if name in getattr(model, "heads", {}) else None
     return AdapterSetup(Stack(*block.children[:-1], name), head_setup=own_head)
+
+
+def of_each_teacher(
+    model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]], name: str
+) -> list[list[torch.Tensor]]:
+    """One part of the outputs of each teacher with its own head.
+
+    Args:
+        model: The model.
+        block: The distillation block.
+        inputs: The arguments of forward, batch by batch.
+        name: The name of the part, `"logits"` or `"loss"`.
+
+    Returns:
+        The part for each teacher, and in it for each batch, detached.
+    """
+    found = []
+    with without_dropout(model), torch.no_grad():
+        for teacher in block.teachers:
+            with as_teacher(model, block, teacher):
+                found.append([model(**batch)[name] for batch in inputs])
+    return found
 
 
 def scores(logits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .data import batches, drawn
 from .heads import is_binary, is_of_sequences, shares_labels
 from .losses import token_weights
 from .parts import active_block
-from .predictions import as_teacher, scores, without_dropout
+from .predictions import of_each_teacher, scores, without_dropout
 from .student import keep_teachers
 
 if TYPE_CHECKING:
@@ -56,18 +56,6 @@ class Ranking(NamedTuple):
     chance: float
 
 
-def _of_each_teacher(
-    model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]], name: str
-) -> list[list[torch.Tensor]]:
-    """One part of the outputs of each teacher with its own head, batch by batch."""
-    found = []
-    with without_dropout(model), torch.no_grad():
-        for teacher in block.teachers:
-            with as_teacher(model, block, teacher):
-                found.append([model(**batch)[name] for batch in inputs])
-    return found
-
-
 def own_logits(
     model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +69,7 @@ def own_logits(
     Returns:
         The logits, (n_teachers, n_examples, n_labels), and the labels, (n_examples,).
     """
-    logits = [torch.cat(batches) for batches in _of_each_teacher(model, block, inputs, "logits")]
+    logits = [torch.cat(batches) for batches in of_each_teacher(model, block, inputs, "logits")]
     return torch.stack(logits), torch.cat([batch["labels"].reshape(-1) for batch in inputs])
 
 
@@ -109,7 +97,7 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     if not all("labels" in batch for batch in inputs) or not all(shares_labels(model, student, t) for t in teachers):
         found, what, chance = _agreement(model, block, inputs), "cosine", float("-inf")
     elif not is_of_sequences(model, student):
-        losses = torch.stack([torch.stack(batches) for batches in _of_each_teacher(model, block, inputs, "loss")])
+        losses = torch.stack([torch.stack(batches) for batches in of_each_teacher(model, block, inputs, "loss")])
         sizes = torch.tensor([len(batch["labels"]) for batch in inputs]).to(losses)  # (n_batches,)
         found, what, chance = (-losses @ sizes / sizes.sum()).tolist(), "-loss", float("-inf")
     else:

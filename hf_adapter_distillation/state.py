@@ -1,7 +1,7 @@
 """The live state of a distillation: what a model knows about one of its students."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from adapters import ModelAdaptersConfig
@@ -9,6 +9,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .configuration import DistillationConfig, DistillationTrainingArguments
 from .regression import UpProjectionFit
+
+if TYPE_CHECKING:
+    from .prediction_cache import PredictionCache
 
 
 class TeacherAttention(NamedTuple):
@@ -105,6 +108,8 @@ class Distillation:
         fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
             where it changes from step to step, or compiled code would be compiled anew.
         calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
+        predictions: What the teachers predict for the training examples, while they are trained on and an objective
+            asks for it.
         ranking: The scores by which the teachers were chosen (`ranking.rank_teachers`), the best first.
         fits: What the layers gather for `start.fit_start`, by location, while it runs.
         overflows: While `overflow.find_overflow` runs: the teachers whose updates are not finite, by location.
@@ -128,6 +133,7 @@ class Distillation:
     scale: float = 1.0
     fused_probability: float | torch.Tensor = 1.0
     calibration: torch.Tensor | None = None
+    predictions: "PredictionCache | None" = None
     ranking: dict[str, float] | None = None
     fits: dict[str, UpProjectionFit] | None = None
     overflows: dict[str, list[str]] | None = None

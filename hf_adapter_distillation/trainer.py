@@ -27,6 +27,7 @@ from .logs import LoggedTerms
 from .overflow import find_overflow, loss_error
 from .parts import active_block, check_trainable, is_fusion, parameter_table
 from .placement import drop_fusion
+from .prediction_cache import cached_predictions
 from .ranking import select_teachers
 from .refused import check_arguments, check_combinations
 from .sigterm import SigtermCallback
@@ -126,7 +127,7 @@ class DistillationTrainer(StudentPushingTrainer):
             check_head(self.model, self.block.student)
         check_objectives(self.model, self.block)
         select_teachers(self)
-        with self._sigterm if self.args.save_on_sigterm else nullcontext():
+        with self._sigterm if self.args.save_on_sigterm else nullcontext(), cached_predictions(self.distillation):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.distillation.enabled, self.distillation.scale = True, 1.0
         if not self.args.keep_fusion:
