@@ -1,7 +1,7 @@
 """The model card of a distilled student, filled from its run; what is not known is left out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ._compat import STATIC_TO_FLEX_HEAD_MAP
 from .hub import provenance
 from .plots import plot_teacher_attention
 from .state import distillations
+from .summary import measured
 
 CARD_NAME = "README.md"
 ATTENTION_NAME = "attention.png"
@@ -62,6 +63,7 @@ def save_card(
     language: str | Sequence[str] | None = None,
     license: str | None = None,  # noqa: A002 - the name of adapters' argument
     metrics: Sequence[str] | None = None,
+    baseline: Mapping[str, float] | None = None,
     architecture_training: str = "",
     results: str = "",
     citation: str = CITATION,
@@ -82,6 +84,8 @@ def save_card(
         language: Its language, as a code, or several.
         license: Its license, as an identifier of the Hub.
         metrics: The metrics it was evaluated with; those of the last evaluation.
+        baseline: What a plain adapter on the same data reaches, if you measured it: metrics by the names that
+            `trainer.evaluate()` gives them.
         architecture_training: Text about the training, below the settings.
         results: Text about the results, below those of the run.
         citation: What to cite.
@@ -94,19 +98,19 @@ def save_card(
     base_model = base_model or (model.model_name if _is_hub_id(model.model_name) else None)
     task = task or _task(model, student)
     datasets = _listed(datasets_tag) or _listed(run.get("dataset"))
-    measured = _evaluation(run, task, datasets, dataset_name, dataset_config)
+    results_of_run = _evaluation(run, task, datasets, dataset_name, dataset_config)
     data = ModelCardData(
         language=_listed(language) or None,
         license=license,
         library_name="adapter-transformers",
         tags=["adapter-transformers", "adapter-distillation", model.config.model_type, *_listed(tags)],
         datasets=datasets or None,
-        metrics=_listed(metrics) or list(dict.fromkeys(result.metric_type for result in measured)) or None,
+        metrics=_listed(metrics) or list(dict.fromkeys(result.metric_type for result in results_of_run)) or None,
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
         pipeline_tag=task,
         model_name=repo_id.rpartition("/")[2],
-        eval_results=measured or None,
+        eval_results=results_of_run or None,
     )
     plotted = "attention" in run and find_spec("matplotlib") is not None
     if plotted:
@@ -116,7 +120,7 @@ def save_card(
         "Teachers": _paragraphs(teachers, f"![Attention over teachers by layer]({ATTENTION_NAME})" if plotted else ""),
         "Usage": _usage(base_model, repo_id),
         "Training": _paragraphs(_settings(run), architecture_training),
-        "Results": _paragraphs(_metrics(run), _losses(run), results),
+        "Results": _paragraphs(_metrics(run, baseline or {}), _losses(run), results),
         "Citation": citation,
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
@@ -229,9 +233,12 @@ def _settings(run: dict[str, Any]) -> str:
     return _paragraphs("\n".join(settings), f"With {versions}.")
 
 
-def _metrics(run: dict[str, Any]) -> str:
-    rows = run.get("evaluation", {}).items()
-    return _paragraphs("The last evaluation:", _table(["metric", "value"], rows)) if rows else ""
+def _metrics(run: dict[str, Any], baseline: Mapping[str, float]) -> str:
+    found, of_plain = run.get("evaluation", {}), measured(baseline)
+    if not of_plain:
+        return _paragraphs("The last evaluation:", _table(["metric", "value"], found.items())) if found else ""
+    rows = [[name, found.get(name, "-"), of_plain.get(name, "-")] for name in found | of_plain]
+    return _paragraphs("The last evaluation:", _table(["metric", "this adapter", "a plain adapter"], rows))
 
 
 def _losses(run: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The trainer's side of the Hub: `push_to_hub`, at the end and at each save."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import copy
@@ -106,7 +106,7 @@ class StudentPushingTrainer(AdapterTrainer):
         """Writes the card of the student, and the heat map of the attention if it is known, to `output_dir`.
 
         Args:
-            **kwargs: As for `transformers.Trainer.create_model_card`.
+            **kwargs: As for `transformers.Trainer.create_model_card`, and `baseline`, the metrics of a plain adapter.
         """
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class StudentPushingTrainer(AdapterTrainer):
             blocking: Whether to wait for the end.
             token: A token, if not `hub_token` or that of `hf auth login`.
             revision: The branch, which is created if it is missing; `hub_revision` by default.
-            **kwargs: What the card says, as for `transformers.Trainer.create_model_card`.
+            **kwargs: What the card says, as for `create_model_card`.
 
         Returns:
             The address of the commit, or with `blocking=False` its future; None on processes other than the first.
@@ -201,6 +201,7 @@ def _as_card(
     dataset_tags: str | list[str] | None = None,
     dataset: str | list[str] | None = None,
     dataset_args: str | list[str] | None = None,
+    baseline: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The arguments of Trainer's card in the words of `save_card`; the card is named like the repository."""
 
@@ -216,4 +217,5 @@ def _as_card(
         "datasets_tag": dataset_tags,
         "dataset_name": first(dataset),
         "dataset_config": first(dataset_args),
+        "baseline": baseline,
     }

@@ -1,6 +1,7 @@
 """What a finished training says about itself, for the provenance and the card of its student."""
 
 import re
+from collections.abc import Mapping
 from math import isfinite, nan
 from numbers import Real
 from typing import Any
@@ -11,7 +12,7 @@ LOSSES = ("loss", "task_loss", "distillation_loss", "fusion_regularization", "fu
 NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
 
-def measured(logged: dict[str, Any]) -> dict[str, float]:
+def measured(logged: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of an evaluation, without its speed and what is no finite number.
 
     Args:

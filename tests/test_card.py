@@ -165,6 +165,19 @@ def test_results_are_those_of_the_weights_that_were_kept(trainer_args):
     assert training["evaluation"] == {key: round(metrics[key], 6) for key in ("eval_loss", "eval_accuracy")}
 
 
+def test_a_plain_adapter_stands_beside_the_results(tmp_path, trainer_args):
+    trainer = trained(trainer_args, eval_dataset=make_dataset(seed=1))
+    found = trainer.evaluate()["eval_accuracy"]
+    baseline = {"eval_accuracy": 0.25, "test_f1": 0.5, "eval_runtime": 3.0, "eval_loss": float("nan")}
+    trainer.create_model_card(baseline=baseline)
+    text = (tmp_path / "training" / "README.md").read_text()
+    assert "| metric | this adapter | a plain adapter |\n" in text
+    assert f"| eval_accuracy | {found} | 0.25 |\n" in text and "| test_f1 | - | 0.5 |\n" in text
+    assert "eval_runtime" not in text and "nan" not in text and "| eval_loss | 0" in text
+    trainer.create_model_card()
+    assert "plain adapter" not in (tmp_path / "training" / "README.md").read_text()
+
+
 def test_the_card_keeps_what_the_user_says(tmp_path):
     said = {"datasets_tag": "me/other", "results": "Better than plain: 0.9.", "citation": "Me.", "license": "mit"}
     said |= {"architecture_training": "On a laptop.", "task": "token-classification", "base_model": "some/base"}
