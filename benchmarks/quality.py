@@ -8,6 +8,17 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
 PLAIN, AVERAGE, DISTILLED = "plain adapter", "teachers' average", "AdapterDistillation"
+OBJECTIVES = tuple(
+    f"{DISTILLED}: {what}"
+    for what in (
+        "cosine",
+        "task-specific",
+        "features and logits",
+        "features and cross-task",
+        "best 3 teachers",
+        "query log",
+    )
+)
 Lines = list[dict[str, Any]]
 Runs = dict[tuple[str, int], float]
 Table = tuple[list[str], list[list[object]]]
@@ -75,8 +86,8 @@ def variants(lines: Lines) -> Table:
     """A row for each variant of AdapterDistillation, over the tenants and seeds that all of them ran for."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr", "seconds")}
     rates = runs_of(lines, "learning_rate")
-    names = [name for name in metrics["mrr"] if name == DISTILLED or ":" in name]
-    common = sorted(set.intersection(*(set(metrics["mrr"][name]) for name in names)))
+    names = [name for name in metrics["mrr"] if name == DISTILLED or (":" in name and name not in OBJECTIVES)]
+    common = _common(metrics["mrr"], names)
     rows = []
     for name in names:
         runs = {key: {cell: values[name][cell] for cell in common} for key, values in metrics.items()}
@@ -88,6 +99,45 @@ def variants(lines: Lines) -> Table:
         rows.append([label, rate, len(common), *means, *against, f"{np.median(list(runs['seconds'].values())):.0f}"])
     header = ["AdapterDistillation with", "rate", "runs", "AUC", "accuracy@1", "MRR"]
     return [*header, "points of accuracy@1 above the defaults", "points of MRR", "training s"], rows
+
+
+def _common(runs: dict[str, Runs], names: Iterable[str]) -> list[tuple[str, int]]:
+    """The tenants and seeds that all methods ran for."""
+    return sorted(set.intersection(*(set(runs[name]) for name in names)))
+
+
+def objectives(lines: Lines) -> Table:
+    """A row for each objective and choice of data beside the defaults, over the tenants and seeds that all ran for."""
+    metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
+    names = [PLAIN, DISTILLED, *(name for name in OBJECTIVES if name in metrics["mrr"])]
+    common = _common(metrics["mrr"], names)
+    rows = []
+    for name in names:
+        runs = {key: {cell: values[name][cell] for cell in common} for key, values in metrics.items()}
+        means = [f"{np.mean(list(of_metric.values())):.3f}" for of_metric in runs.values()]
+        against = [points(runs[key], metrics[key][DISTILLED]) for key in ("accuracy_at_1", "mrr", "auc")]
+        against = against if name != DISTILLED else ["–"] * 3
+        label = {DISTILLED: "features (the defaults)"}.get(name, name.removeprefix(f"{DISTILLED}: "))
+        rows.append([label, len(common), *means, *against])
+    header = [
+        "AdapterDistillation with",
+        "runs",
+        "AUC",
+        "accuracy@1",
+        "MRR",
+        "points of accuracy@1 above the defaults",
+    ]
+    return [*header, "points of MRR", "points of AUC"], rows
+
+
+def training_costs(lines: Lines) -> Table:
+    """The seconds of the training for a new tenant, a row for each method, and how often those of a plain adapter."""
+    runs = runs_of(lines, "seconds")
+    rows: list[list[object]] = []
+    for name, seconds in runs.items():
+        ratio = float(np.median([value / runs[PLAIN][cell] for cell, value in seconds.items()]))
+        rows.append([name, len(seconds), f"{np.median(list(seconds.values())):.1f}", f"{ratio:.2f}"])
+    return ["method", "runs", "training s", "/ plain adapter"], rows
 
 
 def tenants(lines: Lines) -> Table:

@@ -105,6 +105,16 @@ def variants(lines: list[dict[str, Any]]) -> str:
     return markdown(*quality.variants(lines))
 
 
+def objectives(lines: list[dict[str, Any]]) -> str:
+    """The objectives, chosen teachers and unlabelled queries."""
+    return markdown(*quality.objectives(lines))
+
+
+def training_costs(lines: list[dict[str, Any]]) -> str:
+    """What the training of each method costs."""
+    return markdown(*quality.training_costs(lines))
+
+
 def tenants(lines: list[dict[str, Any]]) -> str:
     """The methods tenant by tenant."""
     return markdown(*quality.tenants(lines))
@@ -117,7 +127,17 @@ def training_data(lines: list[dict[str, Any]]) -> str:
 
 TABLES = {
     table.__name__: table
-    for table in (stage2_step, inference, profile_training, streaming_tenants, variants, tenants, training_data)
+    for table in (
+        stage2_step,
+        inference,
+        profile_training,
+        streaming_tenants,
+        variants,
+        objectives,
+        training_costs,
+        tenants,
+        training_data,
+    )
 }
 
 

@@ -166,7 +166,10 @@ def test_every_method_onboards_a_tenant(benchmark):
     table = report.streaming_tenants(lines).splitlines()
     assert len(table) == 2 + sum(":" not in name for name in METHODS)
     assert len({line.count("|") for line in table}) == 1
-    assert len(report.variants(lines).splitlines()) == 3 + sum(":" in name for name in METHODS)
+    of_objectives = set(quality.OBJECTIVES)
+    assert of_objectives < set(METHODS)
+    assert len(report.variants(lines).splitlines()) == 3 + sum(":" in name for name in set(METHODS) - of_objectives)
+    assert len(report.objectives(lines).splitlines()) == 4 + len(of_objectives)
 
 
 def test_a_rerun_goes_on_where_the_first_stopped(benchmark, tmp_path, monkeypatch):
@@ -272,6 +275,19 @@ def test_the_tables_by_hand():
     assert defaults == "| the defaults | 0.001 | 2 | 0.600 | 0.600 | 0.600 | – | – | 7 |"
     assert mixed.startswith("| mixed | 0.001 | 2 | 0.650 | 0.650 | 0.650 | +5.0 [")
     assert report.tenants(lines).splitlines()[2:] == ["| bank | 0.500 | 0.600 |", "| rail | 0.700 | 0.650 |"]
+
+
+def test_the_tables_of_objectives_by_hand():
+    lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7], seconds=2.0)
+    lines += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6], seconds=3.0)
+    lines += runs("AdapterDistillation: weight 3", [1, 1, 1, 1])[:1]
+    lines += runs("AdapterDistillation: cosine", [0.7, 0.6, 0.8, 0.6], seconds=5.0)[:3]
+    plain, defaults, cosine = report.objectives(lines).splitlines()[2:]
+    assert plain.startswith("| plain adapter | 3 | 0.567 | 0.567 | 0.567 | -6.7 [-10.0, +0.0] |")
+    assert defaults == "| features (the defaults) | 3 | 0.633 | 0.633 | 0.633 | – | – | – |"
+    assert cosine.startswith("| cosine | 3 | 0.700 | 0.700 | 0.700 | +6.7 [+0.0, +10.0] |")
+    assert "| weight 3 | 0.001 | 1 |" in report.variants(lines) and "cosine" not in report.variants(lines)
+    assert report.training_costs(lines).splitlines()[-1] == "| AdapterDistillation: cosine | 3 | 5.0 | 2.50 |"
 
 
 def test_the_plots(tmp_path, monkeypatch, capsys):
