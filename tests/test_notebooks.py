@@ -62,6 +62,7 @@ def test_committed_outputs(name):
     assert f"(examples/notebooks/{name}.ipynb)" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FIGURES)
 def test_notebook_runs(name, tmp_path):
     """In a copy of the examples, without kernels or settings of the user's; the same is printed but for numbers."""
