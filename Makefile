@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-slow compat compat-lowest compat-highest reliability quality docs bench clean
+.PHONY: install demo test test-slow compat compat-lowest compat-highest reliability quality docs linkcheck bench clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ quality: install
 
 docs: install
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# Asks the servers behind all links to the web, so it needs the internet; make test looks at all other links.
+linkcheck: install
+	$(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
 
 # The quick tables; make bench BENCH=stage2_step ARGS="--teachers 1 2 4" for others.
 BENCH ?= stage2_step inference

@@ -4,11 +4,26 @@ project = "hf-adapter-distillation"
 author = "the hf-adapter-distillation authors"
 release = hf_adapter_distillation.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_use_rtype = False
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 exclude_patterns = ["_build"]
+
+# A reference to a name of this package that the reference lacks is an error.
+nitpicky = True
+nitpick_ignore_regex = [
+    # Types of other libraries in signatures: their inventories would have to be downloaded.
+    ("py:class", r"(accelerate|adapters|collections|concurrent|datasets|huggingface_hub|pathlib|torch|transformers)\..+"),
+    # Imported for type checking alone, so that autodoc sees no more than the bare name.
+    ("py:class", "DistillationPass|Figure|PredictionCache"),
+]
+
+# make linkcheck
+linkcheck_timeout = 20
+linkcheck_retries = 2
