@@ -19,7 +19,8 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of other libraries in signatures: their inventories would have to be downloaded.
-    ("py:class", r"(accelerate|adapters|collections|concurrent|datasets|huggingface_hub|pathlib|torch|transformers)\..+"),
+    ("py:class", r"(collections|concurrent|pathlib)\..+"),
+    ("py:class", r"(accelerate|adapters|datasets|huggingface_hub|torch|transformers)\..+"),
     # Imported for type checking alone, so that autodoc sees no more than the bare name.
     ("py:class", "DistillationPass|Figure|PredictionCache"),
 ]
