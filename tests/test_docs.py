@@ -157,6 +157,14 @@ def test_every_public_name_is_in_the_reference():
     assert all(hasattr(had, name) for name in had.__all__)
 
 
+@pytest.mark.parametrize(("name", "n_equations"), [("concepts", 10), ("objectives", 9)])
+def test_each_equation_stands_beside_its_function(name, n_equations):
+    _, *behind = re.split(r"^\$\$.*?\$\$.*?$", read(f"docs/{name}.md"), flags=re.M | re.S)
+    assert len(behind) == n_equations
+    for text in behind:
+        assert "{py:" in re.split(r"^#+ ", text, flags=re.M)[0], text[:200]
+
+
 def test_the_table_of_the_readme_is_that_of_the_result_file():
     results = json.loads((ROOT / "benchmarks" / "results" / "faq_retrieval.json").read_text())
     readme = (ROOT / "README.md").read_text()
