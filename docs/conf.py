@@ -1,7 +1,7 @@
 import hf_adapter_distillation
 
 project = "hf-adapter-distillation"
-author = "the hf-adapter-distillation authors"
+author = copyright = "the hf-adapter-distillation authors"
 release = hf_adapter_distillation.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["amsmath", "attrs_block", "dollarmath"]
