@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapters import ModelAdaptersMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -52,9 +52,50 @@ CITATION = """```bibtex
 ```"""
 
 
-def save_card(
-    model: ModelAdaptersMixin,
-    student: str,
+class Described(NamedTuple):
+    """What a card is written from, whether the student is on a model or in a folder.
+
+    Args:
+        student: The name of the student.
+        model_type: The type of the base model.
+        model_name: Where the base model came from.
+        head: The config of the head; empty if there is none.
+        run: The provenance.
+    """
+
+    student: str
+    model_type: str
+    model_name: str | None
+    head: Mapping[str, Any]
+    run: dict[str, Any]
+
+
+def save_card(model: ModelAdaptersMixin, student: str, folder: str | Path, repo_id: str, **card: Any) -> None:
+    """Writes the card of a student that is on a model.
+
+    Args:
+        model: The model.
+        student: The name of the student.
+        folder: The folder of the saved student.
+        repo_id: The repository that it is pushed to.
+        **card: What else is known, as for `write_card`.
+    """
+    run = provenance(model, distillations(model.adapters_config)[student])
+    if hasattr(model, "heads"):
+        head = model.heads[student].config if student in model.heads else {}
+    else:
+        head = static_head(type(model).__name__)
+    described = Described(student, model.config.model_type, model.model_name, head, run)
+    write_card(described, folder, repo_id, **card)
+
+
+def static_head(model_class: str) -> dict[str, Any]:
+    """The config that adapters gives the head of a class of transformers; empty if it has none."""
+    return STATIC_TO_FLEX_HEAD_MAP.get(model_class, {}).get("config", {})
+
+
+def write_card(
+    described: Described,
     folder: str | Path,
     repo_id: str,
     *,
@@ -75,8 +116,7 @@ def save_card(
     """Writes `README.md`, and the heat map of the attention where it is known and matplotlib is installed.
 
     Args:
-        model: The model.
-        student: The name of the student.
+        described: The student.
         folder: The folder of the saved student.
         repo_id: The repository that it is pushed to.
         datasets_tag: The id of its data set on the Hub, or ids; what was trained on, if that came from the Hub.
@@ -94,16 +134,17 @@ def save_card(
         dataset_name: How the data set is called in the results; its id.
         dataset_config: The configuration of the data set.
     """
-    run = provenance(model, distillations(model.adapters_config)[student])
-    base_model = base_model or (model.model_name if _is_hub_id(model.model_name) else None)
-    task = task or _task(model, student)
+    student, run = described.student, described.run
+    name = described.model_name
+    base_model = base_model or (name if name and _is_hub_id(name) else None)
+    task = task or TASKS.get(described.head.get("head_type", ""))
     datasets = _listed(datasets_tag) or _listed(run.get("dataset"))
     results_of_run = _evaluation(run, task, datasets, dataset_name, dataset_config)
     data = ModelCardData(
         language=_listed(language) or None,
         license=license,
         library_name="adapter-transformers",
-        tags=["adapter-transformers", "adapter-distillation", model.config.model_type, *_listed(tags)],
+        tags=["adapter-transformers", "adapter-distillation", described.model_type, *_listed(tags)],
         datasets=datasets or None,
         metrics=_listed(metrics) or list(dict.fromkeys(result.metric_type for result in results_of_run)) or None,
         base_model=base_model,
@@ -125,7 +166,7 @@ def save_card(
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     title = f"# Adapter `{student}` for `{base_model}`" if base_model else f"# Adapter `{student}`"
-    intro = _introduction(model, base_model, task, datasets, dataset_name, len(run["teachers"]))
+    intro = _introduction(described.model_type, base_model, task, datasets, dataset_name, len(run["teachers"]))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_paragraphs(title, intro, *body)}\n").save(Path(folder) / CARD_NAME)
 
 
@@ -148,14 +189,6 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not os.path.exists(name)
-
-
-def _task(model: ModelAdaptersMixin, student: str) -> str | None:
-    if hasattr(model, "heads"):
-        head = model.heads[student].config if student in model.heads else {}
-    else:
-        head = STATIC_TO_FLEX_HEAD_MAP.get(type(model).__name__, {}).get("config", {})
-    return TASKS.get(head.get("head_type", ""))
 
 
 def _evaluation(
@@ -184,16 +217,14 @@ def _evaluation(
 
 
 def _introduction(
-    model: ModelAdaptersMixin,
+    model_type: str,
     base_model: str | None,
     task: str | None,
     datasets: list[str],
     dataset_name: str | None,
     n_teachers: int,
 ) -> str:
-    base = (
-        f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {model.config.model_type} model"
-    )
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {model_type} model"
     head = f" with a head for {task.replace('-', ' ')}" if task else ""
     named = [f"[{dataset_name or tag}](https://huggingface.co/datasets/{tag})" for tag in datasets]
     trained = f", trained on {', '.join(named) or dataset_name}" if named or dataset_name else ""

@@ -3,21 +3,26 @@
 import hashlib
 import importlib.metadata
 import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import requests
 import torch
 from adapters import ModelAdaptersMixin
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ._compat import ADAPTER_CONFIG_NAME
 from .state import Distillation
@@ -79,12 +84,107 @@ def read_provenance(folder: str) -> dict[str, Any]:
         What `provenance` made.
 
     Raises:
-        ValueError: If the folder holds a plain adapter.
+        ValueError: If the folder holds a plain adapter, or none, or what it says is damaged.
     """
-    saved = json.loads((Path(folder) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    return provenance_of(read_saved(folder), folder)
+
+
+def read_saved(folder: str | Path) -> dict[str, Any]:
+    """The config of a saved adapter.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What `adapter_config.json` holds.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    path = Path(folder) / ADAPTER_CONFIG_NAME
+    if not path.is_file():
+        inside = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
+        hint = f"did you mean {inside[0].parent}?" if inside else "give a folder made by save_adapter."
+        raise ValueError(f"{folder} holds no {ADAPTER_CONFIG_NAME}; {hint}")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_one_line(error)}); save the adapter anew.") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is no adapter config; save the adapter anew.")
+    return saved
+
+
+def provenance_of(saved: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """The provenance in the config of a saved adapter.
+
+    Args:
+        saved: What `read_saved` returned.
+        source: Where it was found, for messages.
+
+    Returns:
+        What `provenance` made.
+
+    Raises:
+        ValueError: If the adapter was not distilled, or what it says about it is damaged.
+    """
     if "distillation" not in saved:
-        raise ValueError(f"{folder} holds an adapter that was not distilled; it names no teachers.")
-    return saved["distillation"]
+        raise ValueError(f"{source} holds an adapter that was not distilled; it names no teachers.")
+    run = saved["distillation"]
+    if not (_is_whole(run) and isinstance(saved.get("name"), str)):
+        raise ValueError(f'"distillation" in the {ADAPTER_CONFIG_NAME} of {source} is damaged; save the student anew.')
+    return run
+
+
+def _is_whole(run: Any) -> bool:
+    """Whether a provenance, which others may have written, has the form that `provenance` gives it."""
+
+    def is_dict(value: Any, of: type | UnionType) -> bool:
+        return isinstance(value, dict) and all(isinstance(each, of) for each in value.values())
+
+    if not isinstance(run, dict) or not isinstance(run.get("teachers"), list) or not is_dict(run.get("versions"), str):
+        return False
+    for teacher in run["teachers"]:
+        known = is_dict(teacher, str | None) and all(isinstance(teacher.get(key), str) for key in ("name", "source"))
+        if not known or not {"revision", "digest"} <= teacher.keys():
+            return False
+    attention = run.get("attention", {})
+    rows = list(attention.values()) if isinstance(attention, dict) else [None]
+    if not all(is_dict(row, int | float) and row.keys() == rows[0].keys() for row in rows):
+        return False
+    losses = run.get("losses", {})
+    results = [run.get("evaluation", {}), *(losses.values() if isinstance(losses, dict) else [None])]
+    return all(is_dict(result, int | float) for result in results)
+
+
+def locate_saved(source: str, files: Sequence[str]) -> Path:
+    """The folder of a saved adapter, which is downloaded if it is on the Hub.
+
+    Args:
+        source: A local folder or a Hub id, with `@revision` if wanted.
+        files: The names of the files that are wanted.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        ValueError: If it is neither.
+        OSError: If the Hub does not give it.
+    """
+    if os.path.isdir(source):
+        return Path(source)
+    repo, _, revision = source.partition("@")
+    try:
+        validate_repo_id(repo)
+        looks_like_repo = "/" in repo
+    except HFValidationError:
+        looks_like_repo = False
+    if not looks_like_repo:
+        raise ValueError(f"{source!r} is no local folder, and no Hub id either ('user/adapter').")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+    except OSError as error:  # those of requests and huggingface_hub, and of a full disk
+        raise OSError(f"{source!r} is no local folder, and the Hub did not give it: {hub_reason(error)}.") from error
 
 
 def hub_reason(error: Exception) -> str:

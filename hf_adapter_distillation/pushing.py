@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from shutil import copytree
+from pickle import UnpicklingError
+from shutil import copyfile, copytree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,6 +24,7 @@ from huggingface_hub import (
     whoami,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ._compat import (
@@ -33,9 +35,9 @@ from ._compat import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
 )
-from .card import ATTENTION_NAME, CARD_NAME, save_card
+from .card import ATTENTION_NAME, CARD_NAME, Described, save_card, static_head, write_card
 from .checkpoint import save_weights
-from .hub import hub_reason
+from .hub import hub_reason, provenance_of, read_saved
 
 WEIGHTS = ((SAFE_WEIGHTS_NAME, WEIGHTS_NAME), (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME))
 OF_A_STUDENT = (*chain(*WEIGHTS), HEAD_CONFIG_NAME, ATTENTION_NAME)
@@ -70,7 +72,55 @@ def student_files(
             _write_both(folder / safe_name, folder / pickled_name, student)
         _forget_folders(folder / ADAPTER_CONFIG_NAME)
         save_card(model, student, folder, repo_id, **card)
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        return _read(folder)
+
+
+def _read(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def saved_files(saved: str | Path, repo_id: str, **card: Any) -> tuple[str, Files]:
+    """All that a push of a saved student uploads: its files in the folder, and no others that lie there.
+
+    Args:
+        saved: The folder of the student.
+        repo_id: The repository that it is pushed to.
+        **card: What is known for the card, as for `write_card`. A card in the folder is kept.
+
+    Returns:
+        The name of the student, and the contents of the files by their names.
+
+    Raises:
+        ValueError: If the folder holds no distilled student, or its files are damaged.
+    """
+    config = read_saved(saved)
+    provenance_of(config, saved)
+    student = config["name"]
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        for name in (*OF_A_STUDENT, ADAPTER_CONFIG_NAME, CARD_NAME):
+            if (path := Path(saved) / name).is_file():
+                copyfile(path, folder / name)
+        for safe_name, pickled_name in WEIGHTS:
+            try:
+                _write_both(folder / safe_name, folder / pickled_name, student)
+            except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+                name = safe_name if (folder / safe_name).exists() else pickled_name
+                raise ValueError(f"{Path(saved) / name} is damaged; save the student anew.") from error
+        if not (folder / WEIGHTS_NAME).exists():
+            raise ValueError(f"{saved} holds no weights of an adapter; save the student anew.")
+        _forget_folders(folder / ADAPTER_CONFIG_NAME)
+        if not (folder / CARD_NAME).exists():
+            write_card(_described(folder), folder, repo_id, **card)
+        return student, _read(folder)
+
+
+def _described(folder: Path) -> Described:
+    config, head = read_saved(folder), {}
+    if (path := folder / HEAD_CONFIG_NAME).exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        head = saved["config"] or static_head(saved["model_class"])
+    return Described(config["name"], config["model_type"], config["model_name"], head, config["distillation"])
 
 
 def _write_both(safe: Path, pickled: Path, student: str) -> None:
@@ -80,9 +130,10 @@ def _write_both(safe: Path, pickled: Path, student: str) -> None:
         state = torch.load(pickled, map_location="cpu", weights_only=True)
     else:
         return
-    # Adapters takes a head "bank2" for a part of the head "bank".
+    # Adapters takes a head "bank2" for a part of the head "bank". The clones: tensors that safetensors 0.4.3 to 0.5.0
+    # have read may share a storage, which torch would pickle with each of them.
     own = {
-        key: value
+        key: value.clone()
         for key, value in state.items()
         if not key.startswith("heads.") or key.startswith(f"heads.{student}.")
     }
@@ -234,7 +285,69 @@ def push_student(
             del files[CARD_NAME]
         for name, content in files.items():
             (Path(local_path) / name).write_bytes(content)
+    return _push(
+        student,
+        full_name,
+        files,
+        private,
+        message=commit_message or f"Upload {student}",
+        description=commit_description,
+        token=token,
+        create_pr=create_pr,
+        revision=revision,
+    )
+
+
+def _push(student: str, full_name: str, files: Files, private: bool | None, **kwargs: Any) -> CommitInfo:
+    """Creates the repository if it is missing, and commits; `kwargs` are those of `commit`."""
     with told(student, full_name):
-        create_repo(full_name, token=token, private=private, exist_ok=True)
-        message = commit_message or f"Upload {student}"
-        return commit(full_name, files, message, commit_description, token, create_pr, revision)
+        create_repo(full_name, token=kwargs["token"], private=private, exist_ok=True)
+        return commit(full_name, files, **kwargs)
+
+
+def push_saved(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    commit_description: str | None = None,
+    adapter_card_kwargs: dict | None = None,
+) -> CommitInfo:
+    """Pushes a student from the folder that it was saved to, without the base model.
+
+    Args:
+        folder: A folder that `save_adapter` wrote for a distilled student. A card that stands there is pushed as it
+            is; else one is made.
+        repo_id: The repository.
+        commit_message: The title of the commit.
+        private: Whether a repository that is created is private.
+        token: A token, if not that of `hf auth login`.
+        create_pr: Whether to open a pull request instead of pushing.
+        revision: The branch, which is created if it is missing.
+        commit_description: More about the commit.
+        adapter_card_kwargs: What the card says, as for `write_card`.
+
+    Returns:
+        The address of the commit, with `oid` and `pr_url`.
+
+    Raises:
+        ValueError: If the folder holds no distilled student, or `repo_id` is no valid name.
+        OSError: If the Hub cannot be reached or refuses, as for `push_student`.
+    """
+    full_name = check_push(str(read_saved(folder).get("name")), repo_id, token)
+    student, files = saved_files(folder, full_name, **(adapter_card_kwargs or {}))
+    return _push(
+        student,
+        full_name,
+        files,
+        private,
+        message=commit_message or f"Upload {student}",
+        description=commit_description,
+        token=token,
+        create_pr=create_pr,
+        revision=revision,
+    )
