@@ -56,6 +56,7 @@ setup(
         "transformers~=4.57.6",
     ],
     extras_require=extras,
+    entry_points={"console_scripts": ["adapter-distill = hf_adapter_distillation.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

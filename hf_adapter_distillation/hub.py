@@ -149,7 +149,7 @@ def _is_whole(run: Any) -> bool:
         if not known or not {"revision", "digest"} <= teacher.keys():
             return False
     attention = run.get("attention", {})
-    rows = list(attention.values()) if isinstance(attention, dict) else [None]
+    rows: list[Any] = list(attention.values()) if isinstance(attention, dict) else [None]
     if not all(is_dict(row, int | float) and row.keys() == rows[0].keys() for row in rows):
         return False
     losses = run.get("losses", {})

@@ -116,7 +116,8 @@ def saved_files(saved: str | Path, repo_id: str, **card: Any) -> tuple[str, File
 
 
 def _described(folder: Path) -> Described:
-    config, head = read_saved(folder), {}
+    config = read_saved(folder)
+    head: dict[str, Any] = {}
     if (path := folder / HEAD_CONFIG_NAME).exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         head = saved["config"] or static_head(saved["model_class"])
