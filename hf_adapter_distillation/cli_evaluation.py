@@ -73,7 +73,7 @@ def evaluate(args: EvalArguments) -> str:
 
 
 def _labels(model: ModelAdaptersMixin, name: str, args: EvalArguments) -> Labels:
-    """The labels of the head of an adapter, which is made the active one."""
+    """The labels of the head of an adapter."""
     if name not in model.heads:
         raise ValueError(
             f"{args.adapter} has no head, so there is nothing to evaluate; save the adapter with its head."
@@ -81,7 +81,6 @@ def _labels(model: ModelAdaptersMixin, name: str, args: EvalArguments) -> Labels
     config = head_config(model, name)
     if config["head_type"] != "classification" or kind_of_labels(model, name) != "classes":
         raise ValueError(f"{args.adapter} has a head for {config['head_type']}, not for classes of texts.")
-    model.active_head = name
     label2id: Mapping[str, int] = config.get("label2id") or {}
     names = tuple(sorted(label2id, key=lambda label: label2id[label]))
     numbered = all(label == f"LABEL_{number}" for number, label in enumerate(names))  # what transformers calls them

@@ -256,16 +256,18 @@ def test_plot_draws_the_attention_into_the_named_file_alone(here, capsys):
 
 def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     Path("outputs/insurance/training_args.bin").write_bytes(b"secret")
+    for saved in Path("outputs/insurance").glob("*_config.json"):  # as of a base model on the Hub
+        saved.write_text(saved.read_text().replace('"bert-base-uncased"', '"me/tiny"'))
     code, out, _ = run(capsys, "push", "outputs/insurance", "faq", "--private", "--commit_message", "Mine")
     repo = hub.repos["me/faq"]
     assert (code, out) == (0, f"pushed to {hub.url}/me/faq/commit/{repo.refs['main']}\n")
     assert repo.private and repo.messages[-1] == "Mine" and "training_args.bin" not in repo.files
-    assert not check_card(repo.files["README.md"].decode())
+    assert not check_card(repo.files["README.md"].decode()) and b"base_model: me/tiny\n" in repo.files["README.md"]
     model = AutoAdapterModel.from_pretrained("bert-base-uncased")
     model.add_adapter("insurance", "seq_bn[reduction_factor=4]", distill_from=["adapters/banking", "adapters/travel"])
     model.load_adapter("outputs/insurance", load_as="insurance", use_safetensors=True)
     run_of = had.hub.read_provenance("outputs/insurance")
-    model.config.name_or_path = "bert-base-uncased"
+    model.config.name_or_path = "me/tiny"
     state = had.state.distillations(model.adapters_config)["insurance"]
     state.training = {key: value for key, value in run_of.items() if key not in had.hub.provenance(model, state)}
     expected = student_files(model, "insurance", "me/faq")
@@ -422,7 +424,12 @@ def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
 def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
     shutil.copytree("outputs/insurance", "quiet")
     config = json.loads(Path("quiet/adapter_config.json").read_text())
-    broken = {"teachers": [], "versions": {}}, {"versions": {}}, 5, {"teachers": [{"name": 1}], "versions": {}}
+    empty = {"teachers": [], "versions": {}}
+    uneven = {"layer.0": {"banking": 1.0}, "layer.1": {"travel": 1.0}}
+    broken = [
+        {"versions": {}}, 5, {"teachers": [{"name": 1}], "versions": {}}, {**empty, "attention": uneven},
+        {**empty, "evaluation": {"eval_loss": "x"}}, {**empty, "losses": [1]},
+    ]  # fmt: skip
     not_distilled = "adapters/banking holds an adapter that was not distilled; it names no teachers."
     for command in (["inspect"], ["plot", "-o", "a.png"]):
         says_why(capsys, 2, "'nope' is no local folder, and no Hub id either ('user/adapter').", *command, "nope")
@@ -437,13 +444,13 @@ def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
             capsys, 2, "outputs holds no adapter_config.json; did you mean outputs/insurance?", *command, "outputs"
         )
         says_why(capsys, 1 if command == ["inspect"] else 2, not_distilled, *command, "adapters/banking")
-        for run_ in broken[1:]:
+        for run_ in broken:
             Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": run_}))
             message = '"distillation" in the adapter_config.json of quiet is damaged; save the student anew.'
             says_why(capsys, 2, message, *command, "quiet")
         Path("quiet/adapter_config.json").write_text("{")
         says_why(capsys, 2, "quiet/adapter_config.json is damaged (*); save the adapter anew.", *command, "quiet")
-    Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": broken[0]}))
+    Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": empty}))
     says_why(capsys, 2, "quiet says nothing about the attention over its teachers; *", "plot", "quiet", "-o", "a.png")
     says_why(
         capsys, 2, "--output a.xyz has no known ending; choose one of *", "plot", "outputs/insurance", "-o", "a.xyz"
