@@ -3,6 +3,7 @@
 python benchmarks/report.py stage2_step benchmarks/results/stage2_step.json
 python benchmarks/report.py inference benchmarks/results/inference.json
 python benchmarks/report.py profile_training benchmarks/results/profile_training.json
+python benchmarks/report.py serving benchmarks/results/serving.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py training_data benchmarks/results/streaming_tenants_*.jsonl
@@ -87,6 +88,23 @@ def profile_training(results: dict[str, Any]) -> str:
     return markdown(header, ([method, *(f"{s:.2f}" for s in parts.values())] for method, parts in seconds.items()))
 
 
+def serving(results: dict[str, Any]) -> str:
+    """A row for each number of tenants and way to serve them."""
+    header = ["tenants", "way", "queries a second", "/ a model per tenant", "forward passes", "MB of parameters"]
+    rows = (
+        [
+            row["tenants"],
+            row["method"],
+            f"{row['queries_per_s']:.1f}",
+            f"{row['rate_ratio']:.2f}",
+            row["batches"],
+            f"{row['parameters_mb']:,.0f}",
+        ]
+        for row in results["rows"]
+    )
+    return markdown(header, rows)
+
+
 def read(path: Path, *more: Path) -> Any:
     """The content of a result file: a dict, or for JSON lines a list of them, those of all files."""
     text = path.read_text(encoding="utf-8")
@@ -131,6 +149,7 @@ TABLES = {
         stage2_step,
         inference,
         profile_training,
+        serving,
         streaming_tenants,
         variants,
         objectives,

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig
+from adapters import AutoAdapterModel
+from transformers import AutoTokenizer, BertConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -16,6 +17,7 @@ import inference  # noqa: E402
 import measure  # noqa: E402
 import quality  # noqa: E402
 import report  # noqa: E402
+import serving  # noqa: E402
 import stage2_step  # noqa: E402
 import streaming_tenants  # noqa: E402
 from onboarding import METHODS  # noqa: E402
@@ -83,6 +85,70 @@ def test_a_student_whose_logits_changed_fails_the_benchmark(run, monkeypatch):
     monkeypatch.setattr(inference.Platform, "logits", lambda self, batch: logits(self, batch) + 1)
     with pytest.raises(SystemExit, match="the reloaded student of tiny has other logits"):
         run(inference, *"--shapes tiny --teachers 1 --batches 1 --seq_len 8 --rounds 1".split())
+
+
+def test_serving(run, tmp_path, tiny_encoder):
+    short = "--tenants 1 3 --requests 6 --faqs 2 --max_batch 8 --rounds 2"
+    results, out = run(serving, *f"{short} --model {tiny_encoder}".split())
+    ways = [serving.MIXED, serving.COPIES, serving.FUSION]
+    assert [(row["tenants"], row["method"]) for row in results["rows"]] == [(n, way) for n in (1, 3) for way in ways]
+    rows = {row["method"]: row for row in results["rows"] if row["tenants"] == 3}
+    # 12 pairs of three tenants: 8 and 4 mixed, 4 of each tenant.
+    assert [rows[way]["batches"] for way in ways] == [2, 3, 3]
+    assert rows[serving.COPIES]["rate_ratio"] == 1
+    for row in results["rows"]:
+        assert row["queries_per_s"] > 0 and row["rate_ratio"] > 0 and f"{row['queries_per_s']:.1f}" in out
+    assert rows[serving.MIXED]["parameters_mb"] <= rows[serving.FUSION]["parameters_mb"]
+    assert results["environment"]["torch"] == torch.__version__
+    assert (tmp_path / "serving.png").stat().st_size > 10_000
+    table = report.serving(results).splitlines()
+    assert len(table) == 8 and table[2].startswith("| 1 | one base model, mixed batches |")
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_the_three_ways_to_serve_answer_alike_and_hold_what_they_say(tiny_encoder):
+    args = serving.Arguments(tenants=[3], requests=6, faqs=2, max_batch=8, model=tiny_encoder)
+    base, tokenizer = AutoAdapterModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
+    setting = serving.Setting(args, base, tokenizer, 3)
+    asked = {way: sorted(sum(batches, [])) for way, batches in setting.batches_of.items()}
+    assert asked[serving.MIXED] == asked[serving.COPIES] == asked[serving.FUSION] and len(asked[serving.MIXED]) == 6
+    tenants = [question.tenant for question in asked[serving.MIXED]]
+    assert tenants == ["tenant0"] * 2 + ["tenant1"] * 2 + ["tenant2"] * 2
+    models = setting.ways[serving.COPIES].models
+    seen = []
+    for model in [*models.values(), setting.ways[serving.MIXED].model]:
+        model.register_forward_hook(lambda module, args, output: seen.append(module))
+    setting.answer(serving.COPIES)
+    assert seen == list(models.values())
+    del seen[:]
+    setting.answer(serving.MIXED)
+    assert len(seen) == 2
+    size = serving.bytes_of([base])
+    a_head = serving.bytes_of([models["tenant0"]]) - size
+    shared = setting.ways[serving.MIXED].model
+    a_fusion = serving.bytes_of([layer for name, layer in shared.named_modules() if name.endswith("fusion_layer")])
+    adapters = serving.bytes_of([shared]) - size - a_fusion - 3 * a_head
+    assert a_head > 0 and adapters > 0 and a_fusion > 0
+    memory = setting.memory()
+    assert memory[serving.COPIES] == 3 * (size + a_head)
+    assert memory[serving.MIXED] == size + adapters + 3 * a_head
+    assert memory[serving.FUSION] == memory[serving.MIXED] + 3 * a_fusion
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tenants", "0"], r"--tenants \[0\] is out of range; each must be at least 1"),
+        (["--tenants", "2", "9", "--requests", "8"], "--requests 8 is out of range; it must be at least one for each"),
+        (["--rounds", "0"], "--rounds 0 is out of range; it must be at least 1"),
+        (["--model", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_wrong_arguments_of_serving_in_one_line(run, arguments, message, monkeypatch):
+    monkeypatch.setattr(serving, "measure_tenants", None)
+    with pytest.raises(SystemExit, match=f"^serving.py: .*{message}") as caught:
+        run(serving, *arguments)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [stage2_step, inference])

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import AutoAdapterModel
+from adapters import AdapterSetup, AutoAdapterModel, BatchSplit, Fuse
 from conftest import noisy
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer, BertModel, set_seed
@@ -128,6 +130,19 @@ def test_a_mixed_batch_gives_the_scores_of_each_pair_alone(tenants):
             assert of_question == pytest.approx(wanted[QUESTIONS.index(question)], abs=1e-10)
 
 
+def test_each_tenant_stands_once_in_the_batchsplit(tenants):
+    tenants.score(QUESTIONS)
+    setup = tenants.model.active_adapters
+    assert (setup.children, setup.batch_sizes) == (["bank", "post", "rail"], [6, 1, 4])
+
+
+def test_the_batches_of_students_are_checked_when_they_are_loaded(students, encoder, monkeypatch):
+    checked = []
+    monkeypatch.setattr(TenantModel, "check", lambda self: checked.append(list(self.faqs)))
+    load_tenant_model(str(students), encoder)
+    assert checked == [list(FAQS)]
+
+
 def test_loaded_students_score_as_the_saved_ones(tenants, encoder):
     model = make_students(encoder, dict.fromkeys(FAQS, "double_seq_bn")).double()
     saved = TenantModel(model, AutoTokenizer.from_pretrained(encoder), FAQS)
@@ -209,6 +224,45 @@ def test_students_that_would_change_each_others_scores_are_named(configs, encode
 def test_students_in_other_places_say_why_they_share_no_batch(configs, encoder):
     with pytest.raises(ValueError, match=r"^The students cannot share a batch \((KeyError|TypeError): .*; serve"):
         check(encoder, configs)
+
+
+def test_what_the_guide_says_of_batchsplit_is_so(encoder):
+    model = make_students(encoder, {"bank": "seq_bn", "rail": "seq_bn"}).double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    texts = [faq for faqs in FAQS.values() for faq in faqs]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    both = BatchSplit("bank", "rail", batch_sizes=[4, 2])
+
+    model.set_active_adapters("rail")
+    with AdapterSetup(both):
+        assert [len(output.logits) for output in model(**batch).head_outputs] == [6, 6], "each head answers all"
+    model.set_active_adapters(both)
+    output = model(**batch, labels=torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert [len(output.logits) for output in output.head_outputs] == [4, 2]
+    assert output.loss == sum(output.loss for output in output.head_outputs)
+    assert both == BatchSplit("bank", "rail", batch_sizes=[1, 5])
+    with pytest.raises(ValueError, match="Cannot nest"):
+        model.set_active_adapters(BatchSplit(Fuse("bank", "rail"), "bank", batch_sizes=[4, 2]))
+    for sizes, error in (([6, 0], IndexError), ([0, 6], IndexError), ([3, 2], IndexError), ((4, 2), TypeError)):
+        with pytest.raises(error):
+            model.set_active_adapters(BatchSplit("bank", "rail", batch_sizes=sizes))
+            model(**batch)
+    model.set_active_adapters(BatchSplit("bank", batch_sizes=[6]))
+    assert "head_outputs" not in model(**batch)
+    other = threading.Thread(target=model.set_active_adapters, args=("rail",))
+    other.start()
+    other.join()
+    assert model.active_adapters.children == ["rail"]
+    model.delete_head("bank")
+    model.set_active_adapters("rail")
+    model.set_active_adapters(both)
+    assert model.active_head == "rail" and len(model(**batch).logits) == 6, "the last active head answers all"
+
+
+def test_the_scripts_of_the_guide_exist():
+    page = (EXAMPLES.parent / "docs" / "how_to" / "serve.md").read_text()
+    scripts = re.findall(r"^python (examples/\w+\.py)", page, flags=re.M)
+    assert len(scripts) == 2 and all((EXAMPLES.parent / script).is_file() for script in scripts)
 
 
 def test_scores_that_are_no_numbers_are_found_at_the_start(encoder):
@@ -345,6 +399,26 @@ def test_the_end_of_the_service_leaves_nobody_waiting():
     asyncio.run(main())
 
 
+def test_a_batch_that_runs_at_the_end_of_the_service_is_told_so():
+    started = threading.Event()
+
+    def score(questions):
+        started.set()
+        time.sleep(0.2)
+        return [[1.0]]
+
+    async def main():
+        batcher = Batcher(score, 4, 0.0, 9)
+        task = asyncio.create_task(batcher.run())
+        asked = asyncio.create_task(batcher.ask(Question("t", "1"), 1))
+        await asyncio.to_thread(started.wait, 20)
+        task.cancel()
+        with pytest.raises(BatchFailedError):
+            await asyncio.wait_for(asked, 5)
+
+    asyncio.run(main())
+
+
 # HTTP
 
 
@@ -404,6 +478,13 @@ def test_the_service_goes_on_after_a_failed_batch(tenants, monkeypatch, caplog):
         )
         assert "A batch of 1 questions failed" in caplog.text and "ZeroDivisionError" in caplog.text
         assert ask(client, QUESTIONS[0]).status_code == 200
+
+
+def test_the_queue_is_that_of_the_arguments(tenants, monkeypatch):
+    made = []
+    monkeypatch.setattr(serve_tenants, "Batcher", lambda *args: made.append(args))
+    make_client(tenants, max_batch=7, wait_ms=20.0, max_waiting=3)
+    assert made == [(tenants.score, 7, 0.02, 3)]
 
 
 def test_a_service_that_is_full_answers_so(tenants, monkeypatch):
