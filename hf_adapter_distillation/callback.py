@@ -38,7 +38,7 @@ class FrozenTeachersCallback(TrainerCallback):
         names = trainer.block.teachers
         of_teachers = [trainer.model.get_adapter(name).values() for name in names]
         trainer._teacher_modules = [m for places in of_teachers for place in places for m in place.values()]
-        trainer._terms.clear()
+        trainer._terms.begin(trainer.model, trainer.block)
         trainer.distillation.training = None  # what an earlier training left for the provenance
         self.digests = {name: adapter_digest(trainer.model, name) for name in names}
         trainer.fit_start()

@@ -1,15 +1,20 @@
-"""The terms of the loss between two logs."""
+"""The terms of the loss between two logs, and the norms of the gradients."""
 
 from collections import defaultdict
 
 import torch
 from accelerate import Accelerator
+from adapters import ModelAdaptersMixin
+from torch import nn
+from torch.nn.utils import get_total_norm
 
+from .composition import AdapterDistillation
+from .parts import parts
 from .state import Distillation, DistillationRecord
 
 
 class LoggedTerms:
-    """Sums of the loss terms since the last log.
+    """Sums of the loss terms since the last log, and the norms of the gradients of the last step.
 
     Args:
         accelerator: The accelerator, over whose processes the terms are averaged.
@@ -17,10 +22,26 @@ class LoggedTerms:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self.trained: dict[str, list[nn.Parameter]] = {}
         self.clear()
+
+    def begin(self, model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+        """Begins a training: forgets what was noted, and finds the parameters of each part that is trained.
+
+        Args:
+            model: The model, not wrapped.
+            block: The distillation block.
+        """
+        self.clear()
+        self.trained = {}
+        part_of = parts(model, block)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.trained.setdefault(part_of[name].split()[0], []).append(parameter)
 
     def clear(self) -> None:
         """Forgets what was noted."""
+        self.norms: dict[str, torch.Tensor] = {}
         self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self.attention: dict[tuple[str, ...], torch.Tensor] = {}
 
@@ -66,12 +87,22 @@ class LoggedTerms:
         for names, weights in record.attention.values():
             self.attention[names] = self.attention.get(names, 0.0) + step * weights / len(record.attention)
 
+    def note_gradients(self) -> None:
+        """Notes the norms of the gradients of a step, once they are whole and before they are clipped.
+
+        A part without gradients, as the fusion is in stage 1, has none. All processes have the same gradients.
+        """
+        scaler = self.accelerator.scaler  # of float16, which Trainer takes out of the gradients where it clips them
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
+        gradients = {part: [p.grad for p in held if p.grad is not None] for part, held in self.trained.items()}
+        self.norms = {part: get_total_norm(found) / scale for part, found in gradients.items() if found}
+
     def means(self) -> dict[str, float]:
         """The means per step since the last call, over all processes; forgets what was noted.
 
         Returns:
-            `task_loss` over all steps, `stage`, and over those steps that were in stage 2 the other terms and
-            `attention/<name>`; empty if nothing was noted.
+            `task_loss` over all steps, `stage`, over those steps that were in stage 2 the other terms and
+            `attention/<name>`, and of the last step `grad_norm/<part>`; empty if nothing was noted.
         """
         if not self.sums:
             return {}
@@ -79,8 +110,9 @@ class LoggedTerms:
         for names, total in self.attention.items():
             for name, weight in zip(names, self.accelerator.reduce(total, "mean").tolist(), strict=True):
                 sums[f"attention/{name}"] = sums.get(f"attention/{name}", 0.0) + weight
+        norms = {f"grad_norm/{part}": norm.item() for part, norm in self.norms.items()}
         self.clear()
         stage_2_steps = sums.pop("stage_2_steps", 0)
         means = {"task_loss": round(sums.pop("task_loss") / sums.pop("steps"), 6)}
         means |= {name: round(total / stage_2_steps, 6) for name, total in sums.items()}
-        return means | {"stage": 2 if stage_2_steps else 1}
+        return means | norms | {"stage": 2 if stage_2_steps else 1}

@@ -28,6 +28,7 @@ from .overflow import find_overflow, loss_error
 from .parts import active_block, check_trainable, is_fusion, parameter_table
 from .placement import drop_fusion
 from .prediction_cache import cached_predictions
+from .progress import StageCallback
 from .ranking import select_teachers
 from .refused import check_arguments, check_combinations
 from .sigterm import SigtermCallback
@@ -95,6 +96,7 @@ class DistillationTrainer(StudentPushingTrainer):
         self._fusion_parameters: list[nn.Parameter] = []
         self.add_callback(FrozenTeachersCallback(self))
         self.add_callback(DriftCallback(self))
+        self.add_callback(StageCallback(self))
         self._sigterm = SigtermCallback(self)
         if self.args.save_on_sigterm:
             self.add_callback(self._sigterm)
@@ -290,6 +292,8 @@ class DistillationTrainer(StudentPushingTrainer):
             finally:
                 self._without_labels = False
             self._terms.note_distillation(self._record, step * self._share)
+        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+            self._terms.note_gradients()
         return loss
 
     def _micro_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
@@ -370,7 +374,9 @@ class DistillationTrainer(StudentPushingTrainer):
         `task_loss` is the mean over all steps since the last log; `distillation_loss` (unweighted),
         `fusion_regularization` (weighted) and `attention/<teacher>` are means over those steps that were in stage 2,
         and so are `distillation_loss/<objective>` (unweighted) where there are several, and of `task_specific` the
-        `probe_loss` and the `task_specific_ratio`.
+        `probe_loss` and the `task_specific_ratio`. `grad_norm/student`, `grad_norm/head` and in stage 2
+        `grad_norm/fusion` are those of the last step before clipping, as Trainer's `grad_norm` of all three is. All
+        stand in whatever `report_to` names, such as TensorBoard, W&B and Trackio.
 
         Args:
             logs: What Trainer logs.

@@ -11,7 +11,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples" / "accelerate"
-TERMS = ("task_loss", "distillation_loss", "fusion_regularization", "fused_task_loss")
+TERMS = (
+    "task_loss", "distillation_loss", "fusion_regularization", "fused_task_loss",
+    "grad_norm/student", "grad_norm/head", "grad_norm/fusion",
+)  # fmt: skip
 
 pytestmark = pytest.mark.distributed
 
