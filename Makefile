@@ -1,12 +1,13 @@
-# make demo | test | test-slow | compat | reliability | quality | docs | bench: all that a contributor needs. Everything is installed into .venv
-# (compat: .venv-compat-*).
+# make demo | test | test-slow | compat | reliability | quality | docs | bench | release-check: all that a contributor
+# needs. Everything is installed into .venv (compat: .venv-compat-*).
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-slow compat compat-lowest compat-highest reliability quality docs linkcheck bench clean
+.PHONY: install demo test test-slow compat compat-lowest compat-highest reliability quality docs linkcheck bench \
+	release-check clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +54,10 @@ BENCH ?= stage2_step inference
 
 bench: install
 	for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py $(ARGS) || exit 1; done
+
+# The wheel and the sdist, built in a temporary folder, and the wheel installed in an environment of its own.
+release-check: install
+	$(BIN)/python tests/release.py
 
 clean:
 	rm -rf $(VENV) .venv-compat-* docs/_build outputs build *.egg-info

@@ -7,13 +7,18 @@ Source: Wang et al., "AdapterDistillation: Non-Destructive Task Composition with
 Industry, https://arxiv.org/abs/2312.16261.
 """
 
-from .analysis import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig, DistillationTrainingArguments
 from .fusion import TeacherFusion
 from .plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 from .registration import register, unregister
-from .trainer import AdapterDistillationTrainer, DistillationTrainer
+
+if TYPE_CHECKING:
+    from .analysis import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
+    from .trainer import AdapterDistillationTrainer, DistillationTrainer
 
 __version__ = "0.1.0"
 
@@ -34,5 +39,27 @@ __all__ = [
     "unregister",
     "write_analysis",
 ]
+
+# Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
+_LAZY = {
+    "AdapterDistillationTrainer": "trainer",
+    "DistillationTrainer": "trainer",
+    "leave_one_teacher_out": "analysis",
+    "student_distance": "analysis",
+    "teacher_attention": "analysis",
+    "write_analysis": "analysis",
+}
+
+if not TYPE_CHECKING:  # type checkers would take any name for one that is there
+
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted(globals() | _LAZY)
+
 
 register()

@@ -36,7 +36,7 @@ TASKS = {  # of the types of heads, as the Hub calls them
 CITATION = """```bibtex
 @inproceedings{wang-etal-2023-adapterdistillation,
   title = "AdapterDistillation: Non-Destructive Task Composition with Knowledge Distillation",
-  author = "Wang, Junjie and others",
+  author = "Wang, Junjie and Chen, Yicheng and Zhang, Wangshu and Hu, Sen and Xu, Teng and Zheng, Jing",
   booktitle = "Proceedings of EMNLP 2023: Industry Track",
   year = "2023",
   url = "https://arxiv.org/abs/2312.16261"

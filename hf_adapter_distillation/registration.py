@@ -18,7 +18,6 @@ from .hub import provenance
 from .layers import FusedLayer, compose_distillation
 from .passes import call_with_distillation
 from .placement import prepare_fusion, prepare_probes
-from .pushing import push_student
 from .state import distillations
 from .student import add_student, check_prepared, distillation_block, forget_adapter, prepare_head
 
@@ -186,6 +185,8 @@ def _push_adapter_to_hub(
     original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> str:
     if adapter_name in distillations(self.adapters_config):
+        from .pushing import push_student  # loads datasets and the Trainer of transformers
+
         return push_student(self, repo_id, adapter_name, *args, **kwargs)
     if adapter_name not in self.adapters_config:  # adapters would create the repository first
         known = ", ".join(map(repr, self.adapters_config)) or "none"
