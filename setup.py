@@ -48,7 +48,7 @@ setup(
         "datasets>=2.21",
         "huggingface_hub>=0.34,<1",
         "packaging>=20.0",
-        "pyyaml>=5.1",
+        "pyyaml>=6.0.1",
         "requests>=2.31",
         "safetensors>=0.4.3",
         "torch>=2.6",

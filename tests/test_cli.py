@@ -506,6 +506,7 @@ def process(*argv):
     return subprocess.Popen(
         [sys.executable, "-m", "hf_adapter_distillation.cli", *argv],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background may ignore it
     )  # fmt: skip
 
 
