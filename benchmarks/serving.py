@@ -26,6 +26,7 @@ import torch
 import transformers
 from adapters import AutoAdapterModel, Fuse
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from measure import compare, environment, ratio, write
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
@@ -184,17 +185,18 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     """Queries a second and memory by number of tenants."""
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
     panels = figure.subplots(1, 2)
-    for ax, key, label in zip(
-        panels, ("queries_per_s", "parameters_mb"), ("queries a second", "MB of parameters"), strict=True
-    ):
+    keys = (("queries_per_s", "queries a second", "linear"), ("parameters_mb", "MB of parameters", "log"))
+    for ax, (key, label, scale) in zip(panels, keys, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             of_method = [row for row in rows if row["method"] == method]
             ax.plot([row["tenants"] for row in of_method], [row[key] for row in of_method], "o-", label=method)
-        ax.set(xlabel="tenants", ylabel=label, xscale="log", yscale="log")
+        ax.set(xlabel="tenants", ylabel=label, xscale="log", yscale=scale)
         ticks = sorted({row["tenants"] for row in rows})
         ax.set_xticks(ticks, labels=map(str, ticks), minor=False)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)
+    panels[1].yaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter=ScalarFormatter())
     panels[0].legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return figure
