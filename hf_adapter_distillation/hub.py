@@ -157,6 +157,33 @@ def _is_whole(run: Any) -> bool:
     return all(is_dict(result, int | float) for result in results)
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a text has the form of a repository of somebody's, with or without `@revision`."""
+    repo = source.partition("@")[0]
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return False
+    return "/" in repo and not repo.startswith(".")
+
+
+def download(source: str, files: Sequence[str]) -> Path:
+    """Downloads files of a repository, unless they are in the cache.
+
+    Args:
+        source: A Hub id, with `@revision` if wanted.
+        files: The names of the files.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        OSError: Of requests, of huggingface_hub, or of a full disk.
+    """
+    repo, _, revision = source.partition("@")
+    return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+
+
 def locate_saved(source: str, files: Sequence[str]) -> Path:
     """The folder of a saved adapter, which is downloaded if it is on the Hub.
 
@@ -173,17 +200,11 @@ def locate_saved(source: str, files: Sequence[str]) -> Path:
     """
     if os.path.isdir(source):
         return Path(source)
-    repo, _, revision = source.partition("@")
-    try:
-        validate_repo_id(repo)
-        looks_like_repo = "/" in repo
-    except HFValidationError:
-        looks_like_repo = False
-    if not looks_like_repo:
+    if not is_hub_id(source):
         raise ValueError(f"{source!r} is no local folder, and no Hub id either ('user/adapter').")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
-    except OSError as error:  # those of requests and huggingface_hub, and of a full disk
+        return download(source, files)
+    except OSError as error:
         raise OSError(f"{source!r} is no local folder, and the Hub did not give it: {hub_reason(error)}.") from error
 
 

@@ -79,21 +79,21 @@ def _read(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def saved_files(saved: str | Path, repo_id: str, **card: Any) -> tuple[str, Files]:
+def saved_files(saved: str | Path, config: dict[str, Any], repo_id: str, **card: Any) -> Files:
     """All that a push of a saved student uploads: its files in the folder, and no others that lie there.
 
     Args:
         saved: The folder of the student.
+        config: What `read_saved` returned for it.
         repo_id: The repository that it is pushed to.
         **card: What is known for the card, as for `write_card`. A card in the folder is kept.
 
     Returns:
-        The name of the student, and the contents of the files by their names.
+        The contents of the files by their names.
 
     Raises:
         ValueError: If the folder holds no distilled student, or its files are damaged.
     """
-    config = read_saved(saved)
     provenance_of(config, saved)
     student = config["name"]
     with TemporaryDirectory() as made:
@@ -111,12 +111,11 @@ def saved_files(saved: str | Path, repo_id: str, **card: Any) -> tuple[str, File
             raise ValueError(f"{saved} holds no weights of an adapter; save the student anew.")
         _forget_folders(folder / ADAPTER_CONFIG_NAME)
         if not (folder / CARD_NAME).exists():
-            write_card(_described(folder), folder, repo_id, **card)
-        return student, _read(folder)
+            write_card(_described(config, folder), folder, repo_id, **card)
+        return _read(folder)
 
 
-def _described(folder: Path) -> Described:
-    config = read_saved(folder)
+def _described(config: dict[str, Any], folder: Path) -> Described:
     head: dict[str, Any] = {}
     if (path := folder / HEAD_CONFIG_NAME).exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -286,24 +285,24 @@ def push_student(
             del files[CARD_NAME]
         for name, content in files.items():
             (Path(local_path) / name).write_bytes(content)
-    return _push(
-        student,
-        full_name,
-        files,
-        private,
-        message=commit_message or f"Upload {student}",
-        description=commit_description,
-        token=token,
-        create_pr=create_pr,
-        revision=revision,
-    )
+    return _push(student, full_name, files, private, commit_message, commit_description, token, create_pr, revision)
 
 
-def _push(student: str, full_name: str, files: Files, private: bool | None, **kwargs: Any) -> CommitInfo:
-    """Creates the repository if it is missing, and commits; `kwargs` are those of `commit`."""
+def _push(
+    student: str,
+    full_name: str,
+    files: Files,
+    private: bool | None,
+    message: str | None,
+    description: str | None,
+    token: str | bool | None,
+    create_pr: bool,
+    revision: str | None,
+) -> CommitInfo:
+    """Creates the repository if it is missing, and commits."""
     with told(student, full_name):
-        create_repo(full_name, token=kwargs["token"], private=private, exist_ok=True)
-        return commit(full_name, files, **kwargs)
+        create_repo(full_name, token=token, private=private, exist_ok=True)
+        return commit(full_name, files, message or f"Upload {student}", description, token, create_pr, revision)
 
 
 def push_saved(
@@ -339,16 +338,8 @@ def push_saved(
         ValueError: If the folder holds no distilled student, or `repo_id` is no valid name.
         OSError: If the Hub cannot be reached or refuses, as for `push_student`.
     """
-    full_name = check_push(str(read_saved(folder).get("name")), repo_id, token)
-    student, files = saved_files(folder, full_name, **(adapter_card_kwargs or {}))
-    return _push(
-        student,
-        full_name,
-        files,
-        private,
-        message=commit_message or f"Upload {student}",
-        description=commit_description,
-        token=token,
-        create_pr=create_pr,
-        revision=revision,
-    )
+    config = read_saved(folder)
+    student = str(config.get("name"))
+    full_name = check_push(student, repo_id, token)
+    files = saved_files(folder, config, full_name, **(adapter_card_kwargs or {}))
+    return _push(student, full_name, files, private, commit_message, commit_description, token, create_pr, revision)

@@ -9,8 +9,6 @@ from pathlib import Path
 import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
 from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ._compat import (
     ADAPTER_CONFIG_NAME,
@@ -22,7 +20,7 @@ from ._compat import (
     AdapterLoader,
 )
 from .composition import check_name
-from .hub import hub_reason
+from .hub import download, hub_reason, is_hub_id
 from .peft_format import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_format import is_peft, load_peft_lora, peft_lora_config
 
@@ -67,20 +65,14 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
 
 
 def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
-    repo, _, revision = teacher.partition("@")
-    try:
-        validate_repo_id(repo)
-        looks_like_repo = "/" in repo and not repo.startswith(".")
-    except HFValidationError:
-        looks_like_repo = False
-    if not looks_like_repo:
+    if not is_hub_id(teacher):
         close = difflib.get_close_matches(teacher, list(model.adapters_config), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "it is no local folder or Hub id either."
         known = ", ".join(map(repr, model.adapters_config)) or "none"
         raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {known}.")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=ADAPTER_FILES))
-    except OSError as error:  # those of requests and huggingface_hub, and of a full disk
+        return download(teacher, ADAPTER_FILES)
+    except OSError as error:
         raise ValueError(
             f"Teacher {teacher!r} is no adapter on the model, no local folder, and the Hub did not give it: "
             f"{hub_reason(error)}."
