@@ -10,7 +10,7 @@ import torch
 from conftest import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub import adapter_digest, read_provenance
+from hf_adapter_distillation.hub import adapter_digest, is_hub_id, read_provenance
 
 LOAD = """
     import importlib.abc, json, sys
@@ -104,3 +104,8 @@ def test_provenance_of_a_plain_adapter_is_refused(tmp_path):
     model.save_adapter(str(tmp_path / "bank"), "bank")
     with pytest.raises(ValueError, match="was not distilled; it names no teachers"):
         read_provenance(str(tmp_path / "bank"))
+
+
+def test_what_has_the_form_of_a_hub_id():
+    assert all(map(is_hub_id, ("me/faq", "me/faq@v1", "some-one/faq_2.0@0123abc")))
+    assert not any(map(is_hub_id, ("faq", "faq@v1", "./faq", "a/b/c", "../faq", "me/", "@v1", "")))
