@@ -24,7 +24,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from measure import SHAPES, autocast, compare, make_batch, make_model, peak_bytes, ratio
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
 
 CARRIERS = ("student", "fused", "mixed")
 WHOLE_LAYERS = "whole layers"
@@ -98,7 +98,7 @@ class Steps:
 
     def forward_backward(self, method: str) -> None:
         """The loss and its gradients."""
-        alone = mock.patch("hf_adapter_distillation.stacked.can_be_stacked", return_value=False)
+        alone = mock.patch("hf_adapter_distillation.method.stacking.can_be_stacked", return_value=False)
         with autocast(self.args.device, self.args.dtype), alone if method == "per teacher" else nullcontext():
             loss = self.model(**self.batch).loss
         loss.backward()

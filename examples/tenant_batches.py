@@ -20,7 +20,7 @@ import torch
 from adapters import AutoAdapterModel, BatchSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_adapter_distillation.teachers import check_folder, load_teacher, locate_teacher
+from hf_adapter_distillation.teachers.loading import check_folder, load_teacher, locate_teacher
 
 MAX_TOKENS = 64  # of a question with an FAQ, as in training
 ROUNDING = 1000  # of scores that were computed in two batches, in units of their data type's precision

@@ -10,15 +10,15 @@ Industry, https://arxiv.org/abs/2312.16261.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .analysis.plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig, DistillationTrainingArguments
-from .fusion import TeacherFusion
-from .plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
+from .method.fusion import TeacherFusion
 from .registration import register, unregister
 
 if TYPE_CHECKING:
-    from .analysis import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
-    from .trainer import AdapterDistillationTrainer, DistillationTrainer
+    from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
+    from .training.trainer import AdapterDistillationTrainer, DistillationTrainer
 
 __version__ = "0.1.0"
 
@@ -42,12 +42,12 @@ __all__ = [
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
 _LAZY = {
-    "AdapterDistillationTrainer": "trainer",
-    "DistillationTrainer": "trainer",
-    "leave_one_teacher_out": "analysis",
-    "student_distance": "analysis",
-    "teacher_attention": "analysis",
-    "write_analysis": "analysis",
+    "AdapterDistillationTrainer": "training.trainer",
+    "DistillationTrainer": "training.trainer",
+    "leave_one_teacher_out": "analysis.observe",
+    "student_distance": "analysis.observe",
+    "teacher_attention": "analysis.observe",
+    "write_analysis": "analysis.observe",
 }
 
 if not TYPE_CHECKING:  # type checkers would take any name for one that is there

@@ -14,12 +14,12 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from ._compat import ForwardContext, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
-from .hub import provenance
-from .layers import FusedLayer, compose_distillation
-from .passes import call_with_distillation
-from .placement import prepare_fusion, prepare_probes
-from .state import distillations
-from .student import add_student, check_prepared, distillation_block, forget_adapter, prepare_head
+from .method.distillation import distillations
+from .method.layer_pass import call_with_distillation
+from .method.layers import FusedLayer, compose_distillation
+from .student.adding import add_student, check_prepared, distillation_block, forget_adapter, prepare_head
+from .student.fusions import prepare_fusion, prepare_probes
+from .student.provenance import provenance
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
@@ -185,7 +185,7 @@ def _push_adapter_to_hub(
     original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> str:
     if adapter_name in distillations(self.adapters_config):
-        from .pushing import push_student  # loads datasets and the Trainer of transformers
+        from .hub.push import push_student  # loads datasets and the Trainer of transformers
 
         return push_student(self, repo_id, adapter_name, *args, **kwargs)
     if adapter_name not in self.adapters_config:  # adapters would create the repository first

@@ -14,8 +14,8 @@ from test_trainer import EachStep, StopAt
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub import adapter_digest
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.student.provenance import adapter_digest
 
 GLOBAL_BATCH = 8
 

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from transformers.utils import logging
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation import checkpoint
+from hf_adapter_distillation.training import checkpoint
 
 FILES = [
     "adapter.safetensors", "model_head.safetensors", "distillation_fusion.safetensors", "training_args.bin",

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.analysis import Estimate
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.placement import fusions_of
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.analysis.observe import Estimate
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.student.fusions import fusions_of
 
 FILES = {
     f"{name}.{kind}"
@@ -231,7 +231,7 @@ def test_a_disk_that_fails_takes_the_analysis_alone(trainer_args, tmp_path, capl
 
 
 def test_matplotlib_is_missed_before_the_training(trainer_args, monkeypatch):
-    monkeypatch.setattr("hf_adapter_distillation.refused.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_adapter_distillation.training.checks.find_spec", lambda name: None)
     message = r'analysis=True draws figures. Plots need matplotlib; pip install "hf-adapter-distillation\[plots\]"'
     with pytest.raises(ImportError, match=message):
         had.DistillationTrainer(make_student(make_model()), trainer_args(analysis=True), train_dataset=make_dataset())

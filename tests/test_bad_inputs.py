@@ -16,7 +16,7 @@ from test_student import everything, with_teachers
 from test_trainer import trainer_for
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub import read_provenance
+from hf_adapter_distillation.student.provenance import read_provenance
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

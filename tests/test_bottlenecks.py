@@ -27,9 +27,9 @@ from conftest import (
 )
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
-from hf_adapter_distillation.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers, adapter_update, compose_distillation
+from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
 
 SMALL = {"reduction_factor": 8}
 KINDS = {
@@ -180,7 +180,7 @@ def test_no_gradient_flows_through_teachers_that_explain_the_student(carrier, mo
             in_graph.append(any(tensor.requires_grad for tensor in tensors))
         return adapter_update(adapter, hidden_states, residual)
 
-    monkeypatch.setattr("hf_adapter_distillation.layers.adapter_update", spy)
+    monkeypatch.setattr("hf_adapter_distillation.method.layers.adapter_update", spy)
     model(**make_batch())
     assert len(in_graph) == 2 + 4 and any(in_graph) == (carrier == "fused")
 

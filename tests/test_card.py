@@ -10,9 +10,9 @@ from hub_server import check_card
 from huggingface_hub import ModelCard
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.card import save_card
-from hf_adapter_distillation.state import distillations
-from hf_adapter_distillation.summary import hub_dataset, measured
+from hf_adapter_distillation.hub.card import save_card
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.student.summary import hub_dataset, measured
 
 COMMIT = "0123abcd" * 5
 
@@ -202,7 +202,7 @@ def test_the_heat_map(installed, hub, tmp_path, trainer_args, monkeypatch):
     table = trainer.distillation.training["attention"]
     assert all(sum(row.values()) == pytest.approx(1, abs=1e-3) and list(row) == TEACHERS for row in table.values())
     if not installed:
-        monkeypatch.setattr("hf_adapter_distillation.card.find_spec", lambda name: None)
+        monkeypatch.setattr("hf_adapter_distillation.hub.card.find_spec", lambda name: None)
     text = card_of(trainer.model, tmp_path)
     assert ("![Attention over teachers by layer](attention.png)" in text) == installed
     assert (tmp_path / "attention.png").exists() == installed
@@ -232,6 +232,6 @@ def test_the_data_set_is_known_where_it_came_from_the_hub():
 def test_a_saved_student_says_it_too(tmp_path, trainer_args):
     model = trained(trainer_args, data=lambda: of_hub(make_dataset())).model
     model.save_adapter(str(tmp_path / "saved"), "insurance")
-    saved = had.hub.read_provenance(str(tmp_path / "saved"))
+    saved = had.student.provenance.read_provenance(str(tmp_path / "saved"))
     assert saved["dataset"] == "me/queries" and set(saved["losses"]) == {"1", "2"}
     assert saved["losses"]["2"] == distillations(model.adapters_config)["insurance"].training["losses"]["2"]

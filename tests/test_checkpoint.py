@@ -15,8 +15,8 @@ from killed_runs import FILES, SAVE_STEPS, STEPS
 from safetensors import SafetensorError
 from test_trainer import EachStep, trainer_for
 
-from hf_adapter_distillation import checkpoint
-from hf_adapter_distillation.checkpoint import check_whole, newest_whole_checkpoint
+from hf_adapter_distillation.training import checkpoint
+from hf_adapter_distillation.training.checkpoint import check_whole, newest_whole_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_written_over_counts_when_it_is_whole_again(trainin
             "failed writing file data/3",
         ),
         (
-            "hf_adapter_distillation.checkpoint.save_file",
+            "hf_adapter_distillation.training.checkpoint.save_file",
             SafetensorError("I/O error: no space"),
             "I/O error: no space",
         ),

@@ -22,11 +22,12 @@ from hub_server import check_card
 from safetensors.torch import load, load_file, save_file
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation import cli_training, pushing
-from hf_adapter_distillation.cli import EXAMPLES, main, make_parser, parse
-from hf_adapter_distillation.cli_training import TrainArguments
-from hf_adapter_distillation.hub import read_provenance
-from hf_adapter_distillation.pushing import push_saved, student_files
+from hf_adapter_distillation.cli import train as cli_training
+from hf_adapter_distillation.cli.main import EXAMPLES, main, make_parser, parse
+from hf_adapter_distillation.cli.train import TrainArguments
+from hf_adapter_distillation.hub import push as pushing
+from hf_adapter_distillation.hub.push import push_saved, student_files
+from hf_adapter_distillation.student.provenance import read_provenance
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["my card is gone", "when does the train leave", "what do i pay", "how is the weather"]
@@ -266,10 +267,12 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     model = AutoAdapterModel.from_pretrained("bert-base-uncased")
     model.add_adapter("insurance", "seq_bn[reduction_factor=4]", distill_from=["adapters/banking", "adapters/travel"])
     model.load_adapter("outputs/insurance", load_as="insurance", use_safetensors=True)
-    run_of = had.hub.read_provenance("outputs/insurance")
+    run_of = had.student.provenance.read_provenance("outputs/insurance")
     model.config.name_or_path = "me/tiny"
-    state = had.state.distillations(model.adapters_config)["insurance"]
-    state.training = {key: value for key, value in run_of.items() if key not in had.hub.provenance(model, state)}
+    state = had.method.distillation.distillations(model.adapters_config)["insurance"]
+    state.training = {
+        key: value for key, value in run_of.items() if key not in had.student.provenance.provenance(model, state)
+    }
     expected = student_files(model, "insurance", "me/faq")
     assert {*repo.files} - {".gitattributes"} == {*expected}
     for name in ("README.md", "head_config.json"):  # settings and versions stand in the order of the file

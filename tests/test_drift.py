@@ -4,7 +4,7 @@ import pytest
 from conftest import make_model, make_student
 from test_trainer import StopAt, trainer_for
 
-from hf_adapter_distillation.drift import drift
+from hf_adapter_distillation.training.drift import drift
 
 RISING, FALLING = [1.0, 1.2, 2.0, 2.5, 2.5, 2.5, 2.4, 2.6], [2.0, 2.0, 1.8, 1.6, 1.6, 1.5, 1.4, 1.4]
 

@@ -12,7 +12,7 @@ from conftest import TEACHERS, VOCABULARY, changed, make_batch, noisy, snapshot
 from datasets import Dataset
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 TEXT = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adapter_distillation import TeacherFusion
-from hf_adapter_distillation.stacked import StackedAdapters
+from hf_adapter_distillation.method.stacking import StackedAdapters
 
 
 def reference(fusion, hidden_states, updates):

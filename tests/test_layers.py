@@ -8,12 +8,12 @@ from adapters import Stack
 from conftest import TEACHERS, changed, make_batch, make_model, make_student, needs_compiler, noisy, snapshot
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.fusion import TeacherFusion
-from hf_adapter_distillation.layers import adapter_layers, compose_distillation
-from hf_adapter_distillation.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.placement import fusions_of
-from hf_adapter_distillation.stacked import StackedAdapters
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.fusion import TeacherFusion
+from hf_adapter_distillation.method.layers import adapter_layers, compose_distillation
+from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
+from hf_adapter_distillation.method.stacking import StackedAdapters
+from hf_adapter_distillation.student.fusions import fusions_of
 
 
 def distillation_of(model):
@@ -186,7 +186,7 @@ def test_stacked_teachers_equal_teachers_on_their_own(carrier, student, monkeypa
     results = []
     for stacked in (True, False):
         if not stacked:
-            monkeypatch.setattr("hf_adapter_distillation.stacked.can_be_stacked", lambda adapter: False)
+            monkeypatch.setattr("hf_adapter_distillation.method.stacking.can_be_stacked", lambda adapter: False)
         model = make_model()
         for name, config in (("bank", "seq_bn"), ("travel", "double_seq_bn"), ("work", "seq_bn[reduction_factor=4]")):
             model.add_adapter(name, config=config)
@@ -235,11 +235,11 @@ def test_a_student_whose_activation_has_weights_is_fused_on_its_own():
     assert all(p.grad.any() for p in activation.parameters()) and list(activation.parameters())
     plain = distillation_of(model).record.distillation_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_adapter_distillation.stacked.can_be_stacked", lambda adapter: False)
+        patch.setattr("hf_adapter_distillation.method.stacking.can_be_stacked", lambda adapter: False)
         model.train_adapter("insurance")
         _, alone = forward_in_stage_2(model)
     torch.testing.assert_close(plain, alone.distillation_loss)
-    stack_of_student = "hf_adapter_distillation.layers.stack"
+    stack_of_student = "hf_adapter_distillation.method.layers.stack"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stack_of_student, lambda adapters: pytest.fail("the student must not be stacked"))
         model.train_adapter("insurance")
@@ -507,7 +507,9 @@ def test_language_adapter_below_the_student_is_frozen_and_runs():
 
 def test_the_weights_of_the_tokens_are_made_once_for_all_layers(monkeypatch):
     calls = []
-    monkeypatch.setattr("hf_adapter_distillation.passes.token_weights", lambda m: calls.append(m) or token_weights(m))
+    monkeypatch.setattr(
+        "hf_adapter_distillation.method.layer_pass.token_weights", lambda m: calls.append(m) or token_weights(m)
+    )
     forward_in_stage_2(make_student(make_model(), config="double_seq_bn"))
     assert len(calls) == 1 and calls[0].shape == make_batch()["attention_mask"].shape
 

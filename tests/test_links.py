@@ -172,9 +172,10 @@ def test_each_page_is_in_a_toctree():
         ("{doc}`there` {doc}`words <there>` {doc}`gone`", broken_roles, ["{doc}`gone`"]),
         ("(label)=\n{ref}`gone`", broken_roles, ["{ref}`gone`"]),
         (
-            "{py:func}`hf_adapter_distillation.start.fit_start` {py:func}`hf_adapter_distillation.start.gone`",
+            "{py:func}`hf_adapter_distillation.student.warm_start.fit_start` "
+            "{py:func}`hf_adapter_distillation.student.warm_start.gone`",
             broken_roles,
-            ["{py:func}`hf_adapter_distillation.start.gone`"],
+            ["{py:func}`hf_adapter_distillation.student.warm_start.gone`"],
         ),
         ("{py:meth}`hf_adapter_distillation.TeacherFusion.forward`", broken_roles, []),
         (f"{{py:meth}}`{GONE}`", broken_roles, [f"{{py:meth}}`{GONE}`"]),

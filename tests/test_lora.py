@@ -16,11 +16,11 @@ from conftest import (
 )
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import adapter_layers, adapter_update, compose_distillation
-from hf_adapter_distillation.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.stacked import StackCache, stack
-from hf_adapter_distillation.start import average_lora
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers, adapter_update, compose_distillation
+from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
+from hf_adapter_distillation.method.stacking import StackCache, stack
+from hf_adapter_distillation.student.warm_start import average_lora
 
 EVERYWHERE = {"intermediate_lora": True, "output_lora": True, "attn_matrices": ["q", "k", "v"]}
 KINDS = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adapter_distillation.losses import (
+from hf_adapter_distillation.method.losses import (
     MINIMAL_VARIANCE,
     CosineLoss,
     CrossTaskLoss,

@@ -6,8 +6,8 @@ from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, ma
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation._compat import loss_counts_items
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
 
 CASES = [
     ("bert", "flex", "classification"),

@@ -9,9 +9,9 @@ from conftest import LONG, TEACHERS, changed, make_batch, make_model, make_stude
 from test_trainer import EachStep, trainer_for
 from transformers import TrainerCallback
 
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.state import distillations
-from hf_adapter_distillation.whole_layers import whole_layers
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.method.whole_layers import whole_layers
 
 
 class Break(TrainerCallback):

@@ -8,10 +8,10 @@ from test_trainer import gradients, trainer_for
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.losses import CosineLoss, CrossTaskLoss, FeatureLoss, token_weights
-from hf_adapter_distillation.passes import DistillationPass
-from hf_adapter_distillation.placement import fusions_of
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layer_pass import DistillationPass
+from hf_adapter_distillation.method.losses import CosineLoss, CrossTaskLoss, FeatureLoss, token_weights
+from hf_adapter_distillation.student.fusions import fusions_of
 
 ALL = {"features": 1.0, "cosine": 0.5, "task_specific": 0.7, "logits": 0.3, "cross_task": 0.2}
 CARRIERS = ["student", "fused", "mixed", "dual"]

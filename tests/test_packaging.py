@@ -16,10 +16,10 @@ import yaml
 from release import OF_THE_SDIST, faults_of_sdist, faults_of_wheel
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.card import CITATION
+from hf_adapter_distillation.hub.card import CITATION
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted((ROOT / "hf_adapter_distillation").glob("*.py"))
+MODULES = sorted((ROOT / "hf_adapter_distillation").rglob("*.py"))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ TYPED = """
 from typing import Any, Literal, assert_type
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.analysis import Estimate
+from hf_adapter_distillation.analysis.observe import Estimate
 
 model: Any = None
 Carrier = Literal["student", "fused", "mixed", "dual"]

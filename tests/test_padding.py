@@ -6,7 +6,7 @@ from conftest import TEACHERS, make_batch, make_model, noisy
 from torch.nn.functional import pad
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 CHOICES = 3

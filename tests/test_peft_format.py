@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, set_seed
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
 
 CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,

@@ -8,9 +8,10 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation import passes, prediction_cache
-from hf_adapter_distillation.prediction_cache import PredictionCache, example_keys
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method import layer_pass as passes
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.training import prediction_cache
+from hf_adapter_distillation.training.prediction_cache import PredictionCache, example_keys
 
 OBJECTIVE = {"features": 1.0, "logits": 1.0, "cross_task": 1.0}
 
@@ -75,7 +76,7 @@ def test_a_training_is_the_same_and_no_teacher_predicts_beside_it(extra, trainer
     extra = ragged(8, seed=1).remove_columns("labels") if extra else None
     once = trained(trainer_args, collator, extra=extra)
     assert beside.times == 0
-    monkeypatch.setattr("hf_adapter_distillation.callback.predict", lambda trainer: None)
+    monkeypatch.setattr("hf_adapter_distillation.training.callback.predict", lambda trainer: None)
     anew = trained(trainer_args, collator, extra=extra)
     assert beside.times == (18 if extra else 9)
     same(once, anew, 1e-10)

@@ -5,7 +5,7 @@ from conftest import make_model, make_student
 from test_trainer import EachStep, trainer_for
 from transformers import ProgressCallback
 
-from hf_adapter_distillation.progress import StageCallback
+from hf_adapter_distillation.training.progress import StageCallback
 
 FOUR_OF_EACH = ["stage 1: "] * 4 + ["stage 2: "] * 4
 

@@ -15,9 +15,9 @@ from safetensors.torch import load
 from transformers.trainer import OPTIMIZER_NAME, TRAINING_ARGS_NAME
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.checkpoint import FUSION_WEIGHTS_NAME
-from hf_adapter_distillation.hub import read_provenance
-from hf_adapter_distillation.pushing import WEIGHTS
+from hf_adapter_distillation.hub.push import WEIGHTS
+from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.training.checkpoint import FUSION_WEIGHTS_NAME
 
 OF_A_PUSH = {
     "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin", "head_config.json",
@@ -210,7 +210,7 @@ def test_nothing_is_asked_of_the_hub_for_what_cannot_be_pushed(hub, monkeypatch)
         monkeypatch.delenv("HF_TOKEN")
         assert get_token() is None
         refused(OSError, NOT_PUSHED + NO_TOKEN, push, model)
-        monkeypatch.setattr(had.pushing, "save_weights", full_disk)
+        monkeypatch.setattr(had.hub.push, "save_weights", full_disk)
         refused(OSError, "no space left", push, model, token="hf_me")
 
 
@@ -264,7 +264,7 @@ def test_other_refusals_of_the_hub(hub, monkeypatch):
     refused(OSError, "'insurance' was not pushed to 'faq': " + WRONG_TOKEN, push, model, "faq", token="hf_nobody")
     message = NOT_PUSHED + 'Invalid metadata in README.md. - "license" is not valid: My Own.'
     refused(OSError, message, push, model, adapter_card_kwargs={"license": "My Own"})
-    monkeypatch.setattr(had.hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(had.student.provenance.constants, "HF_HUB_OFFLINE", True)
     reset_sessions()
     refused(OSError, NOT_PUSHED + "HF_HUB_OFFLINE is set.", push, model)
 
@@ -343,7 +343,7 @@ def test_a_push_that_fails_in_training_is_a_warning(where, hub, trainer_args, ca
         hub.fail("POST /api/models/me/faq/commit", 500)
     else:
         reason = "no space left"
-        monkeypatch.setattr("hf_adapter_distillation.pushing.copytree", full_disk)
+        monkeypatch.setattr("hf_adapter_distillation.hub.push.copytree", full_disk)
     args = {"push_to_hub": True, "hub_model_id": "me/faq", "save_strategy": "epoch", "hub_always_push": True}
     trained(trainer_args, **args)
     warning = f"{NOT_PUSHED}{reason}. The training goes on, and the next save pushes again."

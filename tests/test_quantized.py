@@ -7,7 +7,7 @@ from conftest import CONFIGS, TEACHERS, changed, make_dataset, noisy, snapshot
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow  # it compiles its kernels for the CPU

@@ -14,10 +14,10 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import TrainingArguments
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub import read_provenance
-from hf_adapter_distillation.parts import active_block
-from hf_adapter_distillation.ranking import area_under_curve, rank_teachers
-from hf_adapter_distillation.student import keep_teachers
+from hf_adapter_distillation.method.parameters import active_block
+from hf_adapter_distillation.student.adding import keep_teachers
+from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.training.ranking import area_under_curve, rank_teachers
 
 
 def test_the_area_under_the_curve_with_ties():

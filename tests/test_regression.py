@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_adapter_distillation.regression import UpProjectionFit
+from hf_adapter_distillation.student.least_squares import UpProjectionFit
 
 
 def random(*shape, seed=0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import TEACHERS, make_batch, make_model, make_student, noisy
 
-from hf_adapter_distillation.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.stacked import StackCache, can_be_stacked, stack, stacked_bytes
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.method.stacking import StackCache, can_be_stacked, stack, stacked_bytes
 
 
 def adapters_of(model, names):

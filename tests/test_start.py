@@ -9,12 +9,12 @@ from adapters import SeqBnConfig
 from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, noisy, snapshot
 from test_trainer import trainer_for
 
-from hf_adapter_distillation.data import drawn
-from hf_adapter_distillation.hub import adapter_digest
-from hf_adapter_distillation.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.regression import UpProjectionFit
-from hf_adapter_distillation.start import START_EXAMPLES, fit_start
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.student.least_squares import UpProjectionFit
+from hf_adapter_distillation.student.provenance import adapter_digest
+from hf_adapter_distillation.student.warm_start import START_EXAMPLES, fit_start
+from hf_adapter_distillation.training.data import drawn
 
 
 def in_float64(model):
@@ -122,7 +122,9 @@ def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_arg
     if how == "trained before":
         noisy(model, "insurance")
     fitted, original = [], fit_start
-    monkeypatch.setattr("hf_adapter_distillation.trainer.fit_start", lambda *args: fitted.append(1) or original(*args))
+    monkeypatch.setattr(
+        "hf_adapter_distillation.training.trainer.fit_start", lambda *args: fitted.append(1) or original(*args)
+    )
     if how == "resumed":
         trainer.train()
         assert fitted == [1], "a new training is fitted"

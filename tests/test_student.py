@@ -7,8 +7,8 @@ from adapters import AdapterPlusConfig, ConfigUnion, LoRAConfig, LoReftConfig, P
 from conftest import TEACHERS, make_batch, make_model, make_student, noisy, snapshot
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
 
 
 def with_teachers(model=None, teachers=TEACHERS, config="seq_bn", head="classification"):

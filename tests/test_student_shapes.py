@@ -13,8 +13,8 @@ from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, no
 from test_hub import LOAD
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
 
 SETTINGS = {"max_steps": 10, "distillation_start": 0.2, "distillation_weight": 20.0, "learning_rate": 1e-2}
 

@@ -11,8 +11,8 @@ from huggingface_hub.utils import reset_sessions
 from test_bad_inputs import Evil
 from test_student import everything, with_teachers
 
-from hf_adapter_distillation.hub import read_provenance
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.student.provenance import read_provenance
 
 CODE_AND_CHECKPOINTS = {
     "train.py": b"raise SystemExit",

@@ -12,9 +12,9 @@ from conftest import TEACHERS, changed, make_dataset, make_model, make_student, 
 from transformers import BertConfig, BertModel, TrainerCallback, TrainingArguments
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub import read_provenance
-from hf_adapter_distillation.layers import adapter_layers
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.student.provenance import read_provenance
 
 
 class EachStep(TrainerCallback):

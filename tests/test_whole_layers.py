@@ -20,11 +20,11 @@ from conftest import (
 )
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation import passes
-from hf_adapter_distillation.fusion import TeacherFusion
-from hf_adapter_distillation.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.placement import fusions_of
-from hf_adapter_distillation.state import distillations
+from hf_adapter_distillation.method import layer_pass as passes
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.fusion import TeacherFusion
+from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
+from hf_adapter_distillation.student.fusions import fusions_of
 
 LOREFT = LoReftConfig(prefix_positions=2, suffix_positions=2)  # adapters' own needs both for another type than float32
 MIXTURES = {
@@ -348,7 +348,9 @@ def test_attention_and_provenance_know_the_level(tmp_path):
     table = had.teacher_attention(model, make_dataset(4))
     assert list(table) == ["encoder.layer.0", "encoder.layer.1"]
     assert all(abs(sum(map(float, row.values())) - 1) < 1e-6 for row in table.values())
-    assert had.hub.provenance(model, distillations(model.adapters_config)["insurance"])["level"] == "layer"
+    assert (
+        had.student.provenance.provenance(model, distillations(model.adapters_config)["insurance"])["level"] == "layer"
+    )
 
 
 def test_a_layer_without_the_student_is_left_alone():
@@ -373,4 +375,6 @@ def test_the_average_start_and_levels_of_one_kind_of_student(trainer_args):
     digest = distillation.start_digest
     trainer = had.DistillationTrainer(model, trainer_args(max_steps=1), train_dataset=make_dataset())
     trainer.fit_start()
-    assert digest == had.hub.adapter_digest(model, "insurance"), "not fitted: there is no single up-projection to fit"
+    assert digest == had.student.provenance.adapter_digest(model, "insurance"), (
+        "not fitted: there is no single up-projection to fit"
+    )

@@ -1,0 +1,1 @@
+"""What the fusion makes of each teacher, as numbers and figures."""

@@ -1,0 +1,287 @@
+"""Where the knowledge came from: what the fusion makes of each teacher on data of one's choice, with standard errors.
+
+All of it needs the fusion: call it during or before training, or after a training with `keep_fusion=True` and another
+`model.train_adapter(student)`. `DistillationTrainingArguments(analysis=True)` writes it at the end of the training.
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from math import nan, sqrt
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import datasets
+import torch
+from accelerate.utils import send_to_device
+from adapters import AdapterSetup, ModelAdaptersMixin, Stack
+from torch.utils.data import DataLoader, Dataset
+from transformers import default_data_collator
+from transformers.utils import logging
+
+from .._compat import forward_arguments
+from ..composition import AdapterDistillation, find_block
+from ..method.distillation import Distillation, Observation, distillations
+from ..method.predictions import without_dropout
+from .plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
+
+logger = logging.get_logger(__name__)
+
+Data: TypeAlias = Dataset | datasets.Dataset | DataLoader
+Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class Estimate(NamedTuple):
+    """A mean over examples.
+
+    Args:
+        mean: The mean; what `float()` of an estimate is.
+        standard_error: Its standard error, NaN for a single example.
+    """
+
+    mean: float
+    standard_error: float
+
+    def __float__(self) -> float:
+        """The mean."""
+        return self.mean
+
+
+AttentionTable: TypeAlias = dict[str, dict[str, Estimate]]
+
+
+def teacher_attention(
+    model: ModelAdaptersMixin, dataset: Data, data_collator: Collator | None = None, batch_size: int = 16
+) -> AttentionTable:
+    """The mean attention that the fusion pays to each teacher, by layer.
+
+    The model runs in evaluation mode, so that each layer sees the student's hidden states, as in production.
+
+    Args:
+        model: The model, whose active setup is a distillation block with its fusion.
+        dataset: Examples as a trainer takes them (columns that the model does not take are left out), or a
+            `DataLoader` of batches.
+        data_collator: Makes batches of examples, `DataCollatorWithPadding(tokenizer)` for instance. By default
+            `transformers.default_data_collator`, which does not pad.
+        batch_size: The number of examples in a batch.
+
+    Returns:
+        `{layer: {teacher: estimate}}`: the mean over the non-padding tokens of a sequence, and of these over all
+        sequences. The means of a layer sum to 1.
+
+    Raises:
+        ValueError: If no distillation block is active, its fusion was dropped, or there are no examples.
+    """
+    block, _ = _distillation_of(model)
+    table = {}
+    for location, seen in _observations(model, _loader(dataset, data_collator, batch_size)).items():
+        weights = dict(zip(seen.names, seen.attention.T, strict=True))
+        absent = torch.zeros(len(seen.attention))  # a teacher without a module in this layer
+        table[location] = {name: _estimate(weights.get(name, absent)) for name in block.teachers}
+    return table
+
+
+def student_distance(
+    model: ModelAdaptersMixin, dataset: Data, data_collator: Collator | None = None, batch_size: int = 16
+) -> dict[str, Estimate]:
+    """The distance of the student to its fused teachers, by layer.
+
+    It is what `losses.FeatureLoss` measures, in evaluation mode: the squared distance of the updates in units of the
+    variance of the fused one. 0 is a student that does what its fused teachers do there, 1 is as far as one that adds
+    nothing.
+
+    Args:
+        model: As for `teacher_attention`.
+        dataset: The same.
+        data_collator: The same.
+        batch_size: The same.
+
+    Returns:
+        `{layer: estimate}`, means over sequences.
+
+    Raises:
+        ValueError: As for `teacher_attention`.
+    """
+    seen = _observations(model, _loader(dataset, data_collator, batch_size))
+    return {location: _estimate(observation.distance) for location, observation in seen.items()}
+
+
+def leave_one_teacher_out(
+    model: ModelAdaptersMixin, dataset: Data, data_collator: Collator | None = None, batch_size: int = 16
+) -> dict[str, Estimate]:
+    """What the fused teachers lose in task loss when one of them is left out, for each teacher.
+
+    Each layer passes on the fused output, without the student. For each teacher the examples run again with the
+    others alone, between which the attention is then shared out. It costs N + 1 passes over the examples and trains
+    nothing: it says what the fusion has of a teacher, not what a student trained without it would be.
+
+    Args:
+        model: As for `teacher_attention`.
+        dataset: Examples with labels, else as there.
+        data_collator: The same.
+        batch_size: The same.
+
+    Returns:
+        `{teacher: estimate}`: the loss without the teacher minus the loss with all, above 0 where the teacher helps.
+        The means are over examples; the errors come from the differences of batches, NaN for a single one.
+
+    Raises:
+        ValueError: As for `teacher_attention`; if there is a single teacher, or the outputs of the model have no loss.
+    """
+    block, _ = _distillation_of(model)
+    if len(block.teachers) < 2:
+        raise ValueError(f"{block.student!r} has a single teacher, {block.teachers[0]!r}; none can be left out.")
+    batches = list(_loader(dataset, data_collator, batch_size))  # the same for all, so that differences are paired
+    sizes, with_all = _losses(model, block, batches)
+    differences = {}
+    for left_out in block.teachers:
+        others = [name for name in block.teachers if name != left_out]
+        _, without = _losses(model, AdapterDistillation(Stack(*block.children), others), batches)
+        differences[left_out] = _estimate(without - with_all, sizes)
+    return differences
+
+
+def write_analysis(
+    model: ModelAdaptersMixin,
+    dataset: Data,
+    folder: str | Path,
+    data_collator: Collator | None = None,
+    batch_size: int = 16,
+) -> AttentionTable:
+    """Writes all three as tables (CSV) and figures (PNG).
+
+    Where teachers cannot be left out (a single one, no labels) a warning says so, and the other two are written.
+
+    Args:
+        model: As for `teacher_attention`.
+        dataset: Examples, best with labels and not trained on.
+        folder: The folder, which is made if it is missing.
+        data_collator: As for `teacher_attention`.
+        batch_size: The same.
+
+    Returns:
+        The attention.
+
+    Raises:
+        ValueError: As for `teacher_attention`.
+        ImportError: If matplotlib is not installed.
+    """
+    loader = _loader(dataset, data_collator, batch_size)
+    attention, distance = teacher_attention(model, loader), student_distance(model, loader)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [(layer, name, *cell) for layer, row in attention.items() for name, cell in row.items()]
+    _write_table(folder / "teacher_attention.csv", ("layer", "teacher"), cells)
+    plot_teacher_attention(attention).savefig(folder / "teacher_attention.png")
+    _write_table(folder / "student_distance.csv", ("layer",), [(layer, *cell) for layer, cell in distance.items()])
+    plot_student_distance(distance).savefig(folder / "student_distance.png")
+    try:
+        differences = leave_one_teacher_out(model, loader)
+    except ValueError as error:
+        logger.warning(f"No teacher was left out: {error}")
+        return attention
+    _write_table(
+        folder / "leave_one_teacher_out.csv", ("teacher",), [(name, *cell) for name, cell in differences.items()]
+    )
+    plot_leave_one_teacher_out(differences).savefig(folder / "leave_one_teacher_out.png")
+    return attention
+
+
+def _write_table(path: Path, keys: tuple[str, ...], rows: Sequence[tuple]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([(*keys, *Estimate._fields), *rows])
+
+
+def _distillation_of(model: ModelAdaptersMixin) -> tuple[AdapterDistillation, Distillation]:
+    block = find_block(model.active_adapters)
+    distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
+    if block is None or distillation is None:
+        raise ValueError(
+            f"The active setup {model.active_adapters} distils nothing; call model.train_adapter(student)."
+        )
+    return block, distillation
+
+
+def _loader(dataset: Data, data_collator: Collator | None, batch_size: int) -> DataLoader:
+    if isinstance(dataset, DataLoader):
+        return dataset
+    return DataLoader(dataset, batch_size, collate_fn=data_collator or _unpadded)
+
+
+def _unpadded(examples: list[Any]) -> Mapping[str, Any]:
+    try:
+        return default_data_collator(examples)
+    except ValueError as error:
+        raise ValueError(
+            f"The examples make no batch ({error}); pass data_collator=DataCollatorWithPadding(tokenizer)."
+        ) from error
+
+
+def _inputs(model: ModelAdaptersMixin, batch: Mapping[str, Any]) -> dict[str, Any]:
+    of_heads = (head.get_label_names() for head in getattr(model, "heads", {}).values())
+    taken = {*forward_arguments(model), *chain.from_iterable(of_heads)}
+    return send_to_device({name: value for name, value in batch.items() if name in taken}, model.device)
+
+
+@contextmanager
+def _observing(
+    model: ModelAdaptersMixin, distillation: Distillation, passed_on: Literal["student", "fused"]
+) -> Iterator[None]:
+    distillation.observing = passed_on
+    try:
+        with without_dropout(model), torch.no_grad():
+            yield
+    finally:
+        distillation.observing = None
+
+
+def _observations(model: ModelAdaptersMixin, loader: DataLoader) -> dict[str, Observation]:
+    """What each location shows of all sequences."""
+    _, distillation = _distillation_of(model)
+    seen: dict[str, list[Observation]] = {}
+    with _observing(model, distillation, "student"):
+        for batch in loader:
+            model(**_inputs(model, batch))
+            for location, observed in distillation.take_record().observed.items():
+                seen.setdefault(location, []).append(observed)
+    if not seen:
+        raise ValueError("There is no attention to show: there are no examples, or the fusion was dropped.")
+    return {
+        location: Observation(
+            parts[0].names,
+            torch.cat([part.attention for part in parts]).double().cpu(),
+            torch.cat([part.distance for part in parts]).double().cpu(),
+        )
+        for location, parts in seen.items()
+    }
+
+
+def _losses(
+    model: ModelAdaptersMixin, block: AdapterDistillation, batches: Sequence[Mapping[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of examples and the task loss of each batch with the fused teachers of a block, (n_batches,) each."""
+    _, distillation = _distillation_of(model)
+    sizes, losses = [], []
+    with _observing(model, distillation, "fused"), AdapterSetup(block):
+        for batch in batches:
+            loss = model(**_inputs(model, batch)).get("loss")
+            if loss is None:
+                raise ValueError(f"{type(model).__name__} puts out no loss; add a column of labels to the examples.")
+            if not distillation.take_record().observed:
+                raise ValueError("There are no fused teachers to run: the fusion was dropped.")
+            sizes.append(len(next(iter(batch.values()))))
+            losses.append(loss.item())
+    if not losses:
+        raise ValueError("There is no loss to compare: there are no examples.")
+    return torch.tensor(sizes).double(), torch.tensor(losses).double()
+
+
+def _estimate(values: torch.Tensor, weights: torch.Tensor | None = None) -> Estimate:
+    """The (weighted) mean of values, (n,), with its standard error."""
+    n = len(values)
+    weights = torch.ones_like(values) if weights is None else weights
+    weights = weights / weights.sum()
+    mean = (weights * values).sum()
+    variance = (weights * (values - mean)).square().sum() * n / (n - 1) if n > 1 else torch.tensor(nan)
+    return Estimate(mean.item(), sqrt(variance.item()))

@@ -1,0 +1,128 @@
+"""Figures of what `analysis` finds, for few teachers and layers or for many. Needs matplotlib."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .observe import Estimate
+
+NUMBERED = 16  # with more teachers, the cells of a heat map are too narrow for their numbers
+LONGEST = 30.0  # inches
+MISSING = 'Plots need matplotlib; pip install "hf-adapter-distillation[plots]".'
+
+
+def plot_teacher_attention(
+    table: Mapping[str, Mapping[str, SupportsFloat]], title: str = "Attention over teachers"
+) -> "Figure":
+    """Draws the table of `teacher_attention` as a heat map, layers from bottom to top.
+
+    Up to 16 teachers the cells show their numbers. The scale begins at 0; a mark on it is the equal share.
+
+    Args:
+        table: `{layer: {teacher: weight}}`, estimates or numbers.
+        title: The title of the figure.
+
+    Returns:
+        A matplotlib figure; `figure.savefig(path)` writes it.
+
+    Raises:
+        ValueError: If the table is empty.
+        ImportError: If matplotlib is not installed (`pip install "hf-adapter-distillation[plots]"`).
+    """
+    if not table:
+        raise ValueError("The table is empty; make one with teacher_attention(model, dataset).")
+    layers, teachers = list(table), list(next(iter(table.values())))
+    numbered = len(teachers) <= NUMBERED
+    height = min(LONGEST, 1.6 + 0.42 * len(layers))
+    figure, axes = _axes(3.2 + len(teachers) * (0.8 if numbered else 0.24), height)
+    weights = [[float(table[layer][teacher]) for teacher in teachers] for layer in layers]
+    highest = max(map(max, weights))
+    image = axes.imshow(weights, origin="lower", aspect="auto", cmap="viridis", vmin=0)
+    if numbered:
+        for y, row in enumerate(weights):
+            for x, weight in enumerate(row):
+                color = "white" if weight < highest / 2 else "black"
+                axes.text(x, y, f"{weight:.2f}", ha="center", va="center", color=color)
+    rotation: dict[str, Any] = {"rotation": 30, "ha": "right"} if numbered else {"rotation": 90, "fontsize": 8}
+    axes.set_xticks(range(len(teachers)), teachers, **rotation)
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set(title=title, xlabel="teacher", ylabel="layer")
+    bar = figure.colorbar(image, ax=axes, label="mean attention (red: the equal share)")
+    bar.ax.axhline(1 / len(teachers), color="red", linewidth=2)
+    return figure
+
+
+def plot_student_distance(
+    distances: Mapping[str, "Estimate"], title: str = "Distance of the student to its fused teachers"
+) -> "Figure":
+    """Draws what `student_distance` finds, layers from bottom to top, with bars of one standard error.
+
+    Args:
+        distances: `{layer: estimate}`.
+        title: The title of the figure.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If there are no distances.
+        ImportError: If matplotlib is not installed.
+    """
+    if not distances:
+        raise ValueError("There are no distances; find them with student_distance(model, dataset).")
+    figure, axes = _bars(distances, title, "squared distance / variance of the fused update")
+    axes.axvline(1, color="gray", linestyle="--", linewidth=1, label="a student that adds nothing")
+    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_ylabel("layer")
+    return figure
+
+
+def plot_leave_one_teacher_out(
+    differences: Mapping[str, "Estimate"], title: str = "Without one of the teachers"
+) -> "Figure":
+    """Draws what `leave_one_teacher_out` finds, the most useful teacher on top, with bars of one standard error.
+
+    Args:
+        differences: `{teacher: estimate}`.
+        title: The title of the figure.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If there are no differences.
+        ImportError: If matplotlib is not installed.
+    """
+    if not differences:
+        raise ValueError("There are no differences; find them with leave_one_teacher_out(model, dataset).")
+    order = sorted(differences, key=lambda name: differences[name].mean)
+    label = "task loss without it, minus with all: right of 0 it helps"
+    figure, axes = _bars({name: differences[name] for name in order}, title, label)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set_ylabel("teacher left out")
+    return figure
+
+
+def _axes(width: float, height: float) -> tuple["Figure", Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    figure = Figure(figsize=(min(LONGEST, width), height), layout="constrained", dpi=150)
+    return figure, figure.add_subplot()
+
+
+def _bars(estimates: Mapping[str, "Estimate"], title: str, label: str) -> tuple["Figure", Any]:
+    """One horizontal bar for each estimate, from bottom to top; an error that is not known is not drawn."""
+    figure, axes = _axes(6.4, min(LONGEST, 1.4 + 0.24 * len(estimates)))
+    means, errors = zip(*estimates.values(), strict=True)
+    places = range(len(estimates))
+    axes.barh(places, means, height=0.7, color="#4c72b0")
+    axes.errorbar(means, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    axes.set_yticks(places, list(estimates), fontsize=8 if len(estimates) > NUMBERED else 10)
+    axes.set(title=title, xlabel=label)
+    axes.margins(y=0.01)
+    return figure, axes

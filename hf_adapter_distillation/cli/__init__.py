@@ -1,0 +1,5 @@
+"""The command line `adapter-distill`."""
+
+from .main import main
+
+__all__ = ["main"]

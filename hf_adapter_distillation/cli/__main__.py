@@ -1,0 +1,7 @@
+"""Run the command line by `python -m hf_adapter_distillation.cli`, which `accelerate launch --module` needs."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

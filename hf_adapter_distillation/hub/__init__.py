@@ -1,0 +1,1 @@
+"""The student on the Hugging Face Hub: its card and its push."""

@@ -1,0 +1,1 @@
+"""One training forward pass of a distilled student."""

@@ -1,0 +1,209 @@
+"""The adapters of one layer side by side, so that a matrix product serves all of them."""
+
+from typing import NamedTuple
+
+import torch
+from adapters import ModelAdaptersConfig
+from torch import nn
+
+from .._compat import Adapter, LoRA, ParallelAdapter
+
+
+class StackedAdapters(NamedTuple):
+    r"""Adapters of the same width and activation.
+
+    The update of adapter n is :math:`u_n = W^{up}_n z_n + b_n` with the bottleneck features
+    :math:`z_n = \mathrm{act}(W^{down}_n h + b^{down}_n)`. An adapter's scaling is part of its up-projection here. LoRA
+    is the case without activation and biases, with A the down-projection and B the up-projection.
+
+    Args:
+        names: The adapters, n of them, each of width m.
+        down_weight: The down-projections, (n * m, hidden).
+        down_bias: Their biases, (n * m,), None if they have none.
+        up: The up-projections and behind them their biases, (hidden, n * m + n).
+        activation: The activation, None if there is none.
+    """
+
+    names: tuple[str, ...]
+    down_weight: torch.Tensor
+    down_bias: torch.Tensor | None
+    up: torch.Tensor
+    activation: nn.Module | None
+
+    @property
+    def width(self) -> int:
+        """The number of bottleneck features of all adapters, n * m."""
+        return len(self.down_weight)
+
+    def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The bottleneck features of all adapters.
+
+        Args:
+            hidden_states: The input of the adapters, (batch, seq_len, hidden).
+
+        Returns:
+            The features, (batch, seq_len, n, m).
+        """
+        down = nn.functional.linear(hidden_states, self.down_weight, self.down_bias)  # (B, T, n * m)
+        features = down if self.activation is None else self.activation(down)
+        return features.unflatten(-1, (len(self.names), -1))  # (B, T, n, m)
+
+
+def input_kind(adapter: Adapter | LoRA) -> tuple[object, ...]:
+    """What adapters of one layer must have in common to have the same input.
+
+    Args:
+        adapter: The adapter's module.
+
+    Returns:
+        For a bottleneck adapter whether it runs beside the layer's block (and reads the block's input), whether it
+        reads the normalised sum of the block's output and the residual stream, not the output alone, and what it adds
+        its update to. LoRA always reads the input of the projection.
+    """
+    if isinstance(adapter, LoRA):
+        return ()
+    return isinstance(adapter, ParallelAdapter), adapter.original_ln_before, adapter.residual_before_ln
+
+
+def ends_in_up_projection(adapter: Adapter | LoRA) -> bool:
+    """Whether nothing but the scaling follows the up-projection of an adapter: no gate, no norm."""
+    return isinstance(adapter, LoRA) or not (adapter.use_gating or adapter.add_layer_norm_after)
+
+
+def can_be_stacked(adapter: Adapter | LoRA) -> bool:
+    """Whether an adapter is linear at both ends, with an activation that has no weights of its own."""
+    if isinstance(adapter, LoRA):
+        return True
+    ends = (adapter.adapter_down[0], adapter.adapter_up)
+    return (
+        all(isinstance(end, nn.Linear) for end in ends)
+        and ends_in_up_projection(adapter)
+        and not list(adapter.non_linearity.parameters())
+    )
+
+
+class _Ends(NamedTuple):
+    """The projections of one adapter; None for a bias that it does not have, and for no activation."""
+
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    activation: nn.Module | None
+
+
+def _ends(adapter: Adapter | LoRA) -> _Ends:
+    if isinstance(adapter, LoRA):
+        return _Ends(adapter.lora_A, None, adapter.lora_B, None, None)
+    down, up = adapter.adapter_down[0], adapter.adapter_up
+    return _Ends(down.weight, down.bias, up.weight, up.bias, adapter.non_linearity)
+
+
+def update_sizes(adapter: Adapter | LoRA) -> tuple[int, int]:
+    """The widths of an adapter's input and of its update."""
+    if isinstance(adapter, LoRA):
+        return adapter.lora_A.shape[1], adapter.lora_B.shape[0]
+    return adapter.input_size, adapter.input_size
+
+
+def stack(adapters: dict[str, Adapter | LoRA], dtype: torch.dtype | None = None) -> StackedAdapters:
+    """Copies the weights of adapters of one width, activation and input side by side.
+
+    Args:
+        adapters: The adapters' modules by name.
+        dtype: The data type of the copy. By default that of the weights.
+
+    Returns:
+        The stacked adapters; gradients flow to the weights that are trained.
+    """
+    ends = [_ends(adapter) for adapter in adapters.values()]
+    scales = [s.unsqueeze(-1) if isinstance(s, torch.Tensor) else s for s in (m.scaling for m in adapters.values())]
+    zeros = ends[0].up.new_zeros(len(ends[0].up))
+    weights = [end.up * scale for end, scale in zip(ends, scales, strict=True)]  # (d, m) each
+    up_biases = [zeros if end.up_bias is None else end.up_bias for end in ends]
+    biases = [bias.unsqueeze(-1) * scale for bias, scale in zip(up_biases, scales, strict=True)]  # (d, 1) each
+    down_biases = [end.down_bias for end in ends if end.down_bias is not None]
+    return StackedAdapters(
+        names=tuple(adapters),
+        down_weight=torch.cat([end.down for end in ends]).to(dtype),
+        down_bias=torch.cat(down_biases).to(dtype) if down_biases else None,
+        up=torch.cat([*weights, *biases], dim=1).to(dtype),
+        activation=ends[0].activation,
+    )
+
+
+def stacked_bytes(adapters: dict[str, Adapter | LoRA]) -> int:
+    """The size of what stacking adapters copies in the data type of their weights, 0 if one cannot be stacked."""
+    if not all(map(can_be_stacked, adapters.values())):
+        return 0
+    tensors = [tensor for adapter in adapters.values() for tensor in _ends(adapter)[:4]]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class StackCache:
+    """The stacked weights of frozen teachers, copied once and again where a teacher, its place or type has changed."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Frees the copy."""
+        self._stacks: list[StackedAdapters] | None = None
+        self._dtype: torch.dtype | None = None
+        self._teachers: dict[str, Adapter | LoRA] = {}
+        self._sources: list[tuple[dict, str, nn.Parameter, int, int]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the copy, in bytes."""
+        tensors = [t for stacked in self._stacks or () for t in (stacked.down_weight, stacked.down_bias, stacked.up)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @torch.no_grad()
+    def get(
+        self, teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
+    ) -> list[StackedAdapters] | None:
+        """The stacked teachers.
+
+        Args:
+            teachers: The teachers' modules by name.
+            adapters_config: The configs of the model's adapters.
+            dtype: The data type wanted.
+
+        Returns:
+            A stack for each combination of width, activation and input that the teachers have; None if one of the
+            teachers cannot be stacked.
+        """
+        if torch.compiler.is_compiling():  # compiled code cannot check a cache, and copies by itself
+            return _stack_alike(teachers, adapters_config, dtype)
+        if dtype != self._dtype or not self._is_fresh(teachers):
+            self.clear()
+            self._stacks = _stack_alike(teachers, adapters_config, dtype)
+            self._dtype, self._teachers = dtype, teachers
+            self._sources = [
+                (module._parameters, name, p, p._version, p.data_ptr())
+                for teacher in teachers.values()
+                for module in teacher.modules()
+                for name, p in module.named_parameters(recurse=False)
+            ]
+        return self._stacks
+
+    def _is_fresh(self, teachers: dict[str, Adapter | LoRA]) -> bool:
+        """Whether the modules are those that were copied, and each weight is the same tensor, unchanged."""
+        return teachers == self._teachers and all(
+            owner.get(name) is p and p._version == version and p.data_ptr() == address
+            for owner, name, p, version, address in self._sources
+        )
+
+
+def _stack_alike(
+    teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
+) -> list[StackedAdapters] | None:
+    if not all(map(can_be_stacked, teachers.values())):
+        return None
+    groups: dict[tuple, dict[str, Adapter | LoRA]] = {}
+    for name, teacher in teachers.items():
+        activation = adapters_config.get(name).get("non_linearity", "").lower()
+        kind = (len(_ends(teacher).down), activation, input_kind(teacher))
+        groups.setdefault(kind, {})[name] = teacher
+    return [stack(group, dtype) for group in groups.values()]

@@ -1,0 +1,1 @@
+"""A student on a model: add it, place its fusions, start it, save it."""

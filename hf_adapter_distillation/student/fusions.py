@@ -1,0 +1,131 @@
+"""Where the fusions of a student are in a model: making, finding and dropping them."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from adapters import ModelAdaptersMixin
+from torch import nn
+from transformers import EncoderDecoderModel
+
+from ..composition import AdapterDistillation
+from ..method.distillation import Distillation, distillations
+from ..method.fusion import TeacherFusion, fusions_at
+from ..method.heads import number_of_labels
+from ..method.layer_pass import begin_halves, fold_halves
+from ..method.layers import adapter_layers
+from ..method.losses import TaskSpecificLoss
+from ..method.parameters import owner
+from ..method.stacking import update_sizes
+from ..method.whole_layers import distill_layer, hidden_size, holds, whole_layers
+
+
+def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Makes the fusion of each layer where it is missing, and leaves it and the student trainable, nothing else.
+
+    Args:
+        model: The model, frozen but for the adapters of the block (what adapters' `train_adapter` does).
+        block: The distillation block.
+    """
+    student, distillation = block.student, distillations(model.adapters_config)[block.student]
+    decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
+    dtype = next(p.dtype for name, p in model.base_model.named_parameters() if owner(name, {student}))
+    _remove_hooks(distillation)
+    for name, layer, sizes in _places(model, block, distillation.level):
+        if not fusions_at(layer):
+            layer.distillation_fusion = nn.ModuleDict()
+        fusions = fusions_at(layer)
+        if student not in fusions:
+            in_decoder = layer in decoder and not _reads_encoder(name, layer)
+            device = next(layer.parameters()).device  # layers may be on several
+            fusions[student] = TeacherFusion(*sizes, name, in_decoder, device, dtype)
+        fusion = fusions[student]
+        if distillation.config.layer_weights is not None:
+            fusion.layer_weight = _layer_weight(model, distillation.config.layer_weights, name)
+        fusion.requires_grad_(True).train(layer.training)
+        fusion.cache.clear()
+        if distillation.level == "layer":
+            hook = layer.register_forward_hook(partial(distill_layer, student), with_kwargs=True)
+            distillation.hooks.append(hook)
+    if isinstance(model, EncoderDecoderModel):
+        distillation.hooks.append(model.register_forward_pre_hook(partial(begin_halves, student)))
+        distillation.hooks.append(model.register_forward_hook(partial(fold_halves, student)))
+    base = model.base_model
+    for below in block.children[:-1]:
+        model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
+        model.apply_to_basemodel_childs(lambda i, child, below=below: child.freeze_adapter(below))
+        for held in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
+            if below in held:
+                held[below].requires_grad_(False)
+
+
+def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
+    """Gives each fusion the probe of the objective `task_specific`, once the student has a head.
+
+    Args:
+        model: The model that holds the heads.
+        student: The name of the student.
+    """
+    n_labels = number_of_labels(model, student)
+    config = distillations(model.adapters_config)[student].config
+    if "task_specific" not in config.objectives or n_labels is None:  # the trainer refuses a student without a head
+        return
+    for fusion in fusions_of(model, student):
+        if fusion.task_specific is None:
+            weight = fusion.value.weight
+            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype)
+            fusion.task_specific.train(fusion.training)
+
+
+def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location: str) -> float:
+    """The weight of the layer that a location is in, relative to the mean over all layers.
+
+    Raises:
+        ValueError: If the model has another number of layers.
+    """
+    layers = [layer for _, layer in model.base_model.iter_layers()]
+    if len(layers) != len(weights):
+        raise ValueError(f"layer_weights has {len(weights)} numbers, but the model has {len(layers)} layers.")
+    module = model.base_model.get_submodule(location)
+    number = next(i for i, layer in enumerate(layers) if any(part is module for part in layer.modules()))
+    return weights[number] * len(weights) / sum(weights)
+
+
+def _places(
+    model: ModelAdaptersMixin, block: AdapterDistillation, level: str
+) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
+    """The modules that hold the student and a teacher, with their names and the widths of input and update."""
+    if level == "layer":
+        for name, layer in whole_layers(model, block.student):
+            if any(holds(layer, teacher) for teacher in block.teachers):
+                yield name, layer, (hidden_size(layer), hidden_size(layer))
+    else:
+        for name, layer in adapter_layers(model, block.student):
+            if any(teacher in layer.adapter_modules for teacher in block.teachers):
+                yield name, layer, update_sizes(layer.adapter_modules[block.student])
+
+
+def _reads_encoder(name: str, layer: nn.Module) -> bool:
+    """Whether a projection of a decoder makes keys or values of the encoder's states, with the encoder's mask."""
+    in_cross_attention = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
+    return in_cross_attention and getattr(layer, "attn_key", None) in ("k", "v")
+
+
+def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
+    """All fusions of a student."""
+    return [fusions_at(m)[student] for m in model.base_model.modules() if student in fusions_at(m)]
+
+
+def _remove_hooks(distillation: Distillation) -> None:
+    while distillation.hooks:
+        distillation.hooks.pop().remove()
+
+
+def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
+    """Removes the fusion of a student from all layers."""
+    if student in distillations(model.adapters_config):
+        _remove_hooks(distillations(model.adapters_config)[student])
+    for module in list(model.base_model.modules()):
+        if student in (fusions := fusions_at(module)):
+            del fusions[student]
+            if not fusions:
+                del module.distillation_fusion

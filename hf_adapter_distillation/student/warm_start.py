@@ -1,0 +1,191 @@
+"""Where a student starts: at the average of its teachers' weights, and from there at the average of their updates."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin
+from torch import nn
+from transformers.utils import logging
+
+from .._compat import LoRA
+from ..method.distillation import Distillation, distillations
+from ..method.layers import adapter_layers
+from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
+from ..method.stacking import ends_in_up_projection
+from .provenance import adapter_digest
+
+logger = logging.get_logger(__name__)
+
+START_EXAMPLES = 1024  # of the training data
+
+
+def _mean(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    states = [module.state_dict() for module in modules]
+    return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
+    r"""Sets a LoRA module to the best approximation of the mean of others' weight changes by a matrix of its rank.
+
+    .. math::
+        \min_{A, B} \Big\lVert B A - \frac{1}{N} \sum_n B_n A_n \Big\rVert_F
+
+    The mean of the updates is that of the weight changes, since LoRA is linear, and a truncated singular value
+    decomposition is the minimum (Eckart and Young, https://doi.org/10.1007/BF02288367), computed from the factors.
+    The averages of A and of B would be no start: their product is not the average of the products.
+
+    Args:
+        student: The module to set; its rank may differ from the others'.
+        teachers: The others, of the same projection.
+    """
+    scales = [teacher.scaling / (len(teachers) * student.scaling) for teacher in teachers]
+    up = torch.cat([t.lora_B.double() * scale for t, scale in zip(teachers, scales, strict=True)], dim=1)  # (out, N r)
+    down = torch.cat([t.lora_A.double() for t in teachers])  # (N r, in)
+    up_basis, up_factor = torch.linalg.qr(up)
+    down_basis, down_factor = torch.linalg.qr(down.T)
+    left, sizes, right = torch.linalg.svd(up_factor @ down_factor.T)
+    rank = min(student.r, int((sizes > 1e-9 * sizes[0]).sum()))  # the rest of A stays random, or it could not learn
+    roots = sizes[:rank].sqrt()
+    student.lora_B[:, :rank] = (up_basis @ left[:, :rank] * roots).to(student.lora_B)
+    student.lora_A[:rank] = (roots.unsqueeze(1) * (right[:rank] @ down_basis.T)).to(student.lora_A)
+    student.lora_B[:, rank:] = 0
+
+
+def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+    """Sets the student to the average of its teachers' weights, if there is one; `start_head` does the head."""
+    # No part of what the weights compute, or (rank and scaling of LoRA) of no matter for the average:
+    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
+
+    def relevant(name: str) -> dict:
+        return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
+
+    teachers = distillation.config.teachers
+    if other := [name for name in teachers if relevant(name) != relevant(student)]:
+        logger.warning(
+            f"{student!r} starts at random weights: its config is not that of teacher {other[0]!r}, so there is no "
+            f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
+        )
+        return
+    if _has_factors(model.adapters_config.get(student), distillation.level):
+        logger.warning(
+            f"{student!r} starts at random weights: the average of the teachers' factors is no average of what they "
+            f"multiply to. Pass DistillationConfig(student_start='random') to silence this."
+        )
+        return
+    of_teachers = [model.get_adapter(name) for name in teachers]
+    for place, modules in model.get_adapter(student).items():
+        for location, module in modules.items():
+            _start_module(module, [teacher[place][location] for teacher in of_teachers])
+    distillation.start_digest = adapter_digest(model, student)
+
+
+def _has_factors(config: AdapterConfig, level: str) -> bool:
+    """Whether an adapter multiplies weights of its own that are not averaged one by one (nor, as LoRA, together)."""
+    if isinstance(config, ConfigUnion):
+        return any(_has_factors(part, level) for part in config.configs)
+    if isinstance(config, LoRAConfig):
+        return level == "layer" and config.composition_mode != "scale"
+    return bool(config.get("phm_layer"))
+
+
+def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+    if isinstance(student, nn.ModuleList):  # several projections with LoRA at one location
+        for modules in zip(student, *teachers, strict=True):
+            _start_module(modules[0], modules[1:])
+    elif isinstance(student, LoRA):
+        average_lora(student, teachers)
+    else:
+        student.load_state_dict(_mean(teachers))
+
+
+def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+    """Sets the student's head to the average of its teachers' heads, where their shapes agree; adds it if missing.
+
+    Happens once, before the first training, and only as long as the student's weights are those it started from: a
+    student that was trained or loaded meanwhile keeps its head.
+    """
+    if distillation.head_started or distillation.start_digest is None:
+        return
+    distillation.head_started = True
+    teachers = distillation.config.teachers
+    unchanged = distillation.start_digest == adapter_digest(model, student)
+    if not unchanged or any(name not in model.heads for name in teachers):
+        return
+    heads = [model.heads[name] for name in teachers]
+    if student not in model.heads:
+        if all(head.config == heads[0].config for head in heads):
+            model.average_head(student, list(teachers))
+        return
+    head = model.heads[student]
+    if all(type(other) is type(head) and _shapes(other) == _shapes(head) for other in heads):
+        head.load_state_dict(_mean(heads))
+
+
+def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
+    """Whether a student's up-projections can be fitted to updates; those of LoRA start at a mean that is exact."""
+    if distillations(model.adapters_config)[student].level == "layer":
+        return False
+    modules = [layer.adapter_modules[student] for _, layer in adapter_layers(model, student)]
+    return all(ends_in_up_projection(module) and not isinstance(module, LoRA) for module in modules)
+
+
+def fit_start(
+    model: ModelAdaptersMixin,
+    student: str,
+    forward_passes: Callable[[], None],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> float:
+    """Moves a student from the average of its teachers' weights to the average of their updates.
+
+    The average of weights puts out less than the average of the teachers: what they have learnt stands in different
+    features. The student keeps the averaged down-projections; its up-projections are fitted to the mean of the
+    teachers' updates, what `TeacherFusion` puts out before its training, by least squares, in a forward pass that
+    carries this mean on. No labels are used.
+
+    Args:
+        model: The model, on which `train_adapter(student)` was called.
+        student: The name of the student.
+        forward_passes: Runs the model on the data.
+        reduce: Averages a tensor over the processes, which hold the same up to rounding.
+
+    Returns:
+        The share of the mean update's squares that the student now explains, averaged over the layers.
+
+    Raises:
+        FloatingPointError: If the mean update is not finite. The student is then what it was.
+    """
+    distillation = distillations(model.adapters_config)[student]
+
+    def run() -> None:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                forward_passes()
+        finally:
+            model.train(training)
+
+    fits = distillation.fits = {}
+    try:
+        run()
+    finally:
+        distillation.fits = distillation.record = None
+    for name, fit in fits.items():
+        if not fit.square.isfinite():
+            cause = find_overflow(distillation, run) or f"the state of the model is not finite in {name}"
+            raise FloatingPointError(f"{student!r} cannot start at its teachers: {cause}; {TAKE_MORE_RANGE}.")
+    unexplained = []
+    for name, layer in adapter_layers(model, student):
+        if name in fits:
+            fit, up = fits[name], layer.adapter_modules[student].adapter_up
+            fit.reduce(reduce)
+            weight, bias, error = fit.solve(up.weight.data, up.bias.data)
+            up.weight.data.copy_(weight)
+            up.bias.data.copy_(bias)
+            unexplained.append(error)
+    return 1 - torch.stack(unexplained).mean().item()

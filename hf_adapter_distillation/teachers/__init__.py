@@ -1,0 +1,1 @@
+"""Where teachers come from, whether they fit, and how good they are."""

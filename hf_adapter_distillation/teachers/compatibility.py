@@ -1,0 +1,196 @@
+"""Which adapters can be fused with each other, and where: inside the layers, or in the layers' outputs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from adapters import (
+    AdapterConfig,
+    BnConfig,
+    ConfigUnion,
+    LoRAConfig,
+    ModelAdaptersMixin,
+    MTLLoRAConfig,
+    PromptTuningConfig,
+)
+
+from .._compat import LoRALinear
+from ..configuration import Level
+from ..method.layers import FusedLayer, adapter_layers
+from ..method.parameters import owner
+from ..method.whole_layers import holds, whole_layers
+
+
+def check_supported(who: str, config: AdapterConfig) -> None:
+    """Refuses the methods that cannot be fused at any level.
+
+    Raises:
+        ValueError: For prompt tuning and MTL-LoRA, alone or in a union.
+    """
+    for part in _parts(config):
+        if isinstance(part, PromptTuningConfig):
+            raise ValueError(
+                f"{who} is a {type(part).__name__}, which makes the sequence longer, so its states do not match the "
+                "student's; use prefix tuning, or any other method."
+            )
+        if isinstance(part, MTLLoRAConfig):
+            raise ValueError(
+                f"{who} is a {type(part).__name__}, which belongs to several tasks at once; use a LoRA of one task."
+            )
+
+
+def _parts(config: AdapterConfig) -> Sequence[AdapterConfig]:
+    return config.configs if isinstance(config, ConfigUnion) else [config]
+
+
+def _method(config: AdapterConfig) -> type[AdapterConfig] | None:
+    """The method of an adapter that adds an update inside the layer; None for all others."""
+    if isinstance(config, BnConfig):
+        return BnConfig
+    plain = {"composition_mode": "add", "use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None}
+    if isinstance(config, LoRAConfig) and all(config[key] == value for key, value in plain.items()):
+        return LoRAConfig
+    return None
+
+
+def differs_in_layer(who: str, config: AdapterConfig, student_config: AdapterConfig) -> str:
+    """Says why a teacher cannot be fused with others at the places inside a layer where the student adds its update.
+
+    Args:
+        who: The teacher, for the text.
+        config: Its config.
+        student_config: The student's config.
+
+    Returns:
+        The reason, or an empty text if nothing is in the way.
+    """
+    if _method(config) is None or _method(config) is not _method(student_config):
+        return (
+            f"{who} is a {type(config).__name__}, the student a {type(student_config).__name__}; inside the layers "
+            "bottleneck adapters are fused with bottleneck adapters, and plain LoRA with plain LoRA"
+        )
+    if _method(config) is LoRAConfig:
+        return ""
+
+    def place(config: AdapterConfig) -> tuple[bool, bool]:
+        in_sequence = config["original_ln_before"] and not config["is_parallel"]
+        return in_sequence and config["residual_before_ln"] is False, config["original_ln_after"]
+
+    if place(config) == place(student_config):
+        return ""
+    keys = ("is_parallel", "original_ln_before", "residual_before_ln", "original_ln_after")
+    differs = ", ".join(
+        f"{key}={config[key]!r} and not {student_config[key]!r}" for key in keys if config[key] != student_config[key]
+    )
+    return f"{who} adds its update at another place of the layer than the student: it has {differs}"
+
+
+def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
+    """Whether an adapter of a config has a module in a layer, if it leaves out none."""
+    in_projection = (
+        not isinstance(layer, LoRALinear) or layer.attn_key is None or layer.attn_key in config.attn_matrices
+    )
+    return bool(config.get(layer.location_key)) and in_projection
+
+
+def misses_in_layer(model: ModelAdaptersMixin, who: str, name: str, student_config: AdapterConfig) -> str:
+    """Says why a teacher on the model has no place inside the layers in common with the student.
+
+    Args:
+        model: The model.
+        who: The teacher, for the text.
+        name: Its name on the model.
+        student_config: The student's config, of the same method.
+
+    Returns:
+        The reason, or an empty text if there is such a place.
+    """
+    layers = adapter_layers(model, name)
+    if not layers:
+        return f"{who} has no module that can be fused inside a layer (its LoRA sits in projections that are merged)"
+    shared = [layer for _, layer in layers if _is_at(student_config, layer)]
+    if not shared:
+        places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
+        return f"{who} sits at {', '.join(places)}, where the student has no modules"
+    if all(layer.layer_idx in student_config["leave_out"] for layer in shared):
+        return f"{who} sits in layers alone that the student leaves out ({student_config['leave_out']})"
+    return ""
+
+
+def choose_level(
+    model: ModelAdaptersMixin, level: Level, teachers: Mapping[str, str], student_config: AdapterConfig
+) -> tuple[Literal["adapter", "layer"], str]:
+    """Where teachers and student meet: inside the layers if they can, else in the layers' outputs.
+
+    Args:
+        model: The model, with all teachers.
+        level: What `DistillationConfig.level` asks for.
+        teachers: What messages call each teacher, by its name on the model.
+        student_config: The student's config.
+
+    Returns:
+        The level, and why it is "layer" where that was not asked for.
+
+    Raises:
+        ValueError: If the level that is asked for is impossible, or a teacher has no layer in common with the student.
+    """
+    config_of = model.adapters_config.get
+    reasons = (
+        differs_in_layer(who, config_of(name), student_config) or misses_in_layer(model, who, name, student_config)
+        for name, who in teachers.items()
+    )
+    reason = "" if level == "layer" else next(filter(None, reasons), "")
+    if level == "adapter" and reason:
+        raise ValueError(f"{reason}; choose level='layer', or give all of them one method and place.")
+    if level != "layer" and not reason:
+        return "adapter", ""
+    for name, who in teachers.items():
+        in_common = (_covers(student_config, i) and holds(layer, name) for i, layer in model.iter_layers())
+        if not any(in_common):
+            raise ValueError(
+                f"{who} has no layer in common with the student; let the student's config leave out fewer layers."
+            )
+    return "layer", reason
+
+
+def _covers(config: AdapterConfig, index: int) -> bool:
+    """Whether an adapter of a config has modules in the layer of an index."""
+
+    def covers(part: AdapterConfig) -> bool:  # ReFT names the layers that it has, the others those that it leaves out
+        layers = part.get("layers", "all")
+        return index not in part.get("leave_out", ()) and (layers == "all" or index in layers)
+
+    return any(map(covers, _parts(config)))
+
+
+def check_weights(model: ModelAdaptersMixin, teacher: str, name: str) -> None:
+    """Refuses a teacher with weights that are not finite.
+
+    Raises:
+        ValueError: With the teacher and the first such weight.
+    """
+    for key, parameter in model.base_model.named_parameters():
+        if owner(key, {name}) and not torch.isfinite(parameter).all():
+            raise ValueError(f"Teacher {teacher!r} has weights that are NaN or infinite ({key}); train it anew.")
+
+
+def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
+    """Refuses teachers on another device than the student in a layer; layers may be on several devices.
+
+    Another data type is cast where the teachers are fused.
+
+    Raises:
+        ValueError: With the first such teacher and both devices.
+    """
+    for layer_name, layer in whole_layers(model, student):
+        devices: dict[str, torch.device] = {}
+        for key, parameter in layer.named_parameters():
+            if (name := owner(key, {student, *teachers})) is not None:
+                devices.setdefault(name, parameter.device)
+        own = devices.get(student)
+        for name, device in devices.items():
+            if own is not None and device != own:
+                raise ValueError(
+                    f"Teacher {name!r} is on {device}, {student!r} on {own} ({layer_name}); "
+                    f"call model.to({str(own)!r}) once all adapters are added."
+                )

@@ -1,0 +1,194 @@
+"""Checkpoints of a distillation: what they hold, and which of them are whole."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from adapters import ModelAdaptersMixin
+from safetensors.torch import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .._compat import (
+    ADAPTER_CONFIG_NAME,
+    HEAD_WEIGHTS_NAME,
+    SAFE_HEAD_WEIGHTS_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
+from ..composition import AdapterDistillation
+from ..method.parameters import is_fusion
+from ..student.provenance import adapter_digest, read_provenance
+
+logger = logging.get_logger(__name__)
+
+FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
+DIGESTS_NAME = "checkpoint_digests.json"
+
+
+def save_student(model: ModelAdaptersMixin, student: str, folder: str) -> None:
+    """Writes the student with its head, as `save_adapter` does, and the fusion, if it is on the model.
+
+    Args:
+        model: The model.
+        student: The name of the student.
+        folder: The folder of the checkpoint.
+    """
+    os.makedirs(folder, exist_ok=True)
+    save_weights(model, student, os.path.join(folder, student))
+    if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
+        save_file(fusion, os.path.join(folder, FUSION_WEIGHTS_NAME))
+
+
+def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
+    """Writes the student with its head by `save_adapter`, as safetensors where adapters can.
+
+    Args:
+        model: The model.
+        student: The name of the student.
+        folder: The folder of the student.
+    """
+    # Adapters cannot write prefixes as safetensors: several layers share them.
+    has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
+    model.save_adapter(folder, student, use_safetensors=not has_prefix)
+
+
+def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:
+    """Reads back what `save_student` wrote.
+
+    Args:
+        model: The model, on which `train_adapter` was called.
+        block: The distillation block.
+        folder: The folder of the checkpoint.
+
+    Raises:
+        ValueError: If it is one of another student, was made with other teachers, or lacks weights. The model is then
+            what it was.
+    """
+    saved = os.path.join(folder, block.student)
+    if not os.path.isfile(os.path.join(saved, ADAPTER_CONFIG_NAME)):
+        raise ValueError(f"{saved} does not exist, so there is no checkpoint of {block.student!r} to resume.")
+    _check_teachers(model, block, saved)
+    fusion = os.path.join(folder, FUSION_WEIGHTS_NAME)
+    if not os.path.isfile(fusion):
+        raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
+    state = load_file(fusion)
+    for name in (SAFE_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME):
+        if os.path.exists(path := os.path.join(saved, name)):
+            state.update(load_file(path))
+    for name in (WEIGHTS_NAME, HEAD_WEIGHTS_NAME):
+        if os.path.exists(path := os.path.join(saved, name)):
+            state.update(torch.load(path, map_location="cpu", weights_only=True))
+    own = model.state_dict()
+    wrong = {name for name, value in state.items() if name not in own or own[name].shape != value.shape}
+    wrong |= {name for name, p in model.named_parameters() if p.requires_grad and name not in state}
+    if wrong:
+        raise ValueError(
+            f"The checkpoint {folder} does not fit {block.student!r}: {len(wrong)} weights "
+            f"are missing, unknown or of another shape, {min(wrong)} the first; use the configs of that training."
+        )
+    # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
+    model.load_state_dict(state, strict=False)
+    # Adapters lays out the bases of ReFT anew where it saves, and rounding follows the layout.
+    model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
+
+
+def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:
+    saved = {teacher["name"]: teacher["digest"] for teacher in read_provenance(folder)["teachers"]}
+    here = {teacher: adapter_digest(model, teacher) for teacher in block.teachers}
+    if different := sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)):
+        raise ValueError(
+            f"The checkpoint {folder} was made with other teachers than the model has now; different or missing: "
+            f"{', '.join(different)}. Load the same teachers, or start anew without resume_from_checkpoint."
+        )
+
+
+def write_digests(folder: str) -> None:
+    """Notes the SHA-256 digest of each file of a checkpoint but the last one.
+
+    That one is `trainer_state.json`: the checkpoint is whole once it is there, and not before, whatever an earlier
+    training has left in the folder.
+
+    Args:
+        folder: The folder of the checkpoint.
+    """
+    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != DIGESTS_NAME)
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (Path(folder) / DIGESTS_NAME).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_whole(folder: str) -> None:
+    """Refuses a checkpoint that was not written to its end, or was damaged since.
+
+    Args:
+        folder: The folder of the checkpoint.
+
+    Raises:
+        ValueError: With the first file that is missing or damaged.
+    """
+    path = Path(folder) / DIGESTS_NAME
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))
+        for name, digest in digests.items():
+            path = Path(folder) / name
+            if _digest(path) != digest:
+                raise ValueError
+        path = Path(folder) / TRAINER_STATE_NAME
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError) as error:
+        fault = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise ValueError(f"{folder} is no whole checkpoint: {path.relative_to(folder)} {fault}.") from None
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that a training starts from.
+
+    Args:
+        asked: The folder of a checkpoint, True for the newest whole one, or None or False for none.
+        output_dir: The folder of the training.
+
+    Returns:
+        The folder of the checkpoint, or None.
+
+    Raises:
+        ValueError: If the folder that was asked for is not whole, or there is no whole one.
+    """
+    if asked is True:
+        if (newest := newest_whole_checkpoint(output_dir)) is None:
+            raise ValueError(f"{output_dir} has no whole checkpoint; leave out resume_from_checkpoint.")
+        return newest
+    if asked:
+        check_whole(asked)
+    return asked or None
+
+
+def newest_whole_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint that was written to its end; a warning names those that are skipped.
+
+    Args:
+        output_dir: The folder of the training.
+
+    Returns:
+        The folder of the checkpoint, or None if there is none.
+    """
+    steps = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)):
+            steps[int(match[1])] = str(path)
+    for _, folder in sorted(steps.items(), reverse=True):
+        try:
+            check_whole(folder)
+        except ValueError as error:
+            logger.warning(f"{error} An older one is looked for; delete this folder to silence this warning.")
+        else:
+            return folder
+    return None
