@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .analysis.plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig, DistillationTrainingArguments
+from .method.distillation import StageSettings, distillation_of
 from .method.fusion import TeacherFusion
 from .registration import register, unregister
 
@@ -28,7 +29,9 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "DistillationTrainingArguments",
+    "StageSettings",
     "TeacherFusion",
+    "distillation_of",
     "leave_one_teacher_out",
     "plot_leave_one_teacher_out",
     "plot_student_distance",

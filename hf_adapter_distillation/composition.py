@@ -114,27 +114,12 @@ def check_teachers(student: str, teachers: Sequence[str]) -> None:
             raise ValueError(f"{student!r} cannot be its own teacher; leave it out of the list of teachers.")
 
 
-def find_block(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation | None:
-    """Finds the distillation block in a setup, however deep.
+def block_of(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation | None:
+    """Return the distillation block of a setup, together with the adapters that are stacked below it.
 
     Args:
-        setup: An adapter setup, for instance `model.active_adapters`.
-
-    Returns:
-        The first block, or `None` if the setup has none.
-    """
-    if isinstance(setup, AdapterDistillation):
-        return setup
-    children = setup.children if isinstance(setup, AdapterCompositionBlock) else ()
-    return next(filter(None, map(find_block, children)), None)
-
-
-def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | None:
-    """The distillation block of a setup together with what is stacked below it.
-
-    Args:
-        setup: An adapter setup; `Stack("german", AdapterDistillation("insurance", teachers))` is the same as
-            `AdapterDistillation(Stack("german", "insurance"), teachers)`.
+        setup: An adapter setup, for instance `model.active_adapters`. `Stack("german", AdapterDistillation(student,
+            teachers))` is the same as `AdapterDistillation(Stack("german", student), teachers)`.
 
     Returns:
         The block, or `None` if the setup has none.
@@ -143,8 +128,9 @@ def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | N
         ValueError: If anything is stacked on top of the student, or the block stands anywhere else.
     """
     block = find_block(setup)
-    if setup is None or block is None or block is setup:
+    if block is None or block is setup:
         return block
+    assert isinstance(setup, AdapterCompositionBlock)
     *below, last = setup.children
     if type(setup) is Stack and block in below:
         raise ValueError(
@@ -153,3 +139,11 @@ def join_block(setup: AdapterCompositionBlock | None) -> AdapterDistillation | N
     if type(setup) is not Stack or block is not last or not all(isinstance(name, str) for name in below):
         raise ValueError(f"{block} stands inside {_show(setup)}; only a Stack may hold it, after names of adapters.")
     return AdapterDistillation(Stack(*below, *block.children), block.teachers)
+
+
+def find_block(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation | None:
+    """Return the first distillation block in a setup, however deep."""
+    if isinstance(setup, AdapterDistillation):
+        return setup
+    children = setup.children if isinstance(setup, AdapterCompositionBlock) else ()
+    return next(filter(None, map(find_block, children)), None)

@@ -15,10 +15,11 @@ from ._compat import ForwardContext, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
 from .method.distillation import distillations
-from .method.layer_pass import call_with_distillation
+from .method.forward import call_with_distillation
 from .method.layers import FusedLayer, compose_distillation
-from .student.adding import add_student, check_prepared, distillation_block, forget_adapter, prepare_head
-from .student.fusions import prepare_fusion, prepare_probes
+from .student.adding import add_student
+from .student.fusions import fusions_of, prepare_fusion, prepare_probes
+from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head
 from .student.provenance import provenance
 
 DISTILL_FROM = """
@@ -127,7 +128,7 @@ def _add_adapter(
 def _train_adapter(
     original: Callable, self: ModelAdaptersMixin, adapter_setup: Any, train_embeddings: bool = False
 ) -> None:
-    block = distillation_block(self, adapter_setup)
+    block = block_to_train(self, adapter_setup)
     original(self, block or adapter_setup, train_embeddings)
     if block is not None:
         prepare_fusion(self, block)
@@ -136,10 +137,11 @@ def _train_adapter(
 def _train_adapter_with_head(
     original: Callable, self: ModelWithHeadsAdaptersMixin, adapter_setup: Any, train_embeddings: bool = False
 ) -> None:
-    block = distillation_block(self, adapter_setup)
+    block = block_to_train(self, adapter_setup)
+    is_first = block is not None and not fusions_of(self, block.student)
     original(self, block or adapter_setup, train_embeddings)
     if block is not None:
-        prepare_head(self, block.student, train_embeddings)
+        prepare_head(self, block.student, train_embeddings, is_first)
         prepare_probes(self, block.student)
 
 

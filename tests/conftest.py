@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import adapters
@@ -147,6 +148,12 @@ def make_batch(batch=4, seq_len=8, seed=0, labels="classification"):
 def make_dataset(n=16, labels="classification", seed=0):
     """The same as a dataset."""
     return Dataset.from_dict({key: value.tolist() for key, value in make_batch(n, seed=seed, labels=labels).items()})
+
+
+def configure(model, student="insurance", **settings):
+    """Changes settings of the next forward passes."""
+    distillation = had.distillation_of(model, student)
+    distillation.settings = replace(distillation.settings, **settings)
 
 
 def snapshot(model):

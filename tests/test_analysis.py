@@ -46,7 +46,7 @@ def test_estimates_are_those_of_sequences_run_one_by_one():
     model.train()
     attention = had.teacher_attention(model, dataset, batch_size=4)
     distance = had.student_distance(model, dataset, batch_size=4)
-    assert model.training and distillations(model.adapters_config)["insurance"].observing is None
+    assert model.training and distillations(model.adapters_config)["insurance"].inspection is None
     attention_alone = [had.teacher_attention(model, [row]) for row in rows]
     distance_alone = [had.student_distance(model, [row]) for row in rows]
     assert list(attention) == list(distance) == [name for name, _ in adapter_layers(model, "insurance")]
@@ -92,7 +92,7 @@ def test_leaving_out_a_teacher_is_running_the_others():
         parameter.data *= 20  # or the losses would hardly differ
     dataset = make_dataset(10)
     found = had.leave_one_teacher_out(model, dataset, batch_size=4)
-    assert distillations(model.adapters_config)["insurance"].observing is None
+    assert distillations(model.adapters_config)["insurance"].inspection is None
 
     block, differences, sizes = model.active_adapters, [], []
     model.eval()
@@ -152,7 +152,7 @@ def test_bad_calls():
     unlabelled = make_dataset(4).remove_columns("labels")
     with pytest.raises(ValueError, match="BertAdapterModel puts out no loss; add a column of labels"):
         had.leave_one_teacher_out(model, unlabelled)
-    assert distillations(model.adapters_config)["insurance"].observing is None
+    assert distillations(model.adapters_config)["insurance"].inspection is None
     model.set_active_adapters("insurance")
     for measure in (had.teacher_attention, had.student_distance, had.leave_one_teacher_out):
         with pytest.raises(ValueError, match="distils nothing; call model.train_adapter"):

@@ -12,7 +12,11 @@ def unlabelled(n=12, seed=5):
 
 
 def batches(trainer, steps, accumulation=1):
-    return [trainer._unlabelled.next(step)["input_ids"] for step in range(steps) for _ in range(accumulation)]
+    return [
+        trainer._unlabelled.next(step, 4, accumulation)["input_ids"]
+        for step in range(steps)
+        for _ in range(accumulation)
+    ]
 
 
 def test_each_pass_reads_all_examples_in_an_order_of_its_own(trainer_args):
@@ -30,7 +34,7 @@ def test_the_step_says_what_is_read(trainer_args):
         make_student(make_model()), trainer_args(gradient_accumulation_steps=2), distillation_dataset=unlabelled()
     )
     read = batches(trainer, 4, accumulation=2)
-    again = [trainer._unlabelled.next(2)["input_ids"] for _ in range(2)]
+    again = [trainer._unlabelled.next(2, 4, 2)["input_ids"] for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(again, read[4:6], strict=True))
 
 
@@ -70,9 +74,9 @@ def test_stage_1_reads_none_of_them(trainer_args, monkeypatch):
     steps = []
     read = trainer._unlabelled.next
 
-    def count(step):
+    def count(step, *sizes):
         steps.append((trainer.state.global_step, step))
-        return read(step)
+        return read(step, *sizes)
 
     monkeypatch.setattr(trainer._unlabelled, "next", count)
     trainer.train()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from adapters import AdapterModelInterface, AutoAdapterModel, LoRAConfig, NoReftConfig
-from conftest import TEACHERS, VOCABULARY, changed, make_batch, noisy, snapshot
+from conftest import TEACHERS, VOCABULARY, changed, configure, make_batch, noisy, snapshot
 from datasets import Dataset
 
 import hf_adapter_distillation as had
@@ -194,9 +194,9 @@ def test_every_method(family, method, record_property):
         cell = {"adapter": "inside", "layer": "outputs"}[distillation.level]
         before, batch = snapshot(model), batch_for(family)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-        distillation.weight, distillation.regularization, terms = 100.0, 100.0, []  # what moves is the student
+        terms = []
         for step in range(14):
-            distillation.enabled = step >= 2
+            configure(model, enabled=step >= 2, weight=100.0, regularization=100.0)  # what moves is the student
             loss = model(**batch).loss
             record = distillation.take_record()
             assert torch.isfinite(loss) and (record.distillation_loss is None) == (step < 2)

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from adapters import Stack
-from conftest import TEACHERS, changed, make_batch, make_model, make_student, needs_compiler, noisy, snapshot
+from conftest import (
+    TEACHERS,
+    changed,
+    configure,
+    make_batch,
+    make_model,
+    make_student,
+    needs_compiler,
+    noisy,
+    snapshot,
+)
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -21,8 +31,7 @@ def distillation_of(model):
 
 
 def forward_in_stage_2(model, **settings):
-    for name, value in settings.items():
-        setattr(distillation_of(model), name, value)
+    configure(model, **settings)
     model.train()
     output = model(**make_batch())
     return output, distillation_of(model).record
@@ -144,7 +153,7 @@ def test_distillation_loss_alone_reaches_fusion_and_student_with_the_student_car
 @pytest.mark.parametrize(("carrier", "reached"), [("student", True), ("fused", False), ("mixed", False)])
 def test_the_student_imitates_a_fixed_target_where_the_task_trains_the_fusion(carrier, reached):
     model = make_student(make_model(), carrier=carrier, student_start="random")
-    distillation_of(model).regularization = 0.0
+    configure(model, regularization=0.0)
     model.train()
     batch = make_batch()
     del batch["labels"]
@@ -285,7 +294,7 @@ def test_each_layer_may_be_on_a_device_of_its_own(level):
 @pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
 def test_one_token_one_teacher_of_width_one_and_padded_rows_are_finite(carrier):
     model = make_student(make_model(), teachers=["bank"], config="seq_bn[reduction_factor=32]", carrier=carrier)
-    distillation_of(model).fused_probability = 1.0
+    configure(model, fused_probability=1.0)
     model.train()
     one_token = {name: value[:1, :1] if value.dim() == 2 else value[:1] for name, value in make_batch().items()}
     padded_row = make_batch()
@@ -327,7 +336,7 @@ def test_compiled_without_graph_breaks(carrier):
     for compiled in (False, True):
         model = make_student(make_model(), carrier=carrier, student_start="random").train()
         torch.manual_seed(5)
-        distillation_of(model).fused_probability = torch.tensor(0.5)
+        configure(model, fused_probability=torch.tensor(0.5))
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         output = run(**make_batch())
         output.loss.backward()
@@ -343,7 +352,7 @@ def test_compiled_code_takes_sequences_of_any_length(carrier):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_student(make_model(), carrier=carrier, student_start="random").train()
-    distillation_of(model).fused_probability = torch.tensor(0.5)
+    configure(model, fused_probability=torch.tensor(0.5))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seq_len in (8, 6, 7, 12, 9):
         batch = make_batch(seq_len=seq_len)
@@ -477,7 +486,7 @@ def test_gradient_checkpointing_changes_nothing(carrier):
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(3)
-        distillation_of(model).fused_probability = 0.5
+        configure(model, fused_probability=0.5)
         output = model(**make_batch())
         output.loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "embeddings" not in name}

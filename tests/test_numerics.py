@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.method.nonfinite import nonfinite_term
 from hf_adapter_distillation.method.whole_layers import whole_layers
 
 
@@ -77,9 +78,9 @@ def test_the_regularisation_is_named(trainer_args):
     model.train()
     model(**make_batch())
     record = distillation.take_record()
-    assert record.not_finite() == "task_loss, while distillation_loss is finite in all layers"
+    assert nonfinite_term(record) == "task_loss, while distillation_loss is finite in all layers"
     record.fusion_regularization = torch.tensor(float("inf"))
-    assert record.not_finite() == "fusion_regularization"
+    assert nonfinite_term(record) == "fusion_regularization"
 
 
 def test_stop_on_nan_can_be_unset(trainer_args):
@@ -144,7 +145,7 @@ def test_a_teacher_that_overflows_in_float16_is_named(device, config, level, car
         trainer.train()
     assert str(caught.value) == f"The loss of step 1 is nan: {TOO_LARGE.format(place)}"
     assert not changed(model, before)
-    assert trainer.distillation.overflows is trainer.distillation.record is None
+    assert trainer.distillation.inspection is trainer.distillation.record is None
 
 
 def test_two_teachers_that_overflow_in_a_half_model_are_named(trainer_args):

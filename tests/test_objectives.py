@@ -3,14 +3,24 @@
 import pytest
 import torch
 from adapters import AdapterSetup, Stack
-from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, needs_compiler, snapshot
+from conftest import (
+    TEACHERS,
+    changed,
+    configure,
+    make_batch,
+    make_dataset,
+    make_model,
+    make_student,
+    needs_compiler,
+    snapshot,
+)
 from test_trainer import gradients, trainer_for
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
-from hf_adapter_distillation.method.layer_pass import DistillationPass
 from hf_adapter_distillation.method.losses import CosineLoss, CrossTaskLoss, FeatureLoss, token_weights
+from hf_adapter_distillation.method.training_pass import StudentPass
 from hf_adapter_distillation.student.fusions import fusions_of
 
 ALL = {"features": 1.0, "cosine": 0.5, "task_specific": 0.7, "logits": 0.3, "cross_task": 0.2}
@@ -53,7 +63,7 @@ def test_predictions_are_matched_with_each_teachers_own_head(dropout):
     )
     distillation, batch = distillation_of(model), make_batch(labels="classification")
     calibration = torch.tensor([[0.5, 1.0], [2.0, 0.0], [-1.0, 0.3]], dtype=torch.float64)
-    distillation.calibration, distillation.weight = calibration, 0.7
+    configure(model, calibration=calibration, weight=0.7)
     teachers = predictions(model, batch)
     modes = {name: module.training for name, module in model.train().named_modules()}
     output = model(**batch)
@@ -88,14 +98,14 @@ def test_the_sum_is_that_of_the_weighted_objectives(carrier):
                 fusion.task_specific.projection.reset_parameters()
                 fusion.task_specific.classifier.reset_parameters()
         distillation = distillation_of(model)
-        distillation.calibration = torch.ones(3, 2, dtype=torch.float64)
+        configure(model, calibration=torch.ones(3, 2, dtype=torch.float64))
         torch.manual_seed(3)
         output = model.train()(**make_batch())
         record = distillation.take_record()
         values[name] = record
         probes = record.terms.get("probe_loss", 0)
         fused_task_loss = record.fused_task_loss or 0
-        parts = distillation.weight * record.distillation_loss + record.fusion_regularization
+        parts = distillation.settings.weight * record.distillation_loss + record.fusion_regularization
         torch.testing.assert_close(record.added, parts + probes + fused_task_loss)
         assert output.loss.isfinite()
     whole, of_logits = values[None], 0.0
@@ -296,13 +306,13 @@ def test_the_student_alone_runs_in_evaluation():
 @pytest.mark.parametrize(("name", "loss"), [("features", FeatureLoss()), ("cosine", CosineLoss())])
 def test_objectives_of_layers_match_what_the_layers_put_out(name, loss, monkeypatch):
     seen = []
-    gather = DistillationPass.gather
+    match = StudentPass.match
 
-    def keep(self, fusion, student_output, fused):
-        seen.append(loss(student_output, fused.output, self.weights(fusion, student_output)[0]).detach())
-        gather(self, fusion, student_output, fused)
+    def keep(self, fusion, student_output, target):
+        seen.append(loss(student_output, target, self.token_weights(fusion, student_output)[0]).detach())
+        match(self, fusion, student_output, target)
 
-    monkeypatch.setattr(DistillationPass, "gather", keep)
+    monkeypatch.setattr(StudentPass, "match", keep)
     model = in_float64(objective=name)
     model.train()(**make_batch())
     assert len(seen) == 2

@@ -1,5 +1,7 @@
 """What the teachers predict once must be what they would predict beside each batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TEACHERS, make_batch, make_dataset, make_model, make_student
@@ -8,10 +10,10 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method import layer_pass as passes
+from hf_adapter_distillation.method import forward
 from hf_adapter_distillation.method.distillation import distillations
-from hf_adapter_distillation.training import prediction_cache
-from hf_adapter_distillation.training.prediction_cache import PredictionCache, example_keys
+from hf_adapter_distillation.method.predictions import PredictionCache, example_keys
+from hf_adapter_distillation.training import preparation
 
 OBJECTIVE = {"features": 1.0, "logits": 1.0, "cross_task": 1.0}
 
@@ -21,13 +23,13 @@ class Beside:
 
     def __init__(self, monkeypatch):
         self.times = 0
-        original = passes.teacher_logits
+        original = forward.teacher_logits
 
         def counted(*args):
             self.times += 1
             return original(*args)
 
-        monkeypatch.setattr(passes, "teacher_logits", counted)
+        monkeypatch.setattr(forward, "teacher_logits", counted)
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def trained(trainer_args, collator, callbacks=None, model=None, dataset=None, ex
         callbacks=callbacks,
     )
     trainer.train(resume)
-    assert trainer.distillation.predictions is None
+    assert trainer.distillation.settings.predictions is None
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -76,7 +78,7 @@ def test_a_training_is_the_same_and_no_teacher_predicts_beside_it(extra, trainer
     extra = ragged(8, seed=1).remove_columns("labels") if extra else None
     once = trained(trainer_args, collator, extra=extra)
     assert beside.times == 0
-    monkeypatch.setattr("hf_adapter_distillation.training.callback.predict", lambda trainer: None)
+    monkeypatch.setattr("hf_adapter_distillation.training.preparation.predict", lambda *args: None)
     anew = trained(trainer_args, collator, extra=extra)
     assert beside.times == (18 if extra else 9)
     same(once, anew, 1e-10)
@@ -100,7 +102,7 @@ def test_what_is_not_worth_keeping_is_predicted_beside_each_batch(why, trainer_a
     if why == "a stream":
         kwargs = {"dataset": ragged().to_iterable_dataset(), "max_steps": 9}
     elif why == "too much":
-        monkeypatch.setattr(prediction_cache, "MAX_BYTES", 12 * 3 * 2 * 8 - 1)
+        monkeypatch.setattr(preparation, "MAX_BYTES", 12 * 3 * 2 * 8 - 1)
         kwargs = {}
     elif why == "another augmentation":
         kwargs = {}
@@ -129,33 +131,33 @@ def limited(row):
 def test_a_training_that_fails_forgets_them(trainer_args, collator):
     class Fail(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
-            assert distillations(model.adapters_config)["insurance"].predictions is not None
+            assert distillations(model.adapters_config)["insurance"].settings.predictions is not None
             raise RuntimeError("a fault")
 
     model = make_student(make_model(), objective="logits")
     with pytest.raises(RuntimeError, match="a fault"):
         trained(trainer_args, collator, callbacks=[Fail()], model=model)
-    assert distillations(model.adapters_config)["insurance"].predictions is None
+    assert distillations(model.adapters_config)["insurance"].settings.predictions is None
 
 
-def test_each_process_predicts_its_share(trainer_args, collator, monkeypatch):
+def test_each_process_predicts_its_share(trainer_args, collator):
     """Two processes in turn, whose shares are put together as all of them are."""
     whole, shares = {}, []
 
     def of_process(trainer, index, processes):
-        monkeypatch.setattr(type(trainer.args), "process_index", index, raising=False)
-        monkeypatch.setattr(type(trainer.args), "world_size", processes, raising=False)
+        accelerator = SimpleNamespace(process_index=index, num_processes=processes)
         return dict(
-            (key, row) for keys, logits in prediction_cache._predictions(trainer, trainer.train_dataset)
+            (key, row) for keys, logits in preparation._predictions(
+                trainer.model, trainer.block, trainer.train_dataset, trainer._examples(), accelerator
+            )
             for key, row in zip(keys, logits, strict=True)
         )  # fmt: skip
 
     model = make_student(make_model(), objective="logits")
     args = trainer_args(per_device_eval_batch_size=5)
     trainer = had.DistillationTrainer(model, args, train_dataset=ragged(), data_collator=collator)
-    with monkeypatch.context():
-        whole = of_process(trainer, 0, 1)
-        shares = [of_process(trainer, index, 2) for index in (0, 1)]
+    whole = of_process(trainer, 0, 1)
+    shares = [of_process(trainer, index, 2) for index in (0, 1)]
     assert [len(share) for share in shares] == [7, 5] and len(whole) == 12
     assert shares[0].keys() | shares[1].keys() == whole.keys()
     assert all(torch.equal(row, whole[key]) for share in shares for key, row in share.items())

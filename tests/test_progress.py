@@ -5,7 +5,7 @@ from conftest import make_model, make_student
 from test_trainer import EachStep, trainer_for
 from transformers import ProgressCallback
 
-from hf_adapter_distillation.training.progress import StageCallback
+from hf_adapter_distillation.training.callbacks import StageCallback
 
 FOUR_OF_EACH = ["stage 1: "] * 4 + ["stage 2: "] * 4
 
@@ -76,7 +76,7 @@ def test_a_process_without_a_bar_shows_nothing(trainer_args):
     trainer = trainer_for(make_student(make_model()), trainer_args(disable_tqdm=False, max_steps=2))
     trainer.state.max_steps = 2
     assert bar_of(trainer) is None
-    callback = StageCallback(trainer)
+    callback = StageCallback(lambda: trainer.first_distillation_step, trainer.callback_handler)
     callback.on_step_begin(trainer.args, trainer.state, trainer.control)
     assert callback.stage == 1
 

@@ -14,10 +14,10 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import TrainingArguments
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method.parameters import active_block
-from hf_adapter_distillation.student.adding import keep_teachers
+from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.student.preparing import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
-from hf_adapter_distillation.training.ranking import area_under_curve, rank_teachers
+from hf_adapter_distillation.teachers.ranking import area_under_curve, rank_teachers
 
 
 def test_the_area_under_the_curve_with_ties():
@@ -212,7 +212,7 @@ def test_predictions_of_the_calibration_are_those_of_the_teachers(trainer_args):
     model = with_teachers_of_their_own_scores(make_student(make_model(), objective="cross_task"))
     trainer = trainer_for(model, trainer_args(distillation_start=0.0, num_train_epochs=1, keep_fusion=True))
     trainer.train()
-    calibration = trainer.distillation.calibration
+    calibration = trainer._prepared.calibration
     assert calibration.shape == (3, 2)
     batch = make_batch(16)
     for (slope, offset), name in zip(calibration, TEACHERS, strict=True):

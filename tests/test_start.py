@@ -14,7 +14,7 @@ from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.student.least_squares import UpProjectionFit
 from hf_adapter_distillation.student.provenance import adapter_digest
 from hf_adapter_distillation.student.warm_start import START_EXAMPLES, fit_start
-from hf_adapter_distillation.training.data import drawn
+from hf_adapter_distillation.training.data import draw_examples
 
 
 def in_float64(model):
@@ -123,7 +123,7 @@ def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_arg
         noisy(model, "insurance")
     fitted, original = [], fit_start
     monkeypatch.setattr(
-        "hf_adapter_distillation.training.trainer.fit_start", lambda *args: fitted.append(1) or original(*args)
+        "hf_adapter_distillation.training.preparation.fit_start", lambda *args: fitted.append(1) or original(*args)
     )
     if how == "resumed":
         trainer.train()
@@ -164,11 +164,13 @@ def test_the_loss_plays_no_part(how, trainer_args):
 
 def test_examples_are_drawn_from_all_of_the_data():
     data = datasets.Dataset.from_dict({"x": list(range(5000))})
-    chosen = drawn(data, START_EXAMPLES, seed=1)["x"]
+    chosen, others = (draw_examples(data, START_EXAMPLES, seed)["x"] for seed in (1, 2))
     assert len(set(chosen)) == START_EXAMPLES and max(chosen) > 4000
-    assert drawn(data, START_EXAMPLES, seed=1)["x"] == chosen != drawn(data, START_EXAMPLES, seed=2)["x"]
-    assert sorted(drawn(list(range(5)), START_EXAMPLES, seed=1)) == list(range(5))
-    assert [row["x"] for row in drawn(data.to_iterable_dataset(), START_EXAMPLES, seed=1)] == list(
+    assert (
+        draw_examples(data, START_EXAMPLES, seed=1)["x"] == chosen != draw_examples(data, START_EXAMPLES, seed=2)["x"]
+    )
+    assert sorted(draw_examples(list(range(5)), START_EXAMPLES, seed=1)) == list(range(5))
+    assert [row["x"] for row in draw_examples(data.to_iterable_dataset(), START_EXAMPLES, seed=1)] == list(
         range(START_EXAMPLES)
     )
 

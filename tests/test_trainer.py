@@ -64,11 +64,9 @@ def test_the_stage_switches_at_the_right_step(trainer_args):
     start, seen = fusion.detach().clone(), []
 
     def note(args, state, control, **kwargs):
-        distillation = distillations(model.adapters_config)["insurance"]
+        settings = distillations(model.adapters_config)["insurance"].settings
         moved = not torch.equal(fusion, start)
-        seen.append(
-            (state.global_step - 1, distillation.enabled, moved, round(distillation.fused_probability.item(), 6))
-        )
+        seen.append((state.global_step - 1, settings.enabled, moved, round(settings.fused_probability.item(), 6)))
 
     args = trainer_args(max_steps=10, distillation_start=0.55, keep_fusion=True, weight_decay=0.1, warmup_steps=0)
     trainer_for(model, args, callbacks=[EachStep(note)]).train()
@@ -132,9 +130,12 @@ def test_a_second_train_starts_again(trainer_args):
 @pytest.mark.parametrize(("n", "weight"), [(16, 1.0), (200, 1.0), (400, 0.5), (2000, 0.1)])
 def test_the_default_weight_falls_with_the_number_of_examples(n, weight, trainer_args, tmp_path):
     model, dataset = make_student(make_model()), make_dataset(n)
-    trainer = trainer_for(model, trainer_args(max_steps=2, distillation_start=0.0), train_dataset=dataset)
+    seen = []
+    note = EachStep(lambda *args, **kwargs: seen.append(had.distillation_of(model).settings.weight))
+    args = trainer_args(max_steps=2, distillation_start=0.0)
+    trainer = trainer_for(model, args, train_dataset=dataset, callbacks=[note])
     trainer.train()
-    assert distillations(model.adapters_config)["insurance"].weight == weight
+    assert seen == [weight, weight]
     model.save_adapter(str(tmp_path / "insurance"), "insurance")
     assert read_provenance(str(tmp_path / "insurance"))["distillation_weight"] == weight
     log = trainer.state.log_history[0]

@@ -9,6 +9,7 @@ from conftest import (
     CONFIGS,
     TEACHERS,
     changed,
+    configure,
     copy_weights,
     make_batch,
     make_dataset,
@@ -20,7 +21,7 @@ from conftest import (
 )
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method import layer_pass as passes
+from hf_adapter_distillation.method import training_pass as passes
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.fusion import TeacherFusion
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
@@ -137,7 +138,7 @@ def test_an_update_at_the_end_of_a_layer_is_the_same_at_both_levels(family, carr
     for level in ("adapter", "layer"):
         model = make_mixture(["seq_bn"] * 3, "seq_bn", family, carrier, level=level)
         distillation = distillations(model.adapters_config)["insurance"]
-        distillation.fused_probability = 1.0  # else the draws of two runs differ
+        configure(model, fused_probability=1.0)  # else the draws of two runs differ
         for fusion in fusions_of(model, "insurance"):  # the query reads the input of the adapter, or of the layer
             torch.nn.init.zeros_(fusion.query.weight)
         assert distillation.level == level

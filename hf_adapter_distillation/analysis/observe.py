@@ -1,4 +1,4 @@
-"""Where the knowledge came from: what the fusion makes of each teacher on data of one's choice, with standard errors.
+"""Measure where the knowledge came from: how much the fusion uses each teacher on given data, with standard errors.
 
 All of it needs the fusion: call it during or before training, or after a training with `keep_fusion=True` and another
 `model.train_adapter(student)`. `DistillationTrainingArguments(analysis=True)` writes it at the end of the training.
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import chain
 from math import nan, sqrt
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import torch
@@ -21,31 +21,17 @@ from transformers import default_data_collator
 from transformers.utils import logging
 
 from .._compat import forward_arguments
-from ..composition import AdapterDistillation, find_block
-from ..method.distillation import Distillation, Observation, distillations
+from ..composition import AdapterDistillation, block_of
+from ..method.distillation import distillation_of, distillations
+from ..method.layer_pass import LayerPass, Place
+from ..method.losses import FeatureLoss
 from ..method.predictions import without_dropout
-from .plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
+from .plots import Estimate, plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 
 logger = logging.get_logger(__name__)
 
 Data: TypeAlias = Dataset | datasets.Dataset | DataLoader
 Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
-
-
-class Estimate(NamedTuple):
-    """A mean over examples.
-
-    Args:
-        mean: The mean; what `float()` of an estimate is.
-        standard_error: Its standard error, NaN for a single example.
-    """
-
-    mean: float
-    standard_error: float
-
-    def __float__(self) -> float:
-        """The mean."""
-        return self.mean
 
 
 AttentionTable: TypeAlias = dict[str, dict[str, Estimate]]
@@ -73,7 +59,7 @@ def teacher_attention(
     Raises:
         ValueError: If no distillation block is active, its fusion was dropped, or there are no examples.
     """
-    block, _ = _distillation_of(model)
+    block = _observed_block(model)
     table = {}
     for location, seen in _observations(model, _loader(dataset, data_collator, batch_size)).items():
         weights = dict(zip(seen.names, seen.attention.T, strict=True))
@@ -129,7 +115,7 @@ def leave_one_teacher_out(
     Raises:
         ValueError: As for `teacher_attention`; if there is a single teacher, or the outputs of the model have no loss.
     """
-    block, _ = _distillation_of(model)
+    block = _observed_block(model)
     if len(block.teachers) < 2:
         raise ValueError(f"{block.student!r} has a single teacher, {block.teachers[0]!r}; none can be left out.")
     batches = list(_loader(dataset, data_collator, batch_size))  # the same for all, so that differences are paired
@@ -193,14 +179,13 @@ def _write_table(path: Path, keys: tuple[str, ...], rows: Sequence[tuple]) -> No
         csv.writer(file).writerows([(*keys, *Estimate._fields), *rows])
 
 
-def _distillation_of(model: ModelAdaptersMixin) -> tuple[AdapterDistillation, Distillation]:
-    block = find_block(model.active_adapters)
-    distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
-    if block is None or distillation is None:
+def _observed_block(model: ModelAdaptersMixin) -> AdapterDistillation:
+    block = block_of(model.active_adapters)
+    if block is None or block.student not in distillations(model.adapters_config):
         raise ValueError(
             f"The active setup {model.active_adapters} distils nothing; call model.train_adapter(student)."
         )
-    return block, distillation
+    return block
 
 
 def _loader(dataset: Data, data_collator: Collator | None, batch_size: int) -> DataLoader:
@@ -224,28 +209,57 @@ def _inputs(model: ModelAdaptersMixin, batch: Mapping[str, Any]) -> dict[str, An
     return send_to_device({name: value for name, value in batch.items() if name in taken}, model.device)
 
 
+class Observation(NamedTuple):
+    """One batch at one place in evaluation mode, sequence by sequence, without sequences of padding only.
+
+    Args:
+        names: The teachers.
+        attention: The mean attention to each of them over the tokens of a sequence, (n_sequences, n_teachers).
+        distance: The distance of the student's update to the fused one (`losses.FeatureLoss`), (n_sequences,).
+    """
+
+    names: tuple[str, ...]
+    attention: torch.Tensor
+    distance: torch.Tensor
+
+
+class ObservingPass(LayerPass):
+    """A pass that observes the fusion in each layer.
+
+    Args:
+        passes_fused_on: Whether a layer passes on the fused output, not the student's as in production.
+    """
+
+    def __init__(self, passes_fused_on: bool) -> None:
+        self.passes_fused_on = passes_fused_on
+        self.observations: dict[str, list[Observation]] = {}
+
+    def run_layer(self, place: Place) -> torch.Tensor | None:
+        """Observe one place."""
+        fused = place.fuse()
+        weights, _ = self.token_weights(place.fusion, place.student_output)
+        attention = torch.einsum("bt,btn->bn", weights, fused.attention.to(weights.dtype))
+        distance = FeatureLoss.of_sequences(place.student_output, fused.output, weights)  # (B,)
+        counted = weights.any(dim=1)  # (B,)
+        observation = Observation(fused.names, attention[counted], distance[counted])
+        self.observations.setdefault(place.fusion.location, []).append(observation)
+        return place.base + fused.output if self.passes_fused_on else None
+
+
 @contextmanager
-def _observing(
-    model: ModelAdaptersMixin, distillation: Distillation, passed_on: Literal["student", "fused"]
-) -> Iterator[None]:
-    distillation.observing = passed_on
-    try:
-        with without_dropout(model), torch.no_grad():
-            yield
-    finally:
-        distillation.observing = None
+def _observing(model: ModelAdaptersMixin, passes_fused_on: bool) -> Iterator[ObservingPass]:
+    observing_pass = ObservingPass(passes_fused_on)
+    distillation = distillation_of(model, _observed_block(model).student)
+    with distillation.inspected_by(observing_pass), without_dropout(model), torch.no_grad():
+        yield observing_pass
 
 
 def _observations(model: ModelAdaptersMixin, loader: DataLoader) -> dict[str, Observation]:
-    """What each location shows of all sequences."""
-    _, distillation = _distillation_of(model)
-    seen: dict[str, list[Observation]] = {}
-    with _observing(model, distillation, "student"):
+    """Observe each place on all sequences."""
+    with _observing(model, passes_fused_on=False) as observing_pass:
         for batch in loader:
             model(**_inputs(model, batch))
-            for location, observed in distillation.take_record().observed.items():
-                seen.setdefault(location, []).append(observed)
-    if not seen:
+    if not observing_pass.observations:
         raise ValueError("There is no attention to show: there are no examples, or the fusion was dropped.")
     return {
         location: Observation(
@@ -253,22 +267,21 @@ def _observations(model: ModelAdaptersMixin, loader: DataLoader) -> dict[str, Ob
             torch.cat([part.attention for part in parts]).double().cpu(),
             torch.cat([part.distance for part in parts]).double().cpu(),
         )
-        for location, parts in seen.items()
+        for location, parts in observing_pass.observations.items()
     }
 
 
 def _losses(
     model: ModelAdaptersMixin, block: AdapterDistillation, batches: Sequence[Mapping[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of examples and the task loss of each batch with the fused teachers of a block, (n_batches,) each."""
-    _, distillation = _distillation_of(model)
+    """Return the number of examples and the task loss of each batch with a block's fused teachers, (n_batches,) each."""
     sizes, losses = [], []
-    with _observing(model, distillation, "fused"), AdapterSetup(block):
+    with _observing(model, passes_fused_on=True) as observing_pass, AdapterSetup(block):
         for batch in batches:
             loss = model(**_inputs(model, batch)).get("loss")
             if loss is None:
                 raise ValueError(f"{type(model).__name__} puts out no loss; add a column of labels to the examples.")
-            if not distillation.take_record().observed:
+            if not observing_pass.observations:
                 raise ValueError("There are no fused teachers to run: the fusion was dropped.")
             sizes.append(len(next(iter(batch.values()))))
             losses.append(loss.item())

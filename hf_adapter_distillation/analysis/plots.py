@@ -1,16 +1,30 @@
 """Figures of what `analysis` finds, for few teachers and layers or for many. Needs matplotlib."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .observe import Estimate
-
 NUMBERED = 16  # with more teachers, the cells of a heat map are too narrow for their numbers
 LONGEST = 30.0  # inches
 MISSING = 'Plots need matplotlib; pip install "hf-adapter-distillation[plots]".'
+
+
+class Estimate(NamedTuple):
+    """A mean over examples.
+
+    Args:
+        mean: The mean, which is also `float()` of the estimate.
+        standard_error: Its standard error, NaN for a single example.
+    """
+
+    mean: float
+    standard_error: float
+
+    def __float__(self) -> float:
+        """The mean."""
+        return self.mean
 
 
 def plot_teacher_attention(
@@ -55,7 +69,7 @@ def plot_teacher_attention(
 
 
 def plot_student_distance(
-    distances: Mapping[str, "Estimate"], title: str = "Distance of the student to its fused teachers"
+    distances: Mapping[str, Estimate], title: str = "Distance of the student to its fused teachers"
 ) -> "Figure":
     """Draws what `student_distance` finds, layers from bottom to top, with bars of one standard error.
 
@@ -81,7 +95,7 @@ def plot_student_distance(
 
 
 def plot_leave_one_teacher_out(
-    differences: Mapping[str, "Estimate"], title: str = "Without one of the teachers"
+    differences: Mapping[str, Estimate], title: str = "Without one of the teachers"
 ) -> "Figure":
     """Draws what `leave_one_teacher_out` finds, the most useful teacher on top, with bars of one standard error.
 
@@ -115,7 +129,7 @@ def _axes(width: float, height: float) -> tuple["Figure", Any]:
     return figure, figure.add_subplot()
 
 
-def _bars(estimates: Mapping[str, "Estimate"], title: str, label: str) -> tuple["Figure", Any]:
+def _bars(estimates: Mapping[str, Estimate], title: str, label: str) -> tuple["Figure", Any]:
     """One horizontal bar for each estimate, from bottom to top; an error that is not known is not drawn."""
     figure, axes = _axes(6.4, min(LONGEST, 1.4 + 0.24 * len(estimates)))
     means, errors = zip(*estimates.values(), strict=True)

@@ -1,30 +1,21 @@
 """The trainer's side of the Hub: `push_to_hub`, at the end and at each save."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from adapters import AdapterTrainer
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
-from torch.utils.data import DataLoader, Dataset
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ..analysis.observe import teacher_attention, write_analysis
 from ..composition import AdapterDistillation
-from ..training.data import batches, drawn
 from .card import save_card
 from .push import Files, check_push, commit, student_files, told
 
 logger = logging.get_logger(__name__)
-
-ANALYSED_EXAMPLES = 256
 
 
 class StudentPushingTrainer(AdapterTrainer):
@@ -52,49 +43,6 @@ class StudentPushingTrainer(AdapterTrainer):
         check_push(self.block.student, name, token)
         with told(self.block.student, name):
             super().init_hf_repo(token)
-
-    def input_batches(self, examples: Dataset) -> Iterator[dict[str, torch.Tensor | Any]]:
-        """The batches that a pass for the layers alone reads, without labels where the model has no loss of its own.
-
-        Args:
-            examples: The examples.
-
-        Yields:
-            The inputs of the model on its device.
-        """
-        for inputs in batches(self, examples):
-            if self.label_smoother is not None or self.compute_loss_func is not None:
-                inputs.pop("labels", None)
-            yield inputs
-
-    def _observe_attention(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The attention over the teachers at the end of the training, for the provenance, if the data can be read.
-
-        With `analysis=True` the whole analysis is written.
-        """
-        one_evaluation = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
-        dataset = self.eval_dataset if one_evaluation else self.train_dataset
-        examples = drawn(dataset, ANALYSED_EXAMPLES, self.args.seed)
-        if examples is None:
-            if self.args.analysis:
-                logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
-            return {}
-        folder = Path(self.args.output_dir) / "analysis"
-        with torch.random.fork_rng(), self.compute_loss_context_manager():
-            loader: DataLoader = DataLoader(list(self.input_batches(examples)), batch_size=None)  # type: ignore[arg-type]
-            table = teacher_attention(self.model, loader)
-            if self.args.analysis and self.is_world_process_zero():
-                try:
-                    write_analysis(self.model, loader, folder)
-                except OSError as error:  # at the end of a training nothing may be lost
-                    logger.warning(f"The analysis could not be written: {error}.")
-        rounded = {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
-        return {"attention": rounded}
-
-    def _save_arguments(self, output_dir: str) -> None:
-        args = copy(self.args)
-        args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
-        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _hub_name(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name

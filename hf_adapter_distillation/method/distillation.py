@@ -1,24 +1,26 @@
-"""The live state of a distillation: what a model knows about one of its students."""
+"""Distilled students on a model: their identity, the settings of a step, and the record of a pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from adapters import ModelAdaptersConfig
+from adapters import ModelAdaptersConfig, ModelAdaptersMixin, Stack
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig, DistillationTrainingArguments
-from ..student.least_squares import UpProjectionFit
-
-if TYPE_CHECKING:
-    from ..training.prediction_cache import PredictionCache
+from .layer_pass import LayerPass
+from .predictions import PredictionCache
 
 
 class TeacherAttention(NamedTuple):
-    """The attention at one location.
+    """Attention at one place.
 
     Args:
-        names: What was fused: the teachers, and with the carriers `fused` and `mixed` the student.
+        names: The adapters that were fused: the teachers, and with the carriers `fused` and `mixed` the student.
         weights: The mean attention to each of them over non-padding tokens, (n,), detached.
     """
 
@@ -26,18 +28,28 @@ class TeacherAttention(NamedTuple):
     weights: torch.Tensor
 
 
-class Observation(NamedTuple):
-    """What one location shows of a batch in evaluation mode, sequence by sequence, those of padding only left out.
+@dataclass(frozen=True, eq=False)
+class StageSettings:
+    """What a training forward pass is told. `DistillationTrainer` replaces it before each step.
 
     Args:
-        names: The teachers.
-        attention: The mean attention to each of them over the tokens of a sequence, (n_sequences, n_teachers).
-        distance: That of the student's update to the fused one, as `losses.FeatureLoss` has it, (n_sequences,).
+        enabled: Whether the pass distils (stage 2) or not (stage 1).
+        weight: The weight of the distillation loss.
+        regularization: The weight of the value matrices' regularisation.
+        scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
+        fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
+            where it changes from step to step, since compiled code would be compiled again for each number.
+        calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
+        predictions: The teachers' predictions for the training examples; without them the teachers run.
     """
 
-    names: tuple[str, ...]
-    attention: torch.Tensor
-    distance: torch.Tensor
+    enabled: bool = True
+    weight: float = 1.0
+    regularization: float = DistillationTrainingArguments.fusion_regularization
+    scale: float = 1.0
+    fused_probability: float | torch.Tensor = 1.0
+    calibration: torch.Tensor | None = None
+    predictions: PredictionCache | None = None
 
 
 @dataclass
@@ -51,12 +63,11 @@ class DistillationRecord:
         distillation_loss: Mean over layers, unweighted, detached; None in stage 1.
         fusion_regularization: Weighted, detached; None in stage 1.
         fused_task_loss: The task loss of the fused pass of the carrier `dual`, detached; None for the others.
-        attention: The attention at each location.
+        attention: The attention at each place, by its name.
         layer_losses: The parts of `distillation_loss`, in the order of the layers, detached; None in stage 1, and
             where no objective matches layers.
-        terms: What else is logged, detached: the objectives one by one where there are several, and of
-            `task_specific` the loss of its probes and its ratio.
-        observed: While `Distillation.observing` is set, what each location shows, in the place of all the others.
+        terms: Other logged values, detached: each objective where there are several, and for `task_specific` the loss
+            of its probes and its ratio.
     """
 
     added: torch.Tensor
@@ -67,57 +78,28 @@ class DistillationRecord:
     attention: dict[str, TeacherAttention]
     layer_losses: torch.Tensor | None = None
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
-    observed: dict[str, Observation] = field(default_factory=dict)
-
-    def not_finite(self) -> str:
-        """Names the term by which a loss is NaN or infinite, and the first layer concerned."""
-        if self.distillation_loss is None or self.fusion_regularization is None:
-            return "task_loss, in stage 1"
-        finite, names = [], list(self.attention)
-        if self.layer_losses is not None:
-            finite = self.layer_losses.isfinite().tolist()
-        if not all(finite):
-            return f"distillation_loss, first in {names[finite.index(False) % len(names)]}"
-        if not self.distillation_loss.isfinite():
-            return "distillation_loss, in the logits"
-        if not self.fusion_regularization.isfinite():
-            return "fusion_regularization"
-        return "task_loss, while distillation_loss is finite in all layers"
 
 
 @dataclass
 class Distillation:
     """The distillation of one student on one model.
 
-    The trainer derives `enabled`, `weight`, `scale` and the others anew before each forward pass from its arguments
-    and the number of the step; nothing here needs to be saved for a training to be resumed. In a training loop of
-    one's own they keep these defaults until they are set.
+    In a training loop of your own `settings` keeps its defaults until you replace it, and `take_record` returns what
+    the last forward pass added to the loss.
 
     Args:
-        config: What is distilled; `config.teachers` holds the names on the model.
-        level: What `config.level` came to.
-        level_reason: Why it came to "layer" where it was "auto".
+        config: The configuration; `config.teachers` holds the names on the model.
+        level: The level that `config.level` led to.
+        level_reason: Why it is "layer" where `config.level` is "auto".
         sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
-        start_digest: The digest of the average of the teachers' weights where the student started; else None.
-        head_started: Whether the head had its chance to start at the average of the teachers' heads.
+        start_digest: The digest of the student's weights at the average of its teachers, where it started; else None.
+        ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
         training: What a finished training adds to the provenance (arguments, teachers' digests).
-        enabled: Whether forward passes in training mode distil (stage 2) or not (stage 1).
-        weight: The weight of the distillation loss.
-        regularization: The weight of the value matrices' regularisation.
-        scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
-        fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
-            where it changes from step to step, or compiled code would be compiled anew.
-        calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
-        predictions: What the teachers predict for the training examples, while they are trained on and an objective
-            asks for it.
-        ranking: The scores by which the teachers were chosen (`ranking.rank_teachers`), the best first.
-        fits: What the layers gather for `start.fit_start`, by location, while it runs.
-        overflows: While `overflow.find_overflow` runs: the teachers whose updates are not finite, by location.
+        settings: What the next training forward pass is told.
+        record: What the last one added, until it is taken.
+        inspection: The pass that runs instead of a training pass while a feature looks into the layers.
+        halves: The passes of encoder and decoder while an `EncoderDecoderModel` runs.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
-        halves: While an `EncoderDecoderModel` runs, the passes of its encoder and decoder.
-        observing: Where forward passes in evaluation mode run the fusion, to be looked at: what each layer passes on,
-            the student's output (as in production) or the fused one.
-        record: What the last training forward pass added, until the trainer has read it.
     """
 
     config: DistillationConfig
@@ -125,56 +107,87 @@ class Distillation:
     level_reason: str = ""
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digest: str | None = None
-    head_started: bool = False
-    training: dict[str, Any] | None = None
-    enabled: bool = True
-    weight: float = 1.0
-    regularization: float = DistillationTrainingArguments.fusion_regularization
-    scale: float = 1.0
-    fused_probability: float | torch.Tensor = 1.0
-    calibration: torch.Tensor | None = None
-    predictions: "PredictionCache | None" = None
     ranking: dict[str, float] | None = None
-    fits: dict[str, UpProjectionFit] | None = None
-    overflows: dict[str, list[str]] | None = None
-    hooks: list[RemovableHandle] = field(default_factory=list)
-    halves: list[Any] | None = None
-    observing: Literal["student", "fused"] | None = None
+    training: dict[str, Any] | None = None
+    settings: StageSettings = field(default_factory=StageSettings)
     record: DistillationRecord | None = None
-
-    @property
-    def in_evaluation(self) -> bool:
-        """Whether forward passes in evaluation mode run the teachers, too."""
-        return self.observing is not None or self.fits is not None or self.overflows is not None
-
-    @property
-    def fuses(self) -> bool:
-        """Whether the teachers run in the layers: in stage 2, and where their attention or their mean is asked for.
-
-        With the carrier `student` nothing but the objectives of layers needs what they put out.
-        """
-        needed = self.config.carrier != "student" or bool(self.config.layer_objectives)
-        return (self.enabled and needed) or self.in_evaluation
+    inspection: LayerPass | None = None
+    halves: list[Any] | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def take_record(self) -> DistillationRecord:
-        """The record of the last forward pass, which is then forgotten together with its graph."""
+        """Return the record of the last forward pass, and forget it together with its graph."""
         assert self.record is not None, "no forward pass of the student went before"
         record, self.record = self.record, None
         return record
 
+    @contextmanager
+    def inspected_by(self, layer_pass: LayerPass) -> Iterator[None]:
+        """Let a pass run in all forward passes of the student, in training and in evaluation mode."""
+        self.inspection = layer_pass
+        try:
+            yield
+        finally:
+            self.inspection = None
+
 
 def distillations(adapters_config: ModelAdaptersConfig) -> dict[str, Distillation]:
-    """The distillations of a model by the names of their students.
+    """Return the distillations of a model by the names of their students.
 
     Args:
         adapters_config: `model.adapters_config`, which the model shares with its layers.
 
     Returns:
-        The live dict; for a model without any an empty one, which is kept only by `add_distillation`.
+        The live dict; for a model without any an empty one, which only `add_distillation` keeps.
     """
     return vars(adapters_config).get("distillations", {})
 
 
 def add_distillation(adapters_config: ModelAdaptersConfig, student: str, distillation: Distillation) -> None:
-    """Makes a distillation known to the model and its layers."""
+    """Make a distillation known to the model and its layers."""
     vars(adapters_config).setdefault("distillations", {})[student] = distillation
+
+
+def distillation_of(model: ModelAdaptersMixin, student: str | None = None) -> Distillation:
+    """Return the live distillation of a student.
+
+    Args:
+        model: The model, not wrapped.
+        student: The name of the student. By default the one that is active.
+
+    Raises:
+        TypeError: If the model has no adapters.
+        ValueError: If the adapter is not distilled, or no distilled student is active.
+    """
+    if student is None:
+        student = active_block(model).student
+    known = distillations(model.adapters_config)
+    if student not in known:
+        names = ", ".join(map(repr, known)) or "none"
+        raise ValueError(f"{student!r} is not distilled from teachers; distilled students on the model: {names}.")
+    return known[student]
+
+
+def active_block(model: nn.Module) -> AdapterDistillation:
+    """Return the active distillation block: what `train_adapter` activated, or a student on top of a `Stack`.
+
+    Raises:
+        TypeError: If the model has no adapters.
+        ValueError: If no distilled student is active, or it has no teachers.
+    """
+    if not isinstance(model, ModelAdaptersMixin):
+        raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
+    setup, known = model.active_adapters, distillations(model.adapters_config)
+    block = block_of(setup)
+    if type(setup) is Stack and len(setup) > 1 and all(isinstance(name, str) for name in setup):
+        # How adapters puts a task adapter on a language adapter; a Stack of the student alone is plain training.
+        distillation = known.get(setup.last())
+        if distillation is not None and distillation.config.teachers:
+            block = AdapterDistillation(setup, distillation.config.teachers)
+    if block is None or block.student not in known:
+        raise ValueError(
+            f"No distilled student is active (the active setup is {setup}); add one with "
+            "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
+            "A student whose teachers were all deleted has nothing to learn from."
+        )
+    return block

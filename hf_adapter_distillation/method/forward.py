@@ -1,71 +1,216 @@
-"""From what a forward pass has gathered to the terms of its loss."""
+"""A training forward pass from the outside: run the model with a pass, then fold its terms into the loss."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from adapters import ModelAdaptersMixin
+from adapters import AdapterSetup, ModelAdaptersMixin
 
-from .distillation import DistillationRecord
-from .heads import kind_of_labels
+from .._compat import ForwardContext, forward_arguments
+from ..composition import block_of
+from .distillation import Distillation, DistillationRecord, distillations
+from .heads import check_objectives, kind_of_labels
+from .layer_pass import LayerPass, PassInputs, share_parameters
 from .losses import logit_matching_loss, token_weights, value_regularization
-from .predictions import output_losses
+from .predictions import output_losses, teacher_logits
+from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
+from .whole_layers import prepare_reruns
 
-if TYPE_CHECKING:
-    from .layer_pass import DistillationPass
+
+@dataclass
+class _Call:
+    """One call of a model, which can run in several contexts."""
+
+    original: Callable
+    context_type: type[ForwardContext]
+    model: ModelAdaptersMixin
+    forward: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def named(self) -> dict[str, Any]:
+        """Return all arguments of forward by their names."""
+        names = forward_arguments(self.model) if self.args else ()
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+    def run(self, context: ForwardContext) -> Any:
+        """Run the model in a context."""
+        share_parameters(context, self.model)
+        return self.original(context, self.model, self.forward, *self.args, **self.kwargs)
+
+    def run_pass(self, context: ForwardContext, layer_pass: LayerPass, inputs: PassInputs) -> Any:
+        """Run the model in a context with a pass at its layers."""
+        layer_pass.begin(inputs)
+        vars(context)["distillation_pass"] = layer_pass
+        return self.run(context)
 
 
-def match_passes(
-    current: "DistillationPass", output: Any, fused: "DistillationPass", fused_output: Any, of_decoder: bool
-) -> None:
-    """Gathers the terms of the carrier `dual` in the student's pass: each layer's output, logits and both task losses.
+def call_with_distillation(
+    context: ForwardContext,
+    original: Callable,
+    model: ModelAdaptersMixin,
+    forward: Callable,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a model's forward, and fold the terms of its layers into the loss of its output.
+
+    Evaluation, and training of anything but a distillation block, runs the original and nothing else.
+
+    Args:
+        context: The forward context of adapters.
+        original: adapters' own `ForwardContext._call_forward`.
+        model: The model that is called.
+        forward: Its forward function.
+        *args: The arguments of forward.
+        **kwargs: The keyword arguments of forward.
+
+    Returns:
+        The output of the model; its loss, if it has one, includes the distillation terms.
 
     Raises:
-        ValueError: If the outputs have no loss, which the fusion would have to learn from.
+        ValueError: If the heads do not meet the needs of an objective.
     """
+    block = block_of(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
+    distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
+    training = model.training and torch.is_grad_enabled()
+    if block is None or distillation is None or not (training or distillation.inspection):
+        return original(context, model, forward, *args, **kwargs)
+
+    call = _Call(original, type(context), model, forward, args, kwargs)
+    layer_pass = distillation.inspection or _training_pass(distillation)
+    named = call.named()
+    reruns = {}
+    if distillation.level == "layer" and layer_pass.runs_teachers:
+        reruns = prepare_reruns(type(context), model, block, args, kwargs)
+    masks = _masks(model, named, is_half=distillation.halves is not None)
+    inputs = PassInputs(block, masks, named.get("labels"), reruns)
+    if not isinstance(layer_pass, TrainingPass):
+        return call.run_pass(context, layer_pass, inputs)
+
+    if isinstance(layer_pass, DualStudentPass):
+        output = _run_both(context, call, layer_pass, inputs)
+    else:
+        output = call.run_pass(context, layer_pass, inputs)
+    if distillation.settings.enabled and distillation.config.output_objectives:
+        check_objectives(model, block)
+        _match_predictions(layer_pass, call, named, output)
+    if distillation.halves is None:
+        distillation.record = fold(layer_pass, output)
+    else:
+        distillation.halves.append(layer_pass)
+    return output
+
+
+def _training_pass(distillation: Distillation) -> TrainingPass:
+    """Return the pass of the stage and the carrier."""
+    config = distillation.config
+    if not distillation.settings.enabled or (config.carrier == "student" and not config.layer_objectives):
+        return TrainingPass(distillation)
+    return TRAINING_PASSES[config.carrier](distillation)
+
+
+def _run_both(context: ForwardContext, call: _Call, student_pass: DualStudentPass, inputs: PassInputs) -> Any:
+    """Run both passes of the carrier `dual`; match each layer's output, the logits, and add the fused task loss."""
+    fused_pass = DualFusedPass(student_pass.distillation)
+    with call.context_type(call.model, *call.args, **call.kwargs) as fused_context:
+        fused_output = call.run_pass(fused_context, fused_pass, inputs)
+    # The head for question answering of adapters 1.3.0 clamps them in place, in the graph of the first pass.
+    for name in ("start_positions", "end_positions"):
+        if call.kwargs.get(name) is not None:
+            call.kwargs[name] = call.kwargs[name].clone()
+    output = call.run_pass(context, student_pass, inputs)
     if not isinstance(output, dict) or output.get("loss") is None:
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
-    for (fusion, student_output), (_, target) in zip(current.outputs, fused.outputs, strict=True):
-        current.match(fusion, student_output, target)
+    for (fusion, student_output), target in zip(student_pass.outputs, fused_pass.targets, strict=True):
+        student_pass.match(fusion, student_output, target)
     for name in (name for name in output if name.endswith("logits")):
-        weights = _token_weights(current, name, output[name], of_decoder)
-        current.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
-    current.fused_task_loss = fused_output["loss"]
-    current.fusions, current.attention = fused.fusions, fused.attention
+        weights = _logit_weights(student_pass, call.model, name, output[name])
+        student_pass.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
+    student_pass.fused_task_loss = fused_output["loss"]
+    student_pass.fusions, student_pass.attention = fused_pass.fusions, fused_pass.attention
+    return output
 
 
-def match_predictions(
-    current: "DistillationPass", model: ModelAdaptersMixin, output: Any, teachers: dict[str, torch.Tensor]
-) -> None:
-    """Computes the objectives of what the heads predict."""
-    config, student = current.distillation.config, {name: output[name] for name in teachers}
-    of_decoder = model.config.is_encoder_decoder
+def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any], output: Any) -> None:
+    """Compute the objectives of predictions, with stored predictions of the teachers or by running them."""
+    distillation, block, model = current.distillation, current.inputs.block, call.model
+    cache = distillation.settings.predictions
+    stored = None if cache is None else cache.get(named)
+    if stored is None:
+        teachers = teacher_logits(call.context_type, call.run, model, block, call.args, call.kwargs)
+    else:
+        teachers = {"logits": stored}
+    student = {name: output[name] for name in teachers}
     current.output_losses = output_losses(
-        config.output_objectives,
-        config.temperature,
-        kind_of_labels(model, current.block.student),
+        distillation.config.output_objectives,
+        distillation.config.temperature,
+        kind_of_labels(model, block.student),
         student,
         teachers,
-        {name: _token_weights(current, name, logits, of_decoder) for name, logits in student.items()},
-        current.labels,
-        current.distillation.calibration,
+        {name: _logit_weights(current, model, name, logits) for name, logits in student.items()},
+        current.inputs.labels,
+        distillation.settings.calibration,
     )
 
 
-def _token_weights(
-    current: "DistillationPass", name: str, logits: torch.Tensor, of_decoder: bool
+def _logit_weights(
+    current: TrainingPass, model: ModelAdaptersMixin, name: str, logits: torch.Tensor
 ) -> torch.Tensor | None:
-    """The weights of the tokens that logits belong to, (batch, seq_len); None for logits of sequences."""
-    mask = current.masks[of_decoder]
+    """Return the weights of the tokens that logits belong to, (batch, seq_len); None for logits of sequences."""
+    mask = current.inputs.masks[model.config.is_encoder_decoder]
     if mask is None or logits.shape[:2] != mask.shape:
         return None
     of_tokens = logits.dim() > 2 or name in ("start_logits", "end_logits")  # the others are (batch, labels)
     return token_weights((mask != 0).to(logits.device)) if of_tokens else None
 
 
-def _means(current: "DistillationPass") -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """The unweighted mean of each objective, and the weighted loss of each layer, (n_layers,), detached."""
+def fold(current: TrainingPass, output: Any) -> DistillationRecord:
+    """Add the terms of a pass to the loss of the output, if it has one.
+
+    Args:
+        current: The pass.
+        output: The output of the model.
+
+    Returns:
+        The record of what was added.
+    """
+    config, settings, fusions = current.distillation.config, current.distillation.settings, current.fusions.values()
+    added = torch.zeros(())
+    if not current.losses or config.carrier == "mixed" or "task_specific" in config.objectives:
+        # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
+        added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
+    record = DistillationRecord(added, False, None, None, None, current.attention)
+    means, record.layer_losses = _means(current)
+    if means:
+        weighted = [weight * means[name] for name, weight in config.objectives.items()]
+        distillation_loss = sum(weighted[1:], weighted[0]) + current.logit_loss
+        regularization = torch.zeros_like(distillation_loss)
+        if current.runs_teachers:
+            regularization = settings.regularization * value_regularization(f.value.weight for f in fusions)
+        added = added + settings.scale * (settings.weight * distillation_loss + regularization)
+        record.distillation_loss, record.fusion_regularization = distillation_loss.detach(), regularization.detach()
+        if len(means) > 1:
+            record.terms = {f"distillation_loss/{name}": mean.detach() for name, mean in means.items()}
+    if current.ratios:
+        record.terms["task_specific_ratio"] = torch.stack(current.ratios).mean()
+    if current.probe_losses:
+        probe_loss = torch.stack(current.probe_losses).mean()
+        record.terms["probe_loss"] = probe_loss.detach()
+        added = added + settings.scale * probe_loss
+    if current.fused_task_loss is not None:
+        added = added + current.fused_task_loss
+        record.fused_task_loss = current.fused_task_loss.detach()
+    record.in_loss = _join(added, output)
+    record.added = added.detach() if record.in_loss else added
+    return record
+
+
+def _means(current: TrainingPass) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Return the unweighted mean of each objective, and the weighted loss of each layer, (n_layers,), detached."""
     weights = current.distillation.config.layer_objectives
     if not current.losses or not weights:
         return current.output_losses, None
@@ -74,63 +219,52 @@ def _means(current: "DistillationPass") -> tuple[dict[str, torch.Tensor], torch.
     return {name: losses.mean() for name, losses in layers.items()} | current.output_losses, of_layers
 
 
-def fold(current: "DistillationPass", output: Any) -> DistillationRecord:
-    """Adds the gathered terms to the loss of the output, if it has one.
-
-    Args:
-        current: The pass.
-        output: The output of the model.
-
-    Returns:
-        What was added.
-    """
-    if not current.training:
-        return DistillationRecord(torch.zeros(()), False, None, None, None, {}, observed=current.observed)
-    distillation, fusions = current.distillation, current.fusions.values()
-    config, added = distillation.config, torch.zeros(())
-    if not current.losses or config.carrier == "mixed" or "task_specific" in config.objectives:
-        # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
-        added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
-    means, layer_losses = _means(current)
-    distillation_loss = regularization = None
-    terms: dict[str, torch.Tensor] = {}
-    if means:
-        weighted = [weight * means[name] for name, weight in config.objectives.items()]
-        distillation_loss = sum(weighted[1:], weighted[0]) + current.logit_loss
-        regularization = torch.zeros_like(distillation_loss)
-        if distillation.fuses:
-            regularization = distillation.regularization * value_regularization(f.value.weight for f in fusions)
-        added = added + distillation.scale * (distillation.weight * distillation_loss + regularization)
-        distillation_loss, regularization = distillation_loss.detach(), regularization.detach()
-        if len(means) > 1:
-            terms = {f"distillation_loss/{name}": mean.detach() for name, mean in means.items()}
-    if current.ratios:
-        terms["task_specific_ratio"] = torch.stack(current.ratios).mean()
-    if current.probe_losses:
-        probe_loss = torch.stack(current.probe_losses).mean()
-        terms["probe_loss"] = probe_loss.detach()
-        added = added + distillation.scale * probe_loss
-    fused_task_loss = current.fused_task_loss
-    if fused_task_loss is not None:
-        added = added + fused_task_loss
-        fused_task_loss = fused_task_loss.detach()
-    in_loss = isinstance(output, dict) and output.get("loss") is not None
-    if in_loss:
+def _join(added: torch.Tensor, output: Any) -> bool:
+    """Add a term to the loss of an output; return False if the output has no loss."""
+    if not isinstance(output, dict):
+        return False
+    if output.get("loss") is not None:
         output["loss"] = output["loss"] + added
-        added = added.detach()
-    elif isinstance(output, dict):
-        # DistributedDataParallel takes parameters that no output depends on for unused.
-        for name, value in output.items():
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                output[name] = value + 0.0 * added
-                break
-    return DistillationRecord(
-        added=added,
-        in_loss=in_loss,
-        distillation_loss=distillation_loss,
-        fusion_regularization=regularization,
-        fused_task_loss=fused_task_loss,
-        attention=current.attention,
-        layer_losses=layer_losses,
-        terms=terms,
-    )
+        return True
+    # DistributedDataParallel takes parameters that no output depends on for unused.
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            output[name] = value + 0.0 * added
+            break
+    return False
+
+
+def begin_halves(student: str, model: ModelAdaptersMixin, args: tuple) -> None:
+    """Begin to collect the passes of encoder and decoder; a hook before the forward of an `EncoderDecoderModel`.
+
+    adapters gives that model no context of its own, and runs each half as a model. `fold_halves` joins their passes.
+    """
+    distillations(model.adapters_config)[student].halves = []
+
+
+def fold_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: Any) -> None:
+    """Fold the terms of both halves into the loss; a hook behind the forward of an `EncoderDecoderModel`."""
+    distillation = distillations(model.adapters_config)[student]
+    halves, distillation.halves = distillation.halves, None
+    if not halves:
+        return
+    whole, *others = halves
+    for half in others:
+        whole.losses += half.losses
+        whole.fusions |= half.fusions
+        whole.attention |= half.attention
+    distillation.record = fold(whole, output)
+
+
+def _masks(model: ModelAdaptersMixin, named: dict[str, Any], is_half: bool) -> dict[bool, torch.Tensor | None]:
+    """Return the padding masks by `TeacherFusion.in_decoder`."""
+    encoder, decoder, labels = (named.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels"))
+    if is_half:
+        return {False: named.get("encoder_attention_mask", encoder), True: encoder}
+    if decoder is not None or not model.config.is_encoder_decoder:
+        return {False: encoder, True: decoder}
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        decoder = labels != -100  # the decoder's inputs are the shifted labels
+    elif encoder is not None and all(named.get(f"decoder_{name}") is None for name in ("input_ids", "inputs_embeds")):
+        decoder = encoder  # ... the shifted inputs of the encoder, whose last token is cut off in the longest row
+    return {False: encoder, True: decoder}

@@ -8,43 +8,23 @@ from torch import nn
 
 from .._compat import Adapter, BottleneckLayer, BottleneckState, LoRA, LoRALinear, LoRAState, ParallelAdapter
 from ..composition import AdapterDistillation
-from ..student.least_squares import UpProjectionFit
-from .fusion import TeacherFusion, fusions_at
-from .layer_pass import DistillationPass, Fused, current_pass
+from .fusion import fusions_at
+from .layer_pass import Fused, Place, current_pass
 from .stacking import can_be_stacked, ends_in_up_projection, input_kind, stack
 
-FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # what can hold teachers and a student, and fuse them
+FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
 
 
 def adapter_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, FusedLayer]]:
-    """The layers of the base model that hold an adapter and can fuse it, with their names."""
+    """Return the layers of the base model that hold an adapter and can fuse it, with their names."""
     modules = model.base_model.named_modules()
     return [(name, m) for name, m in modules if isinstance(m, FusedLayer) and adapter in m.adapter_modules]
-
-
-class _Input(NamedTuple):
-    """What an adapter reads, and what its update is added to, (batch, seq_len, hidden) each; 0 where that is later."""
-
-    hidden_states: torch.Tensor
-    residual: torch.Tensor | float
-
-    def detach(self) -> "_Input":
-        residual = self.residual.detach() if isinstance(self.residual, torch.Tensor) else self.residual
-        return _Input(self.hidden_states.detach(), residual)
-
-
-def _input_of(adapter: Adapter | LoRA, state: BottleneckState | LoRAState) -> _Input:
-    """The input of an adapter in a state that its layer has prepared for it (`pre_block`)."""
-    if isinstance(state, LoRAState):
-        return _Input(state.layer_input if state.hidden_states is None else state.hidden_states, 0.0)
-    # A parallel adapter's update is added to the block's output later, with the other residual.
-    return _Input(state.hidden_states, 0.0 if isinstance(adapter, ParallelAdapter) else state.adapter_residual)
 
 
 def compose_distillation(
     layer: FusedLayer, block: AdapterDistillation, state: BottleneckState | LoRAState, lvl: int = 0
 ) -> BottleneckState | LoRAState:
-    """Runs the student, and in stage 2 the teachers beside it.
+    """Run the student, and offer the layer to the current pass, which may run the teachers beside it.
 
     Args:
         layer: The bottleneck layer, or the projection with LoRA.
@@ -53,96 +33,130 @@ def compose_distillation(
         lvl: The depth of the block in the setup.
 
     Returns:
-        The state after the student, or after the fused output, as the carrier says.
+        The state after the student, or after the fused output, as the pass decides.
     """
-    current = current_pass()
-    fusions = fusions_at(layer)
-    if current is None or block.student not in fusions:
-        return layer.compose_stack(block, state, lvl)
-    fusion = fusions[block.student]
-    current.fusions[fusion.location] = fusion
-    distillation = current.distillation
-    if not distillation.fuses:
+    current, fusions = current_pass(), fusions_at(layer)
+    if current is None or block.student not in fusions or not current.visit(fusions[block.student]):
         return layer.compose_stack(block, state, lvl)
 
     for below in block.children[:-1]:
         if below in layer.adapter_modules:
             state = layer.compose_single(below, layer.pre_block(below, state), lvl + 1)
-    student = layer.adapter_modules[block.student]
     prepared = layer.pre_block(block.student, state)
-    student_input = _input_of(student, prepared)
+    student_input = _input_of(layer.adapter_modules[block.student], prepared)
     student_state = layer.compose_single(block.student, prepared, lvl + 1)
-    student_output = _student_output(student, student_input, student_state)  # (B, T, d)
-    if distillation.fits is not None:
-        teachers = [layer.adapter_modules[name] for name in block.teachers]  # of the student's config
-        updates = [adapter_update(teacher, *student_input) for teacher in teachers]
-        update = torch.stack(updates).mean(dim=0)  # (B, T, d)
-        fit = distillation.fits.setdefault(fusion.location, UpProjectionFit())
-        sequence_weights, _ = current.weights(fusion, student_output)
-        fit.add(student.adapter_down(student_input.hidden_states), update / student.scaling, sequence_weights)
-        return student_state._replace(hidden_states=student_input.residual + update)
-    if current.part == "student":
-        current.gather(fusion, student_output, None)
-        return student_state
-
-    if current.matched_only:
-        student_input = student_input.detach()
-    fused = _fuse(current, layer, fusion, state, student_input)
-    current.gather(fusion, student_output, fused)
-    if current.passes_student_on:
-        return student_state
-    passed_on = current.passed_on(student_state.hidden_states, student_input.residual + fused.output)  # (B, T, d)
-    return student_state._replace(hidden_states=passed_on)
+    place = AdapterPlace(layer, block, state, student_input, student_state, in_graph=current.joins_student)
+    passed_on = current.run_layer(place)  # (B, T, d)
+    return student_state if passed_on is None else student_state._replace(hidden_states=passed_on)
 
 
-def _student_output(student: Adapter | LoRA, own: _Input, after: BottleneckState | LoRAState) -> torch.Tensor:
-    """The student's update without its dropout; what it computed already, where that is the same."""
+class AdapterInput(NamedTuple):
+    """Input of an adapter, and what its update is added to, (batch, seq_len, hidden) each; 0 where that is later."""
+
+    hidden_states: torch.Tensor
+    residual: torch.Tensor | float
+
+    def detach(self) -> "AdapterInput":
+        """Return the same without a graph."""
+        residual = self.residual.detach() if isinstance(self.residual, torch.Tensor) else self.residual
+        return AdapterInput(self.hidden_states.detach(), residual)
+
+
+def _input_of(adapter: Adapter | LoRA, state: BottleneckState | LoRAState) -> AdapterInput:
+    """Return the input of an adapter in a state that its layer has prepared for it (`pre_block`)."""
+    if isinstance(state, LoRAState):
+        return AdapterInput(state.layer_input if state.hidden_states is None else state.hidden_states, 0.0)
+    # A parallel adapter's update is added to the block's output later, with the other residual.
+    return AdapterInput(state.hidden_states, 0.0 if isinstance(adapter, ParallelAdapter) else state.adapter_residual)
+
+
+class AdapterPlace(Place):
+    """A bottleneck layer, or a projection with LoRA, in which the student has just run.
+
+    Args:
+        layer: The layer.
+        block: The distillation block.
+        state: Its state before the student, from which adapters of another kind take their input.
+        student_input: The student's input.
+        student_state: Its state after the student.
+        in_graph: Whether gradients flow through the teachers.
+    """
+
+    def __init__(
+        self,
+        layer: FusedLayer,
+        block: AdapterDistillation,
+        state: BottleneckState | LoRAState,
+        student_input: AdapterInput,
+        student_state: BottleneckState | LoRAState,
+        in_graph: bool,
+    ) -> None:
+        self.layer = layer
+        self.block = block
+        self.state = state
+        self.student = layer.adapter_modules[block.student]
+        student_output = _student_output(self.student, student_input, student_state)  # (B, T, d)
+        self.student_input = student_input if in_graph else student_input.detach()
+        super().__init__(
+            fusions_at(layer)[block.student],
+            self.student_input.hidden_states,
+            self.student_input.residual,
+            student_output,
+            student_state.hidden_states,
+        )
+
+    def _adapters(self, with_student: bool) -> dict[str, Adapter | LoRA]:
+        modules = self.layer.adapter_modules
+        teachers = {name: modules[name] for name in self.block.teachers if name in modules}
+        return teachers | {self.block.student: self.student} if with_student else teachers
+
+    def _adapter_input(self, name: str) -> AdapterInput:
+        """Return the student's input, or what an adapter of another kind reads of the state."""
+        adapter = self.layer.adapter_modules[name]
+        if input_kind(adapter) == input_kind(self.student):
+            return self.student_input
+        adapter_input = _input_of(adapter, self.layer.pre_block(name, self.state))
+        return adapter_input if self.query_states.requires_grad else adapter_input.detach()
+
+    def updates(self, with_student: bool = False) -> dict[str, torch.Tensor]:
+        """Compute the updates one by one, (batch, seq_len, hidden) each."""
+        adapters = self._adapters(with_student).items()
+        return {name: adapter_update(adapter, *self._adapter_input(name)) for name, adapter in adapters}
+
+    def fuse(self, with_student: bool = False) -> Fused:
+        """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
+        device = self.query_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
+        stacks = self.fusion.cache.get(self._adapters(False), self.layer.adapters_config, dtype)
+        if stacks is None or (with_student and not can_be_stacked(self.student)):
+            return super().fuse(with_student)
+        if with_student:
+            stacks = [*stacks, stack({self.block.student: self.student})]
+        features = [stacked.features(self._adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
+        names = tuple(name for stacked in stacks for name in stacked.names)
+        return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, features))
+
+    def is_finite_without_teachers(self) -> bool:
+        """Return whether the input of the adapters is finite."""
+        return bool(self.query_states.isfinite().all())
+
+
+def _student_output(
+    student: Adapter | LoRA, student_input: AdapterInput, after: BottleneckState | LoRAState
+) -> torch.Tensor:
+    """Return the student's update without its dropout: what the layer computed already, where that is the same."""
     if isinstance(after, LoRAState):
-        return adapter_update(student, *own) if isinstance(student.lora_dropout, nn.Dropout) else after.hidden_states
+        has_dropout = isinstance(student.lora_dropout, nn.Dropout)
+        return adapter_update(student, *student_input) if has_dropout else after.hidden_states
     if ends_in_up_projection(student) and not hasattr(student, "DropPath"):
         return after.bottleneck_up
-    return adapter_update(student, *own)
-
-
-def _fuse(
-    current: DistillationPass,
-    layer: FusedLayer,
-    fusion: TeacherFusion,
-    state: BottleneckState | LoRAState,
-    student_input: _Input,
-) -> Fused:
-    """Fuses the teachers of a layer, and the student with them where the fused output is passed on."""
-    block, modules, hidden_states = current.block, layer.adapter_modules, student_input.hidden_states
-    student = modules[block.student]
-    teachers = {name: modules[name] for name in block.teachers if name in modules}
-    joining = {} if current.matched_only else {block.student: student}
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    looked_at = current.distillation.overflows is not None
-    stacks = None if looked_at else fusion.cache.get(teachers, layer.adapters_config, dtype)
-
-    def own_input(name: str) -> _Input:
-        """The student's input, or what an adapter of another kind makes of the state in its own way."""
-        if input_kind(modules[name]) == input_kind(student):
-            return student_input
-        own = _input_of(modules[name], layer.pre_block(name, state))
-        return own if hidden_states.requires_grad else own.detach()
-
-    if stacks is None or not all(can_be_stacked(adapter) for adapter in joining.values()):
-        adapters = (teachers | joining).items()
-        updates = {name: adapter_update(adapter, *own_input(name)) for name, adapter in adapters}
-        return current.fuse(fusion, hidden_states, updates, without=hidden_states)
-    if joining:
-        stacks = [*stacks, stack(joining)]
-    features = [stacked.features(own_input(stacked.names[0]).hidden_states) for stacked in stacks]
-    names = tuple(name for stacked in stacks for name in stacked.names)
-    return Fused(names, *fusion.fuse_stacked(hidden_states, stacks, features))
+    return adapter_update(student, *student_input)
 
 
 def adapter_update(
     adapter: Adapter | LoRA, hidden_states: torch.Tensor, residual: torch.Tensor | float
 ) -> torch.Tensor:
-    """What an adapter adds to the residual, or LoRA to the output of a projection, without its dropout.
+    """Compute what an adapter adds to the residual, or LoRA to the output of a projection, without its dropout.
 
     Args:
         adapter: The adapter's module.

@@ -1,7 +1,8 @@
-"""What the teachers predict with their own heads, and the objectives that match it."""
+"""Predictions of the teachers with their own heads, and the objectives that match them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 from ..composition import AdapterDistillation
 from .losses import CrossTaskLoss, LogitLoss, logit_matching_loss, two_classes
 
+OF_TOKENS = ("attention_mask", "input_ids", "position_ids", "token_type_ids")  # are padded to one length
+
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Runs a module in evaluation mode, and puts each part of it back into the mode that it had."""
+    """Run a module in evaluation mode, and put each part of it back into its mode."""
     # Linear maps are the same in both modes, and those of bitsandbytes would pack their weights anew.
     training = [part for part in module.modules() if part.training and not isinstance(part, nn.Linear)]
     for part in training:
@@ -27,7 +30,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
 
 
 def as_teacher(model: ModelAdaptersMixin, block: AdapterDistillation, name: str) -> AdapterSetup:
-    """The setup in which a model is a teacher: its adapter in the place of the student's, its head if it has one."""
+    """Return the setup of a teacher: its adapter instead of the student's, and its head if it has one."""
     own_head = name if name in getattr(model, "heads", {}) else None
     return AdapterSetup(Stack(*block.children[:-1], name), head_setup=own_head)
 
@@ -35,7 +38,7 @@ def as_teacher(model: ModelAdaptersMixin, block: AdapterDistillation, name: str)
 def of_each_teacher(
     model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]], name: str
 ) -> list[list[torch.Tensor]]:
-    """One part of the outputs of each teacher with its own head.
+    """Run each teacher with its own head, and return one part of its outputs.
 
     Args:
         model: The model.
@@ -46,16 +49,16 @@ def of_each_teacher(
     Returns:
         The part for each teacher, and in it for each batch, detached.
     """
-    found = []
+    outputs = []
     with without_dropout(model), torch.no_grad():
         for teacher in block.teachers:
             with as_teacher(model, block, teacher):
-                found.append([model(**batch)[name] for batch in inputs])
-    return found
+                outputs.append([model(**batch)[name] for batch in inputs])
+    return outputs
 
 
 def scores(logits: torch.Tensor) -> torch.Tensor:
-    """The logit of the positive label: of two classes, or of a single label; (..., 2) or (..., 1) to (...)."""
+    """Return the logit of the positive label, of two classes or of a single label; (..., 2) or (..., 1) to (...)."""
     return logits[..., 1] - logits[..., 0] if logits.shape[-1] == 2 else logits.squeeze(-1)
 
 
@@ -67,7 +70,7 @@ def teacher_logits(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """Runs a batch with each teacher and its head.
+    """Run a batch with each teacher and its head.
 
     Args:
         context_type: adapters' `ForwardContext`.
@@ -99,7 +102,7 @@ def output_losses(
     labels: torch.Tensor | None,
     calibration: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """What the objectives of predictions are in one forward pass.
+    """Compute the objectives of predictions.
 
     Args:
         objectives: Their weights.
@@ -134,3 +137,62 @@ def output_losses(
         labels = None if labels is None else labels.reshape(-1)
         losses["cross_task"] = CrossTaskLoss(temperature)(scores(student["logits"]), others, labels)
     return losses
+
+
+class PredictionCache:
+    """Logits of the teachers for examples, found by the inputs of the model.
+
+    Args:
+        logits: The logits of all teachers, (n_examples, n_teachers, n_labels).
+        keys: The `example_keys` of the examples, in the same order.
+    """
+
+    def __init__(self, logits: torch.Tensor, keys: list[bytes]) -> None:
+        self.logits = logits
+        self._places = {key: place for place, key in enumerate(keys)}
+
+    def get(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Return the logits for a batch.
+
+        Args:
+            inputs: The arguments of the model's forward.
+
+        Returns:
+            The logits, (n_teachers, batch, n_labels); None if one of the examples is unknown.
+        """
+        places = [self._places.get(key) for key in example_keys(inputs)]
+        if not places or None in places:
+            return None
+        device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
+        return self.logits[places].transpose(0, 1).to(device)
+
+
+def example_keys(inputs: dict[str, Any]) -> list[bytes]:
+    """Return one digest for each example of a batch, independent of padding on its right.
+
+    Args:
+        inputs: The arguments of the model's forward; labels make no difference.
+
+    Returns:
+        The digests; empty if there are no tensors.
+    """
+    tensors = {name: v for name, v in sorted(inputs.items()) if isinstance(v, torch.Tensor) and name != "labels"}
+    if not tensors:
+        return []
+    tensors = {name: value.cpu() for name, value in tensors.items()}
+    n_examples = len(next(iter(tensors.values())))
+    mask = tensors.get("attention_mask")
+    lengths = None
+    if mask is not None and mask.dim() == 2:
+        lengths = ((mask != 0) * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).tolist()  # to the last that counts
+    keys = []
+    for i in range(n_examples):
+        digest = blake2b(digest_size=16)
+        for name, value in tensors.items():
+            row = value[i : i + 1] if len(value) == n_examples else value
+            if lengths is not None and name in OF_TOKENS:
+                row = row[:, : lengths[i]]
+            digest.update(f"{name} {row.dtype} {tuple(row.shape)}".encode())
+            digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+        keys.append(digest.digest())
+    return keys

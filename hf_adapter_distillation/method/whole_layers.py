@@ -1,94 +1,116 @@
-"""What a whole transformer layer computes for an `AdapterDistillation` block whose adapters have no common update.
+"""The fusion of whole transformer layers, for adapters that have no common place inside a layer.
 
-Prefixes, scaled activations or interventions on the hidden states add nothing that could be fused at one place inside
-a layer. What each adapter changes in the layer's output can be: the layer runs once more without any adapter, once
-with the student, and once with each teacher, all on the same input.
+Prefixes, scaled activations and interventions on hidden states add no update that could be fused inside a layer. The
+change of the layer's output can be fused: the layer runs again without any adapter, with the student, and with each
+teacher, all on the same input.
 """
 
 from typing import Any
 
 import torch
-from adapters import ModelAdaptersMixin
+from adapters import AdapterSetup, ModelAdaptersMixin, Stack
 from torch import nn
 from transformers import Cache
 
-from .._compat import AdapterLayerBase
+from .._compat import AdapterLayerBase, ForwardContext
+from ..composition import AdapterDistillation
 from .fusion import fusions_at
-from .layer_pass import DistillationPass, current_pass
+from .layer_pass import LayerPass, Place, Rerun, current_pass, share_parameters
 from .predictions import without_dropout
 
 
 def holds(layer: nn.Module, adapter: str) -> bool:
-    """Whether an adapter, of whatever method, has a module in a transformer layer."""
+    """Return whether an adapter, of any method, has a module in a transformer layer."""
     return any(
         isinstance(module, AdapterLayerBase) and adapter in module.adapter_modules for module in layer.modules()
     )
 
 
 def whole_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, nn.Module]]:
-    """The transformer layers of the base model in which an adapter has a module, with their names."""
+    """Return the transformer layers of the base model in which an adapter has a module, with their names."""
     layers = {id(layer) for _, layer in model.base_model.iter_layers()}
     return [(name, m) for name, m in model.base_model.named_modules() if id(m) in layers and holds(m, adapter)]
 
 
 def hidden_size(layer: nn.Module) -> int:
-    """The width of the hidden states of a transformer layer."""
+    """Return the width of the hidden states of a transformer layer."""
     # Whatever adapters puts into a layer knows the config of its own stack (of a decoder, of a vision model).
     return next(module.model_config.hidden_size for module in layer.modules() if isinstance(module, AdapterLayerBase))
 
 
 def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    r"""A forward hook on a transformer layer: runs it again with the teachers, and fuses what they change.
+    r"""Run a transformer layer again with the teachers, and offer it to the current pass; a forward hook.
 
     The update of an adapter is here :math:`u_n = f_n(x) - f_0(x)`, with f_n the layer with adapter n and f_0 the layer
-    without any. The layer is run again without dropout, and with the carrier `student` on detached inputs: each layer
-    is matched at the states that it gets.
+    without any. The layer runs again without dropout, and with the carrier `student` on detached inputs, so that each
+    layer is matched at the states that it reads.
 
     Args:
-        student: The student that the hook was made for.
+        student: The student that the hook was placed for.
         layer: The layer, whose hidden states are (batch, seq_len, hidden).
         args: Its arguments.
         kwargs: Its keyword arguments.
-        output: What it put out with the student.
+        output: Its output with the student.
 
     Returns:
-        The output with the states that are passed on, as the carrier says; None where they are what they were.
+        The output with the states that the pass decides on; None where they stay.
     """
     current = current_pass()
-    if current is None or current.block.student != student:
+    if current is None or current.inputs.block.student != student or not current.visit(fusions_at(layer)[student]):
         return None
-    fusion = fusions_at(layer)[student]
-    current.fusions[fusion.location] = fusion
-    if not current.distillation.fuses:
-        return None
-
-    args, kwargs = _inputs(args, kwargs, detach=current.matched_only)
     with without_dropout(layer):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not current.matched_only):
-            without = _run(current, None, layer, args, kwargs)  # (B, T, d)
-        student_output = _run(current, student, layer, args, kwargs) - without  # (B, T, d)
-        if current.part == "student":
-            current.gather(fusion, student_output, None)
-            return None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not current.matched_only):
-            names = [name for name in current.block.teachers if holds(layer, name)]
-            updates = {name: _run(current, name, layer, args, kwargs) - without for name in names}
-
-    if not current.matched_only:
-        updates[student] = student_output
-    hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, d)
-    fused = current.fuse(fusion, hidden_states, updates, without)
-    current.gather(fusion, student_output, fused)
-    if current.passes_student_on:
+        passed_on = current.run_layer(LayerPlace(current, layer, args, kwargs, output))  # (B, T, d)
+    if passed_on is None:
         return None
-    passed_on = current.passed_on(_states(output), without + fused.output)  # (B, T, d)
     return passed_on if isinstance(output, torch.Tensor) else (passed_on, *output[1:])
 
 
-def _run(current: DistillationPass, adapter: str | None, layer: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-    setup, context = current.reruns[adapter]
-    with setup, context:
-        return _states(layer(*args, **kwargs))
+class LayerPlace(Place):
+    """A whole transformer layer, in which the student has just run.
+
+    Args:
+        current: The current pass.
+        layer: The layer.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        output: Its output with the student.
+    """
+
+    base: torch.Tensor
+
+    def __init__(self, current: LayerPass, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.current = current
+        self.layer = layer
+        self.args, self.kwargs = _inputs(args, kwargs, detach=not current.joins_student)
+        self.student = current.inputs.block.student
+        with self._teachers_in_graph():
+            base = self._run(None)  # (B, T, d)
+        super().__init__(
+            fusions_at(layer)[self.student],
+            self.args[0] if self.args else self.kwargs["hidden_states"],
+            base,
+            self._run(self.student) - base,
+            _states(output),
+        )
+
+    def _teachers_in_graph(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.current.joins_student)
+
+    def _run(self, adapter: str | None) -> torch.Tensor:
+        setup, context = self.current.inputs.reruns[adapter]
+        with setup, context:
+            return _states(self.layer(*self.args, **self.kwargs))
+
+    def updates(self, with_student: bool = False) -> dict[str, torch.Tensor]:
+        """Run the layer with each teacher, (batch, seq_len, hidden) each."""
+        teachers = self.current.inputs.block.teachers
+        with self._teachers_in_graph():
+            updates = {name: self._run(name) - self.base for name in teachers if holds(self.layer, name)}
+        return updates | {self.student: self.student_output} if with_student else updates
+
+    def is_finite_without_teachers(self) -> bool:
+        """Return whether the layer's output without any adapter is finite."""
+        return bool(self.base.isfinite().all())
 
 
 def _states(output: torch.Tensor | tuple) -> torch.Tensor:
@@ -96,7 +118,7 @@ def _states(output: torch.Tensor | tuple) -> torch.Tensor:
 
 
 def _inputs(args: tuple, kwargs: dict[str, Any], detach: bool) -> tuple[tuple, dict[str, Any]]:
-    """The inputs of a layer that is run again: without the cache, to which it would append its keys a second time."""
+    """Return a layer's inputs for another run: without the cache, to which it would append its keys a second time."""
 
     def of_rerun(value: Any) -> Any:
         if isinstance(value, Cache):
@@ -104,3 +126,26 @@ def _inputs(args: tuple, kwargs: dict[str, Any], detach: bool) -> tuple[tuple, d
         return value.detach() if detach and isinstance(value, torch.Tensor) else value
 
     return tuple(map(of_rerun, args)), {name: of_rerun(value) for name, value in kwargs.items()}
+
+
+def prepare_reruns(
+    context_type: type[ForwardContext],
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> dict[str | None, Rerun]:
+    """Prepare the runs of the layers of a pass with the student, with each teacher, and with neither (None).
+
+    Contexts hold what adapters computes once per pass: the states of prefixes and the positions of ReFT. They are
+    created before the layers run, since gradient checkpointing would miss them when it runs a layer again.
+    """
+    reruns = {}
+    for name in (None, block.student, *block.teachers):
+        names = [*block.children[:-1], *([] if name is None else [name])]
+        setup = AdapterSetup(Stack(*names) if names else None)
+        with setup, torch.set_grad_enabled(torch.is_grad_enabled() and name == block.student):
+            context = context_type(model, *args, **kwargs)
+        share_parameters(context, model)
+        reruns[name] = Rerun(setup, context)
+    return reruns

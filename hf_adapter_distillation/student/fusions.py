@@ -1,4 +1,4 @@
-"""Where the fusions of a student are in a model: making, finding and dropping them."""
+"""Place, find and drop the fusions of a student in a model."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -8,10 +8,10 @@ from torch import nn
 from transformers import EncoderDecoderModel
 
 from ..composition import AdapterDistillation
-from ..method.distillation import Distillation, distillations
+from ..method.distillation import Distillation, distillation_of, distillations
+from ..method.forward import begin_halves, fold_halves
 from ..method.fusion import TeacherFusion, fusions_at
 from ..method.heads import number_of_labels
-from ..method.layer_pass import begin_halves, fold_halves
 from ..method.layers import adapter_layers
 from ..method.losses import TaskSpecificLoss
 from ..method.parameters import owner
@@ -20,13 +20,13 @@ from ..method.whole_layers import distill_layer, hidden_size, holds, whole_layer
 
 
 def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Makes the fusion of each layer where it is missing, and leaves it and the student trainable, nothing else.
+    """Add the missing fusions, and leave only them and the student trainable.
 
     Args:
-        model: The model, frozen but for the adapters of the block (what adapters' `train_adapter` does).
+        model: The model after adapters' `train_adapter`, which froze all but the adapters of the block.
         block: The distillation block.
     """
-    student, distillation = block.student, distillations(model.adapters_config)[block.student]
+    student, distillation = block.student, distillation_of(model, block.student)
     decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
     dtype = next(p.dtype for name, p in model.base_model.named_parameters() if owner(name, {student}))
     _remove_hooks(distillation)
@@ -53,20 +53,15 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     for below in block.children[:-1]:
         model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
         model.apply_to_basemodel_childs(lambda i, child, below=below: child.freeze_adapter(below))
-        for held in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
-            if below in held:
-                held[below].requires_grad_(False)
+        for modules in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
+            if below in modules:
+                modules[below].requires_grad_(False)
 
 
 def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
-    """Gives each fusion the probe of the objective `task_specific`, once the student has a head.
-
-    Args:
-        model: The model that holds the heads.
-        student: The name of the student.
-    """
+    """Give each fusion the probe of the objective `task_specific`, once the student has a head."""
     n_labels = number_of_labels(model, student)
-    config = distillations(model.adapters_config)[student].config
+    config = distillation_of(model, student).config
     if "task_specific" not in config.objectives or n_labels is None:  # the trainer refuses a student without a head
         return
     for fusion in fusions_of(model, student):
@@ -77,7 +72,7 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
 
 
 def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location: str) -> float:
-    """The weight of the layer that a location is in, relative to the mean over all layers.
+    """Return the weight of the layer that a place is in, relative to the mean over all layers.
 
     Raises:
         ValueError: If the model has another number of layers.
@@ -93,7 +88,7 @@ def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location:
 def _places(
     model: ModelAdaptersMixin, block: AdapterDistillation, level: str
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
-    """The modules that hold the student and a teacher, with their names and the widths of input and update."""
+    """Yield the modules that hold the student and a teacher, with their names and the widths of input and update."""
     if level == "layer":
         for name, layer in whole_layers(model, block.student):
             if any(holds(layer, teacher) for teacher in block.teachers):
@@ -105,13 +100,13 @@ def _places(
 
 
 def _reads_encoder(name: str, layer: nn.Module) -> bool:
-    """Whether a projection of a decoder makes keys or values of the encoder's states, with the encoder's mask."""
+    """Return whether a projection of a decoder reads the encoder's states, with the encoder's mask."""
     in_cross_attention = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
     return in_cross_attention and getattr(layer, "attn_key", None) in ("k", "v")
 
 
 def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
-    """All fusions of a student."""
+    """Return all fusions of a student."""
     return [fusions_at(m)[student] for m in model.base_model.modules() if student in fusions_at(m)]
 
 
@@ -121,7 +116,7 @@ def _remove_hooks(distillation: Distillation) -> None:
 
 
 def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
-    """Removes the fusion of a student from all layers."""
+    """Remove the fusion of a student from all layers."""
     if student in distillations(model.adapters_config):
         _remove_hooks(distillations(model.adapters_config)[student])
     for module in list(model.base_model.modules()):

@@ -8,10 +8,12 @@ from torch import nn
 from transformers.utils import logging
 
 from .._compat import LoRA
-from ..method.distillation import Distillation, distillations
-from ..method.layers import adapter_layers
+from ..method.distillation import Distillation, distillation_of
+from ..method.layer_pass import LayerPass, Place
+from ..method.layers import AdapterPlace, adapter_layers
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.stacking import ends_in_up_projection
+from .least_squares import UpProjectionFit
 from .provenance import adapter_digest
 
 logger = logging.get_logger(__name__)
@@ -106,15 +108,13 @@ def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
 def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
     """Sets the student's head to the average of its teachers' heads, where their shapes agree; adds it if missing.
 
-    Happens once, before the first training, and only as long as the student's weights are those it started from: a
-    student that was trained or loaded meanwhile keeps its head.
+    A student that was trained or loaded since it was added keeps its head.
     """
-    if distillation.head_started or distillation.start_digest is None:
+    if distillation.start_digest is None:
         return
-    distillation.head_started = True
     teachers = distillation.config.teachers
-    unchanged = distillation.start_digest == adapter_digest(model, student)
-    if not unchanged or any(name not in model.heads for name in teachers):
+    at_start = distillation.start_digest == adapter_digest(model, student)
+    if not at_start or any(name not in model.heads for name in teachers):
         return
     heads = [model.heads[name] for name in teachers]
     if student not in model.heads:
@@ -128,10 +128,27 @@ def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillati
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
     """Whether a student's up-projections can be fitted to updates; those of LoRA start at a mean that is exact."""
-    if distillations(model.adapters_config)[student].level == "layer":
+    if distillation_of(model, student).level == "layer":
         return False
     modules = [layer.adapter_modules[student] for _, layer in adapter_layers(model, student)]
     return all(ends_in_up_projection(module) and not isinstance(module, LoRA) for module in modules)
+
+
+class FittingPass(LayerPass):
+    """A pass that gathers what the fit of each up-projection needs, and passes the teachers' mean update on."""
+
+    def __init__(self) -> None:
+        self.fits: dict[str, UpProjectionFit] = {}
+
+    def run_layer(self, place: Place) -> torch.Tensor:
+        """Add the tokens of one place to its fit."""
+        assert isinstance(place, AdapterPlace)
+        update = torch.stack(list(place.updates().values())).mean(dim=0)  # (B, T, d)
+        features = place.student.adapter_down(place.student_input.hidden_states)  # (B, T, m)
+        sequence_weights, _ = self.token_weights(place.fusion, update)
+        fit = self.fits.setdefault(place.fusion.location, UpProjectionFit())
+        fit.add(features, update / place.student.scaling, sequence_weights)
+        return place.base + update
 
 
 def fit_start(
@@ -140,12 +157,12 @@ def fit_start(
     forward_passes: Callable[[], None],
     reduce: Callable[[torch.Tensor], torch.Tensor],
 ) -> float:
-    """Moves a student from the average of its teachers' weights to the average of their updates.
+    """Move a student from the average of its teachers' weights to the average of their updates.
 
-    The average of weights puts out less than the average of the teachers: what they have learnt stands in different
-    features. The student keeps the averaged down-projections; its up-projections are fitted to the mean of the
-    teachers' updates, what `TeacherFusion` puts out before its training, by least squares, in a forward pass that
-    carries this mean on. No labels are used.
+    The average of the weights has smaller updates than the teachers on average: what they have learned stands in
+    different features. The student keeps the averaged down-projections. Its up-projections are fitted to the mean of
+    the teachers' updates by least squares, in a forward pass that passes this mean on. The mean is also the output of
+    `TeacherFusion` before its training. No labels are used.
 
     Args:
         model: The model, on which `train_adapter(student)` was called.
@@ -157,9 +174,9 @@ def fit_start(
         The share of the mean update's squares that the student now explains, averaged over the layers.
 
     Raises:
-        FloatingPointError: If the mean update is not finite. The student is then what it was.
+        FloatingPointError: If the mean update is not finite. The student is then unchanged.
     """
-    distillation = distillations(model.adapters_config)[student]
+    distillation = distillation_of(model, student)
 
     def run() -> None:
         training = model.training
@@ -170,19 +187,18 @@ def fit_start(
         finally:
             model.train(training)
 
-    fits = distillation.fits = {}
-    try:
+    fitting_pass = FittingPass()
+    with distillation.inspected_by(fitting_pass):
         run()
-    finally:
-        distillation.fits = distillation.record = None
-    for name, fit in fits.items():
+    for name, fit in fitting_pass.fits.items():
         if not fit.square.isfinite():
-            cause = find_overflow(distillation, run) or f"the state of the model is not finite in {name}"
+            overflow = find_overflow(distillation, run, joins_student=False)
+            cause = overflow or f"the state of the model is not finite in {name}"
             raise FloatingPointError(f"{student!r} cannot start at its teachers: {cause}; {TAKE_MORE_RANGE}.")
     unexplained = []
     for name, layer in adapter_layers(model, student):
-        if name in fits:
-            fit, up = fits[name], layer.adapter_modules[student].adapter_up
+        if name in fitting_pass.fits:
+            fit, up = fitting_pass.fits[name], layer.adapter_modules[student].adapter_up
             fit.reduce(reduce)
             weight, bias, error = fit.solve(up.weight.data, up.bias.data)
             up.weight.data.copy_(weight)

@@ -1,15 +1,12 @@
-"""Settings that a `DistillationTrainer` refuses when it is made."""
+"""Checks of a trainer's settings, before any time is spent."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-from torch.utils.data import Dataset
+from accelerate import DistributedType
 
 from ..analysis.plots import MISSING
 from ..configuration import DistillationTrainingArguments
-
-if TYPE_CHECKING:
-    from .trainer import DistillationTrainer
+from ..method.distillation import Distillation
 
 NOT_SHARDED = (
     "is not supported: what is trained is too small to be worth sharding. Leave it out; accelerate launch runs the "
@@ -18,10 +15,7 @@ NOT_SHARDED = (
 
 
 def check_arguments(args: DistillationTrainingArguments) -> None:
-    """Refuses ways to spread the training that make no sense for it.
-
-    Args:
-        args: The arguments.
+    """Check the arguments for ways to spread the training that make no sense for it.
 
     Raises:
         ValueError: With the setting.
@@ -38,40 +32,49 @@ def check_arguments(args: DistillationTrainingArguments) -> None:
         )
 
 
-def check_combinations(trainer: "DistillationTrainer", distillation_dataset: Dataset | None) -> None:
-    """Refuses settings that exclude one another.
+def check_combinations(
+    args: DistillationTrainingArguments,
+    distillation: Distillation,
+    distributed_type: DistributedType,
+    *,
+    model_has_labels: bool,
+    has_unlabelled: bool,
+) -> None:
+    """Check for settings that exclude one another.
 
     Args:
-        trainer: The trainer.
-        distillation_dataset: Its examples without labels.
+        args: The arguments.
+        distillation: The student's distillation.
+        distributed_type: How accelerate spreads the training.
+        model_has_labels: Whether the model gets the labels; label smoothing and `compute_loss_func` take them away.
+        has_unlabelled: Whether there are examples without labels.
 
     Raises:
         ValueError: With the settings.
     """
-    if (kind := trainer.accelerator.distributed_type.value) != "NO" and not kind.startswith("MULTI_"):
+    if (kind := distributed_type.value) != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"accelerate's distributed_type {kind} {NOT_SHARDED}")
-    distillation, config = trainer.distillation, trainer.distillation.config
-    if trainer.args.torch_compile and distillation.level == "layer":
+    config = distillation.config
+    if args.torch_compile and distillation.level == "layer":
         raise ValueError(
             "torch_compile=True is not supported where whole layers are fused (level='layer'); leave it out."
         )
-    if trainer.args.torch_compile and config.output_objectives:
+    if args.torch_compile and config.output_objectives:
         raise ValueError(
             f"torch_compile=True is not supported with the objective {min(config.output_objectives)!r}; leave it out."
         )
-    without_labels = trainer.label_smoother or trainer.compute_loss_func  # they take them away from the model
-    if config.carrier == "dual" and without_labels:
+    if config.carrier == "dual" and not model_has_labels:
         raise ValueError(
             "The carrier 'dual' needs the model's own loss in both of its passes; leave out "
             "label_smoothing_factor and compute_loss_func, or choose the carrier 'mixed'."
         )
     for objective in ("cross_task", "task_specific"):
-        if objective in config.objectives and without_labels:
+        if objective in config.objectives and not model_has_labels:
             raise ValueError(
                 f"The objective {objective!r} needs the labels in the model's own forward; leave out "
                 "label_smoothing_factor and compute_loss_func, or choose another objective."
             )
-    if config.carrier == "dual" and distillation_dataset is not None:
+    if config.carrier == "dual" and has_unlabelled:
         raise ValueError(
             "The carrier 'dual' needs labels in both of its passes; leave out distillation_dataset, or choose the "
             "carrier 'mixed'."

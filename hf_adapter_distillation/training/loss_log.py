@@ -1,4 +1,4 @@
-"""The terms of the loss between two logs, and the norms of the gradients."""
+"""Loss terms between two logs, and norms of gradients."""
 
 from collections import defaultdict
 
@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from ..composition import AdapterDistillation
-from ..method.distillation import Distillation, DistillationRecord
-from ..method.parameters import parts
+from ..method.distillation import DistillationRecord, StageSettings
+from ..method.parameters import parameter_roles
 
 
 class LoggedTerms:
-    """Sums of the loss terms since the last log, and the norms of the gradients of the last step.
+    """Sums of the loss terms since the last log, and the norms of the last step's gradients.
 
     Args:
         accelerator: The accelerator, over whose processes the terms are averaged.
@@ -26,34 +26,29 @@ class LoggedTerms:
         self.clear()
 
     def begin(self, model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-        """Begins a training: forgets what was noted, and finds the parameters of each part that is trained.
-
-        Args:
-            model: The model, not wrapped.
-            block: The distillation block.
-        """
+        """Begin a training: forget all sums, and find the trained parameters of each role."""
         self.clear()
         self.trained = {}
-        part_of = parts(model, block)
+        role_of = parameter_roles(model, block)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self.trained.setdefault(part_of[name].split()[0], []).append(parameter)
+                self.trained.setdefault(role_of[name].split()[0], []).append(parameter)
 
     def clear(self) -> None:
-        """Forgets what was noted."""
+        """Forget all sums."""
         self.norms: dict[str, torch.Tensor] = {}
         self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self.attention: dict[tuple[str, ...], torch.Tensor] = {}
 
     def note(
-        self, loss: torch.Tensor, record: DistillationRecord, distillation: Distillation, step: float, share: float
+        self, loss: torch.Tensor, record: DistillationRecord, settings: StageSettings, step: float, share: float
     ) -> None:
-        """Adds the terms of one micro-batch with labels.
+        """Add the terms of one micro-batch with labels.
 
         Args:
-            loss: What Trainer makes of the whole loss, detached.
+            loss: The whole loss as Trainer reports it, detached.
             record: What distillation added to it.
-            distillation: The student's distillation, as it was in this micro-batch.
+            settings: The settings of this micro-batch.
             step: The share of the micro-batch in an optimizer step.
             share: The share of the micro-batch in the distillation loss.
         """
@@ -61,11 +56,11 @@ class LoggedTerms:
         if record.distillation_loss is None or record.fusion_regularization is None:  # stage 1
             self.sums["task_loss"] += loss
             return
-        added = share * (distillation.weight * record.distillation_loss + record.fusion_regularization)
+        added = share * (settings.weight * record.distillation_loss + record.fusion_regularization)
         if "probe_loss" in record.terms:
             added = added + share * record.terms["probe_loss"]
         if record.fused_task_loss is not None:
-            fused_task_loss = record.fused_task_loss / distillation.scale  # normalised as the task loss is
+            fused_task_loss = record.fused_task_loss / settings.scale  # normalised as the task loss is
             added = added + fused_task_loss
             self.sums["fused_task_loss"] += step * fused_task_loss
         self.sums["task_loss"] += loss - step * added
@@ -73,7 +68,7 @@ class LoggedTerms:
         self.note_distillation(record, step * share)
 
     def note_distillation(self, record: DistillationRecord, step: float) -> None:
-        """Adds the distillation terms of one micro-batch, with labels or without.
+        """Add the distillation terms of one micro-batch, with labels or without.
 
         Args:
             record: What distillation added.
@@ -88,17 +83,17 @@ class LoggedTerms:
             self.attention[names] = self.attention.get(names, 0.0) + step * weights / len(record.attention)
 
     def note_gradients(self) -> None:
-        """Notes the norms of the gradients of a step, once they are whole and before they are clipped.
+        """Note the norms of the gradients of a step, after its last micro-batch and before clipping.
 
-        A part without gradients, as the fusion is in stage 1, has none. All processes have the same gradients.
+        A role without gradients, such as the fusion in stage 1, has no norm. All processes have the same gradients.
         """
         scaler = self.accelerator.scaler  # of float16, which Trainer takes out of the gradients where it clips them
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
-        gradients = {part: [p.grad for p in held if p.grad is not None] for part, held in self.trained.items()}
-        self.norms = {part: get_total_norm(found) / scale for part, found in gradients.items() if found}
+        gradients = {role: [p.grad for p in ps if p.grad is not None] for role, ps in self.trained.items()}
+        self.norms = {role: get_total_norm(grads) / scale for role, grads in gradients.items() if grads}
 
     def means(self) -> dict[str, float]:
-        """The means per step since the last call, over all processes; forgets what was noted.
+        """Return the means per step since the last call, over all processes, and forget all sums.
 
         Returns:
             `task_loss` over all steps, `stage`, over those steps that were in stage 2 the other terms and
@@ -110,7 +105,7 @@ class LoggedTerms:
         for names, total in self.attention.items():
             for name, weight in zip(names, self.accelerator.reduce(total, "mean").tolist(), strict=True):
                 sums[f"attention/{name}"] = sums.get(f"attention/{name}", 0.0) + weight
-        norms = {f"grad_norm/{part}": norm.item() for part, norm in self.norms.items()}
+        norms = {f"grad_norm/{role}": norm.item() for role, norm in self.norms.items()}
         self.clear()
         stage_2_steps = sums.pop("stage_2_steps", 0)
         means = {"task_loss": round(sums.pop("task_loss") / sums.pop("steps"), 6)}

@@ -1,53 +1,49 @@
 """The two-stage training of a distilled student."""
 
+import os
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from copy import copy
 from math import ceil
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from adapters import Stack
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-from transformers.trainer_utils import has_length
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .._compat import loss_counts_items
 from ..configuration import DistillationTrainingArguments
-from ..hub.trainer_mixin import StudentPushingTrainer
-from ..method.distillation import Distillation, DistillationRecord, distillations
-from ..method.heads import check_head, check_objectives
-from ..method.nonfinite import find_overflow, loss_error
-from ..method.parameters import active_block, check_trainable, is_fusion, parameter_table
+from ..method.distillation import StageSettings, active_block
+from ..method.parameters import check_trainable, is_fusion, parameter_table
 from ..student.fusions import drop_fusion
-from ..student.provenance import adapter_digest
-from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start
-from .callback import FrozenTeachersCallback
+from ..student.summary import measured
+from .callbacks import SigtermCallback, StageCallback
 from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .checks import check_arguments, check_combinations
-from .data import UnlabelledBatches, drawn
-from .drift import DriftCallback
+from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
-from .prediction_cache import cached_predictions
-from .progress import StageCallback
-from .ranking import select_teachers
-from .sigterm import SigtermCallback
+from .preparation import Examples, fit_student, prepare_training
+from .results import check_teachers_unchanged, observe_attention, training_run
+from .steps import TwoStageTrainer
 
 logger = logging.get_logger(__name__)
 
-PRIOR_EXAMPLES = 200  # as many of a task's own examples outweigh its teachers, by default
 
+class DistillationTrainer(TwoStageTrainer):
+    """Train a student adapter in two stages in one `train()`.
 
-class DistillationTrainer(StudentPushingTrainer):
-    """Trains a student adapter in two stages in one `train()`.
-
-    A student that starts at its teachers' average is first moved to the average of their updates (`start.fit_start`).
-    Stage 1 trains the student and its head on the task alone; stage 2, from the step
+    A student that starts at its teachers' average is first moved to the average of their updates
+    (`student.warm_start.fit_start`). Stage 1 trains the student and its head on the task alone. Stage 2, from the step
     `ceil(distillation_start * max_steps)` on, adds the distillation loss (by default `losses.FeatureLoss`, the mean
     over layers times `distillation_weight`) and trains the fusion with it. Evaluation runs the student alone. There is
-    one optimizer and one schedule; the stage follows from the step, so that resuming needs no more than a checkpoint.
+    one optimizer and one schedule. The stage follows from the step, so a checkpoint is enough to resume.
 
     A checkpoint holds the student with its head, as `save_adapter` writes them, and the fusion; no teacher. At the end
     the fusion is dropped (unless `keep_fusion` is set) and the student is the active adapter.
@@ -60,10 +56,9 @@ class DistillationTrainer(StudentPushingTrainer):
         **kwargs: The other arguments of `transformers.Trainer`: datasets, `data_collator` and so on.
 
     Raises:
-        TypeError: If `args` are no `DistillationTrainingArguments`.
+        TypeError: If `args` are not `DistillationTrainingArguments`.
         ImportError: If `analysis=True` and matplotlib is not installed.
-        ValueError: If no distilled student is active, or something else is left trainable, or settings exclude one
-            another.
+        ValueError: If no distilled student is active, something else is trainable, or settings exclude one another.
     """
 
     def __init__(
@@ -87,28 +82,30 @@ class DistillationTrainer(StudentPushingTrainer):
         check_trainable(self.model, self.block)
         # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
         self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
-        check_combinations(self, distillation_dataset)
-        self._unlabelled = None if distillation_dataset is None else UnlabelledBatches(self, distillation_dataset)
-        self._without_labels = False  # whether the running step is one of those
+        check_combinations(
+            args,
+            self.distillation,
+            self.accelerator.distributed_type,
+            model_has_labels=not self._takes_labels_away,
+            has_unlabelled=distillation_dataset is not None,
+        )
+        self._unlabelled = None
+        if distillation_dataset is not None:
+            dataset, collator = self._without_unused_columns(distillation_dataset)
+            world = (args.process_index, args.world_size)
+            self._unlabelled = UnlabelledBatches(dataset, collator, self.label_names, args.seed, *world)
+        self._prepared = None
+        self._checkpoint: str | None = None
         self._terms = LoggedTerms(self.accelerator)
-        self._record: DistillationRecord
-        self._teacher_modules: list[nn.Module] = []
-        self._fusion_parameters: list[nn.Parameter] = []
-        self.add_callback(FrozenTeachersCallback(self))
-        self.add_callback(DriftCallback(self))
-        self.add_callback(StageCallback(self))
-        self._sigterm = SigtermCallback(self)
+        self._fusion_parameters = []
+        self.add_callback(StageCallback(lambda: self.first_distillation_step, self.callback_handler))
+        self._sigterm = SigtermCallback(self.accelerator)
         if self.args.save_on_sigterm:
             self.add_callback(self._sigterm)
         self._allow_pushing()
 
-    @property
-    def distillation(self) -> Distillation:
-        """The live state of the student's distillation."""
-        return distillations(self.model.adapters_config)[self.block.student]
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Runs both stages.
+        """Run both stages.
 
         Args:
             resume_from_checkpoint: A checkpoint folder, or True for the last whole one in `output_dir`.
@@ -123,199 +120,82 @@ class DistillationTrainer(StudentPushingTrainer):
             FloatingPointError: If the loss is NaN or infinite, unless `stop_on_nan` is unset.
             RuntimeError: If a checkpoint cannot be written, or a teacher's weights have changed at the end.
         """
+        self._prepared = self._checkpoint = None
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        self.model.train_adapter(self.block)
-        if self.model_init is None and self.compute_loss_func is None:
-            check_head(self.model, self.block.student)
-        check_objectives(self.model, self.block)
-        select_teachers(self)
-        with self._sigterm if self.args.save_on_sigterm else nullcontext(), cached_predictions(self.distillation):
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.distillation.enabled, self.distillation.scale = True, 1.0
+        try:
+            with self._sigterm if self.args.save_on_sigterm else nullcontext():
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.distillation.settings = StageSettings()
+        self._note_training()
         if not self.args.keep_fusion:
             drop_fusion(self.model, self.block.student)
         self.model.set_active_adapters(Stack(*self.block.children))
         return output
 
-    def fit_start(self) -> None:
-        """Moves a student that still is the average of its teachers' weights to the average of their updates.
+    # Before the first step
 
-        `train` does it before the first step; a student that was trained, loaded or resumed stays what it is, and so
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Prepare the student, then create optimizer and scheduler.
+
+        Trainer calls this once it has the model that is trained and the number of steps, before the first step.
+
+        Args:
+            num_training_steps: The number of steps of both stages.
+        """
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        prepared = self._prepared = prepare_training(
+            self.model,
+            self.block if self.model_init is None else active_block(self.model),
+            self._examples(),
+            self.accelerator,
+            checkpoint=self._checkpoint,
+            n_read=batch * (num_training_steps - ceil(self.distillation_start * num_training_steps)),
+            needs_head=self.compute_loss_func is None,
+            show=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+        self.block = prepared.block
+        self._terms.begin(self.model, self.block)
+        super().create_optimizer_and_scheduler(num_training_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._checkpoint = resume_from_checkpoint  # loaded once the teachers are chosen
+
+    def fit_start(self) -> None:
+        """Move a student that still is at the average of its teachers' weights to the average of their updates.
+
+        `train` does it before the first step; a student that was trained, loaded or resumed stays as it is, and so
         does one with a gate or a norm behind its up-projections.
         """
-        student, distillation = self.block.student, self.distillation
-        if distillation.config.student_start != "teachers":
-            return
-        if distillation.start_digest != adapter_digest(self.model, student) or not can_be_fitted(self.model, student):
-            return
-        examples = drawn(self.train_dataset, START_EXAMPLES, self.args.seed)
-        if examples is None:
-            logger.warning(
-                f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
-                "Pass DistillationConfig(student_start='average') to silence this."
-            )
-            return
+        fit_student(self.model, self.block.student, self._examples(), self.accelerator)
 
-        def forward_passes() -> None:
-            for inputs in self.input_batches(examples):
-                with self.compute_loss_context_manager():
-                    self.model(**inputs)
+    def _examples(self) -> Examples:
+        unlabelled = None if self._unlabelled is None else self._unlabelled.dataset
+        return Examples(
+            self.train_dataset,
+            unlabelled,
+            self.args.seed,
+            self._batches,
+            self.accelerator.autocast,
+            labels_go_to_model=not self._takes_labels_away,
+        )
 
-        with torch.random.fork_rng():  # the order of the training data stays what it is
-            mean = partial(self.accelerator.reduce, reduction="mean")
-            explained = fit_start(self.model, student, forward_passes, mean)
-        logger.info(f"{student!r} starts at the teachers' mean update, {explained:.1%} of which it explains.")
+    def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
+        """Return a data set and a collator without the columns that the model does not take."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, "distillation"), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, "distillation")
 
-    # The stages
-
-    @property
-    def distillation_start(self) -> float:
-        """The fraction of all steps in stage 1, by the argument of that name or its default for this student."""
-        if self.args.distillation_start is not None:
-            return self.args.distillation_start
-        return 0.5 if self.distillation.start_digest is None else 0.0
-
-    @property
-    def distillation_weight(self) -> float:
-        """The weight of the distillation loss, by the argument of that name or its default for this data.
-
-        The teachers are a prior of a fixed strength. Beside a loss that is a mean over n examples, its weight falls
-        with n.
-        """
-        if self.args.distillation_weight is not None:
-            return self.args.distillation_weight
-        if has_length(self.train_dataset):
-            n_examples = len(self.train_dataset)
-        else:  # a stream: what the training reads of it
-            batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            n_examples = self.state.max_steps * batch
-        return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
-
-    @property
-    def first_distillation_step(self) -> int:
-        """The number of the first step of stage 2, counted from 0."""
-        return ceil(self.distillation_start * self.state.max_steps)
-
-    def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
-        distillation, step, first = self.distillation, self.state.global_step, self.first_distillation_step
-        distillation.enabled = step >= first
-        distillation.weight = self.distillation_weight
-        distillation.regularization = self.args.fusion_regularization
-        distillation.fused_probability = torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first))
-        distillation.scale = self._share * self._loss_scale(num_items_in_batch)
-        for module in self._teacher_modules:  # Trainer puts the whole model into training mode at each step
-            module.eval()
-
-    @property
-    def _share(self) -> float:
-        """The share of a batch in the distillation loss of its step."""
-        return 1.0 if self._unlabelled is None else 0.5
-
-    def _loss_scale(self, num_items_in_batch: torch.Tensor | None) -> float:
-        """The factor that the terms need where Trainer does not divide the loss by the micro-batches of a step."""
-        if self.compute_loss_func is not None:
-            return 1 / self.current_gradient_accumulation_steps
-        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
-            return 1.0
-        # Trainer multiplies this loss by the number of processes, over which the gradients are averaged.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return 1 / (self.current_gradient_accumulation_steps * processes)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        """The task loss, in stage 2 with the distillation terms.
-
-        Args:
-            model: The model, perhaps wrapped.
-            inputs: The batch.
-            return_outputs: Whether to return the model's output, too.
-            num_items_in_batch: The number of labels in all micro-batches of the step.
-
-        Returns:
-            The loss, or the loss and the output.
-
-        Raises:
-            ValueError: If a training batch has no labels.
-        """
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._without_labels:
-            self._enter_stage(num_items_in_batch)
-            outputs = model(**inputs)
-            self._record = self.distillation.take_record()
-            # What no gradient reaches in this pass (the head) stays in the graph of each process.
-            rest = sum(value.sum() * 0.0 for value in outputs.values() if isinstance(value, torch.Tensor))
-            return (self._record.added + rest, outputs) if return_outputs else self._record.added + rest
-        if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
-            raise ValueError(
-                f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
-                "add a column of labels to train_dataset, or name the columns that hold them in label_names."
-            )
-        self._enter_stage(num_items_in_batch)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        record = self._record = self.distillation.take_record()
-        if not record.in_loss:  # label smoothing and compute_loss_func take the labels away from the model
-            loss = loss + record.added
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """One forward and backward pass, in stage 2 another one without labels if there are such examples.
-
-        In stage 1 the optimizer does not see the fusion.
-
-        Args:
-            model: The model, perhaps wrapped.
-            inputs: The batch.
-            num_items_in_batch: The number of labels in all micro-batches of the step.
-
-        Returns:
-            The loss of the micro-batch, detached.
-
-        Raises:
-            FloatingPointError: If it is NaN or infinite, unless `stop_on_nan` is unset.
-        """
-        loss = self._micro_step(model, inputs, num_items_in_batch)
-        step = 1 / self.current_gradient_accumulation_steps
-        self._terms.note(loss, self._record, self.distillation, step, self._share)
-        if self._unlabelled is not None and self.distillation.enabled:
-            stage_2_step = self.state.global_step - self.first_distillation_step
-            self._without_labels = True
-            try:
-                loss = loss + self._micro_step(model, self._unlabelled.next(stage_2_step), num_items_in_batch)
-            finally:
-                self._without_labels = False
-            self._terms.note_distillation(self._record, step * self._share)
-        if self.accelerator.sync_gradients:  # the last micro-batch of a step
-            self._terms.note_gradients()
-        return loss
-
-    def _micro_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self.distillation.enabled:
-            # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
-            for parameter in self._fusion_parameters:
-                parameter.grad = None
-        if self.args.stop_on_nan and not torch.isfinite(loss):
-
-            def once_more() -> None:
-                with self.compute_loss_context_manager():  # on the model itself: other processes may be well
-                    self.compute_loss(self.model, self._prepare_inputs(inputs), False, num_items_in_batch)
-
-            find = partial(find_overflow, self.distillation, once_more)
-            raise loss_error(self.state.global_step + 1, loss, self._record, find)
-        return loss
+    def _batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
+        """Yield a data set as inputs of the model, on its device."""
+        dataset, collator = self._without_unused_columns(dataset)
+        for inputs in DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator):
+            yield self._prepare_inputs(inputs)
 
     # Optimizer
 
     def create_optimizer(self) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with the fusion in a group of its own: own learning rate, no weight decay.
+        """Create Trainer's optimizer, with the fusion in its own group: own learning rate, no weight decay.
 
         Returns:
             The optimizer.
@@ -333,6 +213,44 @@ class DistillationTrainer(StudentPushingTrainer):
         optimizer.add_param_group({"params": fusion, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    # After the last step
+
+    def _note_training(self) -> None:
+        """Check that the teachers are unchanged, and note the training for the provenance of the student."""
+        assert self._prepared is not None
+        check_trainable(self.model, self.block)
+        check_teachers_unchanged(self.model, self._prepared.digests)
+        args, state, first = self.args, self.state, self.first_distillation_step
+        stages = {
+            "distillation_start": self.distillation_start,
+            "distillation_weight": self.distillation_weight,
+            "first_distillation_step": first,
+        }
+        self.distillation.training = training_run(
+            self.model, self.distillation, args, state, self.train_dataset, stages
+        )
+        if not args.push_to_hub and not args.analysis:
+            return
+        if state.global_step > first:
+            has_one = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+            dataset = self.eval_dataset if has_one else self.train_dataset
+            writes = args.analysis and self.is_world_process_zero()
+            folder = Path(args.output_dir) / "analysis" if writes else None
+            with torch.random.fork_rng(), self.compute_loss_context_manager():
+                attention = observe_attention(self.model, dataset, self._examples(), folder)
+            self.distillation.training |= attention
+            if args.analysis and not attention:
+                logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
+        elif args.analysis:
+            logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as `transformers.Trainer` does, and note the metrics of a trained student for its provenance."""
+        metrics = super().evaluate(*args, **kwargs)
+        if (training := self.distillation.training) is not None:
+            training["evaluation"] = training.get("evaluation", {}) | measured(metrics)
+        return metrics
+
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -340,7 +258,9 @@ class DistillationTrainer(StudentPushingTrainer):
         save_student(self.model, self.block.student, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        self._save_arguments(output_dir)
+        args = copy(self.args)
+        args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # the last that each process writes
@@ -359,39 +279,12 @@ class DistillationTrainer(StudentPushingTrainer):
                 "Make room on the disk and resume."
             ) from error
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_student(self.model, self.block, resume_from_checkpoint)
-
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         load_student(self.model, self.block, self.state.best_model_checkpoint)
 
-    # Logging
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs the loss terms one by one beside Trainer's values.
-
-        `task_loss` is the mean over all steps since the last log; `distillation_loss` (unweighted),
-        `fusion_regularization` (weighted) and `attention/<teacher>` are means over those steps that were in stage 2,
-        and so are `distillation_loss/<objective>` (unweighted) where there are several, and of `task_specific` the
-        `probe_loss` and the `task_specific_ratio`. `grad_norm/student`, `grad_norm/head` and in stage 2
-        `grad_norm/fusion` are those of the last step before clipping, as Trainer's `grad_norm` of all three is. All
-        stand in whatever `report_to` names, such as TensorBoard, W&B and Trackio.
-
-        Args:
-            logs: What Trainer logs.
-            start_time: The start of the training, in seconds.
-        """
-        if "loss" in logs:
-            logs |= self._terms.means()
-        super().log(logs, start_time)
-
     def parameter_table(self) -> str:
-        """What is trained and what is frozen.
-
-        Returns:
-            A table with a row for the base model, the student, its head, the fusion, and the teachers.
-        """
+        """Return a table of what is trained and what is frozen: base model, student, head, fusion and teachers."""
         return parameter_table(self.model, self.block)
 
 

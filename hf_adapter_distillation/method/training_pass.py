@@ -1,0 +1,145 @@
+"""The passes of a training: what is matched in the layers, and what a layer passes on, for each carrier."""
+
+import torch
+
+from .distillation import Distillation, TeacherAttention
+from .fusion import TeacherFusion
+from .layer_pass import Fused, LayerPass, Place
+from .losses import CosineLoss, FeatureLoss
+
+LAYER_LOSSES = {"features": FeatureLoss(), "cosine": CosineLoss()}  # the objectives without weights of their own
+
+
+class TrainingPass(LayerPass):
+    """Forward pass of stage 1, or of stage 2 where nothing of the layers is matched: the teachers do not run.
+
+    The terms of all training passes are collected here; `forward.fold` makes a loss of them.
+    """
+
+    runs_teachers = False
+
+    def __init__(self, distillation: Distillation) -> None:
+        self.distillation = distillation
+        self.fusions: dict[str, TeacherFusion] = {}
+        # Gradient checkpointing runs layers again in backward, and appends again: after `fold` has read the lists.
+        self.losses: list[dict[str, torch.Tensor]] = []
+        self.output_losses: dict[str, torch.Tensor] = {}
+        self.probe_losses: list[torch.Tensor] = []
+        self.ratios: list[torch.Tensor] = []
+        self.attention: dict[str, TeacherAttention] = {}
+        self.logit_loss: torch.Tensor | float = 0.0
+        self.fused_task_loss: torch.Tensor | None = None
+
+    def visit(self, fusion: TeacherFusion) -> bool:
+        """Note the fusion, whose parameters stay in the graph of each step."""
+        self.fusions[fusion.location] = fusion
+        return self.runs_teachers
+
+    def note_attention(self, fusion: TeacherFusion, fused: Fused) -> None:
+        """Keep the mean attention over non-padding tokens."""
+        _, batch_weights = self.token_weights(fusion, fused.output)
+        attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))  # (n,)
+        self.attention[fusion.location] = TeacherAttention(fused.names, attention)
+
+    def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
+        """Compute the objectives of one layer.
+
+        Args:
+            fusion: The fusion of the layer.
+            student_output: The student's update, (batch, seq_len, hidden).
+            target: The teachers' fused update, (batch, seq_len, hidden).
+
+        Raises:
+            ValueError: If an objective has no probe, since the head was added after `train_adapter`.
+        """
+        weights, _ = self.token_weights(fusion, student_output)
+        losses = {}
+        for name in self.distillation.config.layer_objectives:
+            loss = LAYER_LOSSES.get(name, fusion.task_specific)
+            if loss is None:
+                student = self.inputs.block.student
+                raise ValueError(
+                    f"The objective {name!r} needs the head of {student!r} in train_adapter; add one for "
+                    f"classes, labels or values, and call model.train_adapter({student!r}) again."
+                )
+            losses[name] = loss(student_output, target, weights) * fusion.layer_weight
+        self.losses.append(losses)
+        if (probe := fusion.task_specific) is not None:
+            self.ratios.append(probe.ratio(target, weights))
+            if self.inputs.labels is not None:
+                self.probe_losses.append(probe.probe_loss(target, weights, self.inputs.labels))
+
+
+class StudentPass(TrainingPass):
+    """Carrier `student`: the task loss trains the student alone, and the fusion learns to explain the student."""
+
+    runs_teachers = True
+
+    def run_layer(self, place: Place) -> torch.Tensor | None:
+        """Match the student with the fused teachers, both of which the distillation loss trains."""
+        fused = place.fuse()
+        self.note_attention(place.fusion, fused)
+        self.match(place.fusion, place.student_output, fused.output)
+        return None
+
+
+class FusedPass(TrainingPass):
+    """Carrier `fused`: each layer passes the fused output on, so that the task loss trains the fusion."""
+
+    runs_teachers = True
+    joins_student = True
+
+    def run_layer(self, place: Place) -> torch.Tensor:
+        """Match the student with the fused output, and pass the fused output on."""
+        fused = place.fuse(with_student=True)
+        self.note_attention(place.fusion, fused)
+        self.match(place.fusion, place.student_output, fused.output.detach())
+        return place.base + fused.output  # (B, T, d)
+
+
+class MixedPass(FusedPass):
+    """Carrier `mixed`: each layer passes on the fused output with a probability, else the student's."""
+
+    def run_layer(self, place: Place) -> torch.Tensor:
+        """Match as `FusedPass`, and draw what is passed on."""
+        fused_states = super().run_layer(place)
+        probability = self.distillation.settings.fused_probability
+        if torch.compiler.is_compiling():  # compiled code cannot branch on a draw, and computes both
+            drawn = torch.rand((), device=fused_states.device) < probability
+            return torch.where(drawn, fused_states, place.student_states)
+        return fused_states if bool(torch.rand(()) < probability) else place.student_states
+
+
+class DualFusedPass(FusedPass):
+    """First pass of the carrier `dual`: as `fused`, with the match left to the second pass."""
+
+    def __init__(self, distillation: Distillation) -> None:
+        super().__init__(distillation)
+        self.targets: list[torch.Tensor] = []
+
+    def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
+        """Keep the fused output."""
+        self.targets.append(target)
+
+
+class DualStudentPass(TrainingPass):
+    """Second pass of the carrier `dual`: the student alone, on its own states."""
+
+    runs_teachers = True
+    joins_student = True
+
+    def __init__(self, distillation: Distillation) -> None:
+        super().__init__(distillation)
+        self.outputs: list[tuple[TeacherFusion, torch.Tensor]] = []
+
+    def run_layer(self, place: Place) -> None:
+        """Keep the student's update."""
+        self.outputs.append((place.fusion, place.student_output))
+
+
+TRAINING_PASSES: dict[str, type[TrainingPass]] = {
+    "student": StudentPass,
+    "fused": FusedPass,
+    "mixed": MixedPass,
+    "dual": DualStudentPass,
+}

@@ -1,0 +1,274 @@
+"""What happens between `train()` and the first step: `prepare_training` reads in the order in which it happens."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from adapters import ModelAdaptersMixin
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ..composition import AdapterDistillation
+from ..method.distillation import active_block, distillation_of
+from ..method.heads import check_head, check_objectives
+from ..method.parameters import check_trainable, parameter_table
+from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
+from ..student.preparing import keep_teachers
+from ..student.provenance import adapter_digest
+from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start
+from ..teachers.ranking import fit_platt, own_logits, rank_teachers
+from .checkpoint import load_student
+from .data import draw_examples
+
+logger = logging.get_logger(__name__)
+
+RANKED_EXAMPLES = 256  # of the training data
+MAX_BYTES = 10**9  # of main memory for predictions, in each process
+
+
+class Examples(NamedTuple):
+    """Access to the examples of a training.
+
+    Args:
+        train: The training data.
+        unlabelled: Examples without labels, if there are any.
+        seed: The seed of draws.
+        batches: Turns examples into inputs of the model, on its device. All processes read all of them: a share of
+            their own would be padded with examples that count twice.
+        autocast: The context in which the trainer runs the model.
+        labels_go_to_model: Whether the model gets the labels, since its own loss is trained.
+    """
+
+    train: Dataset | None
+    unlabelled: Dataset | None
+    seed: int
+    batches: Callable[[Dataset], Iterable[dict[str, Any]]]
+    autocast: Callable[[], AbstractContextManager]
+    labels_go_to_model: bool
+
+    def model_inputs(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
+        """Yield examples as the model gets them in the training."""
+        for inputs in self.batches(dataset):
+            yield {name: v for name, v in inputs.items() if name != "labels" or self.labels_go_to_model}
+
+
+class Preparation(NamedTuple):
+    """Result of `prepare_training`.
+
+    Args:
+        block: The distillation block with the teachers that were chosen.
+        teacher_modules: The modules of the teachers, which stay in evaluation mode.
+        digests: The digest of each teacher's weights.
+        calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
+        predictions: The teachers' predictions for the examples, if an objective needs them.
+    """
+
+    block: AdapterDistillation
+    teacher_modules: list[nn.Module]
+    digests: dict[str, str]
+    calibration: torch.Tensor | None
+    predictions: PredictionCache | None
+
+
+def prepare_training(
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    examples: Examples,
+    accelerator: Accelerator,
+    *,
+    checkpoint: str | None,
+    n_read: int,
+    needs_head: bool,
+    show: bool,
+) -> Preparation:
+    """Prepare a student for the first step of its training.
+
+    Args:
+        model: The model that is trained, not wrapped.
+        block: The distillation block.
+        examples: The examples.
+        accelerator: The accelerator, over whose processes results are averaged.
+        checkpoint: The folder of the checkpoint to resume from, if any.
+        n_read: The number of examples that stage 2 reads.
+        needs_head: Whether the loss comes from the student's head.
+        show: Whether to print the tables.
+
+    Raises:
+        ValueError: If a head, an objective, the data or the checkpoint does not fit.
+    """
+    model.train_adapter(block)
+    if needs_head:
+        check_head(model, block.student)
+    check_objectives(model, block)
+    block = select_teachers(model, block, examples, accelerator, show)
+    if checkpoint is not None:
+        load_student(model, block, checkpoint)
+    check_trainable(model, block)
+    places = (place for name in block.teachers for place in model.get_adapter(name).values())
+    teacher_modules = [module for place in places for module in place.values()]
+    digests = {name: adapter_digest(model, name) for name in block.teachers}
+    distillation_of(model, block.student).training = None  # the provenance of an earlier training
+    fit_student(model, block.student, examples, accelerator)
+    calibration = calibrate(model, block, examples, accelerator)
+    predictions = predict(model, block, examples, accelerator, n_read)
+    _show(parameter_table(model, block), show)
+    return Preparation(block, teacher_modules, digests, calibration, predictions)
+
+
+def _show(table: str, show: bool) -> None:
+    logger.info(table)
+    if show:
+        tqdm.write(table)
+
+
+def _drawn_batches(examples: Examples, reason: str) -> list[dict[str, Any]]:
+    drawn = None if examples.train is None else draw_examples(examples.train, RANKED_EXAMPLES, examples.seed)
+    if drawn is None:
+        raise ValueError(f"{reason} reads examples before the training; pass a train_dataset that can be read twice.")
+    return list(examples.batches(drawn))
+
+
+def select_teachers(
+    model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator, show: bool
+) -> AdapterDistillation:
+    """Keep only the best teachers, if `DistillationConfig.teacher_selection` is a number.
+
+    A teacher that is not above chance is dropped, unless none is. A student that is still at its teachers' average is
+    set to the average of the kept ones.
+
+    Returns:
+        The block with the kept teachers, which is active.
+
+    Raises:
+        ValueError: If the training data cannot be read before the training.
+    """
+    distillation = distillation_of(model, block.student)
+    k = distillation.config.teacher_selection
+    if k == "all":
+        return block
+    with torch.random.fork_rng():  # the order of the training data stays the same
+        ranking = rank_teachers(model, block, _drawn_batches(examples, f"teacher_selection={k}"))
+    # Processes may round differently, and must not choose differently.
+    values = torch.tensor([ranking.scores[name] for name in block.teachers], device=accelerator.device)
+    means = accelerator.reduce(values, "mean").tolist()
+    ranked = dict(sorted(zip(block.teachers, means, strict=True), key=lambda pair: -pair[1]))
+    best = [name for name, score in ranked.items() if score > ranking.chance][:k]
+    if not best:
+        logger.warning(
+            f"No teacher of {block.student!r} is above chance on its training data ({ranking.what} {means[0]:.3f} and "
+            "the like); the best are kept. Pass teacher_selection='all' to silence this."
+        )
+        best = list(ranked)[:k]
+    if len(best) < len(block.teachers):
+        keep_teachers(model, block, best)
+        block = active_block(model)
+    distillation.ranking = ranked
+    lines = [f"{'teacher':<32}{ranking.what:>10}"]
+    lines += [f"{name:<32}{score:>10.4f}{'  kept' if name in best else ''}" for name, score in ranked.items()]
+    _show("\n".join(lines), show)
+    return block
+
+
+def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, accelerator: Accelerator) -> None:
+    """Move a student from the average of its teachers' weights to the average of their updates.
+
+    A student that was trained, loaded or resumed stays as it is, and so does one with a gate or a norm behind its
+    up-projections.
+    """
+    distillation = distillation_of(model, student)
+    if distillation.config.student_start != "teachers":
+        return
+    if distillation.start_digest != adapter_digest(model, student) or not can_be_fitted(model, student):
+        return
+    drawn = None if examples.train is None else draw_examples(examples.train, START_EXAMPLES, examples.seed)
+    if drawn is None:
+        logger.warning(
+            f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
+            "Pass DistillationConfig(student_start='average') to silence this."
+        )
+        return
+
+    def forward_passes() -> None:
+        for inputs in examples.model_inputs(drawn):
+            with examples.autocast():
+                model(**inputs)
+
+    with torch.random.fork_rng():  # the order of the training data stays the same
+        explained = fit_start(model, student, forward_passes, partial(accelerator.reduce, reduction="mean"))
+    logger.info(f"{student!r} starts at the teachers' mean update, {explained:.1%} of which it explains.")
+
+
+def calibrate(
+    model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator
+) -> torch.Tensor | None:
+    """Fit the calibration of the teachers' scores on the training data, for the objective `cross_task`.
+
+    Returns:
+        The slope and the offset of each teacher, (n_teachers, 2); None without the objective.
+
+    Raises:
+        ValueError: If the training data cannot be read before the training.
+    """
+    if "cross_task" not in distillation_of(model, block.student).config.objectives:
+        return None
+    with torch.random.fork_rng():
+        logits, labels = own_logits(model, block, _drawn_batches(examples, "The objective 'cross_task'"))
+    return accelerator.reduce(fit_platt(scores(logits), labels), "mean")
+
+
+def predict(
+    model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator, n_read: int
+) -> PredictionCache | None:
+    """Let each teacher predict the examples that stage 2 reads more than once, if an objective needs predictions.
+
+    A run of each teacher beside each training batch would cost more than the training. They run in one order before
+    the training, so that a resumed training finds the same predictions.
+
+    Returns:
+        The predictions; None if no objective needs them, or they cannot be stored.
+    """
+    if not distillation_of(model, block.student).config.output_objectives:
+        return None
+    parts: list[tuple[list[bytes], torch.Tensor]] = []
+    for dataset in (examples.train, examples.unlabelled):
+        if has_length(dataset) and not isinstance(dataset, IterableDataset) and len(dataset) < n_read:  # type: ignore[arg-type]
+            parts += _predictions(model, block, dataset, examples, accelerator)
+    if not parts:
+        return None
+    logits = torch.cat([logits for _, logits in parts])
+    keys = [key for keys, _ in parts for key in keys]
+    logger.info(f"The teachers have predicted {len(keys)} examples ({logits.nbytes / 1e6:.1f} MB).")
+    return PredictionCache(logits, keys)
+
+
+def _predictions(
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    dataset: Any,
+    examples: Examples,
+    accelerator: Accelerator,
+) -> Sequence[tuple[list[bytes], torch.Tensor]]:
+    """Return the keys of each batch of a data set with its logits, (batch, n_teachers, n_labels).
+
+    Each process computes a share. Empty where the heads predict for tokens, or the logits would be too large to keep.
+    """
+    parts = []
+    with torch.random.fork_rng(), examples.autocast():
+        for number, inputs in enumerate(examples.batches(dataset)):
+            if number % accelerator.num_processes != accelerator.process_index:
+                continue
+            one_by_one = of_each_teacher(model, block, [inputs], "logits")
+            logits = torch.stack([batches[0] for batches in one_by_one], dim=1)  # (B, N, n_labels), or more
+            if logits.dim() > 3 or logits[0].nbytes * len(dataset) > MAX_BYTES:
+                break
+            parts.append((example_keys(inputs), logits.cpu()))
+        else:
+            return gather_object(parts)
+    return []

@@ -1,0 +1,193 @@
+"""The steps of both stages: the settings of each step, its loss, and the terms that are logged."""
+
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import has_length
+
+from ..hub.trainer_mixin import StudentPushingTrainer
+from ..method.distillation import Distillation, StageSettings, distillation_of
+from ..method.nonfinite import find_overflow, loss_error
+from .data import UnlabelledBatch, UnlabelledBatches
+from .loss_log import LoggedTerms
+from .preparation import Preparation
+
+PRIOR_EXAMPLES = 200  # the number of a task's own examples that outweigh its teachers, by default
+
+
+class TwoStageTrainer(StudentPushingTrainer):
+    """A trainer whose steps belong to stage 1, the task alone, or to stage 2, with the distillation terms."""
+
+    _prepared: Preparation | None
+    _unlabelled: UnlabelledBatches | None
+    _fusion_parameters: list[nn.Parameter]
+    _terms: LoggedTerms
+
+    @property
+    def distillation(self) -> Distillation:
+        """The live distillation of the student."""
+        return distillation_of(self.model, self.block.student)
+
+    @property
+    def distillation_start(self) -> float:
+        """The fraction of all steps in stage 1: the argument, or the default for this student."""
+        if self.args.distillation_start is not None:
+            return self.args.distillation_start
+        return 0.5 if self.distillation.start_digest is None else 0.0
+
+    @property
+    def distillation_weight(self) -> float:
+        """The weight of the distillation loss: the argument, or the default for this data.
+
+        The teachers are a prior of a fixed strength, whose weight beside a mean over n examples falls with n.
+        """
+        if self.args.distillation_weight is not None:
+            return self.args.distillation_weight
+        if has_length(self.train_dataset):
+            n_examples = len(self.train_dataset)
+        else:  # a stream: what the training reads of it
+            batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            n_examples = self.state.max_steps * batch
+        return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
+
+    @property
+    def first_distillation_step(self) -> int:
+        """The number of the first step of stage 2, counted from 0."""
+        return ceil(self.distillation_start * self.state.max_steps)
+
+    def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
+        """Tell the model the settings of the step."""
+        if self._prepared is None:
+            raise RuntimeError(
+                "The training was not prepared; an overridden create_optimizer_and_scheduler must call super()."
+            )
+        step, first = self.state.global_step, self.first_distillation_step
+        self.distillation.settings = StageSettings(
+            enabled=step >= first,
+            weight=self.distillation_weight,
+            regularization=self.args.fusion_regularization,
+            scale=self._share * self._loss_scale(num_items_in_batch),
+            fused_probability=torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first)),
+            calibration=self._prepared.calibration,
+            predictions=self._prepared.predictions,
+        )
+        for module in self._prepared.teacher_modules:  # Trainer puts the whole model into training mode at each step
+            module.eval()
+
+    @property
+    def _share(self) -> float:
+        """The share of a batch in the distillation loss of its step."""
+        return 1.0 if self._unlabelled is None else 0.5
+
+    def _loss_scale(self, num_items_in_batch: torch.Tensor | None) -> float:
+        """Return the factor of the terms where Trainer does not divide the loss by the micro-batches of a step."""
+        if self.compute_loss_func is not None:
+            return 1 / self.current_gradient_accumulation_steps
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return 1.0
+        # Trainer multiplies this loss by the number of processes, over which the gradients are averaged.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return 1 / (self.current_gradient_accumulation_steps * processes)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Compute the task loss, in stage 2 with the distillation terms; the arguments are those of Trainer.
+
+        Raises:
+            ValueError: If a training batch has no labels.
+        """
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if isinstance(inputs, UnlabelledBatch):
+            outputs = model(**inputs)
+            # Parameters that no gradient reaches in this pass (the head) stay in the graph of each process.
+            loss = sum(value.sum() * 0.0 for value in outputs.values() if isinstance(value, torch.Tensor))
+        else:
+            if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
+                raise ValueError(
+                    f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
+                    "add a column of labels to train_dataset, or name the columns that hold them in label_names."
+                )
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        record = self.distillation.record
+        if record is not None and not record.in_loss:  # the model had no labels, and so no loss
+            loss = loss + record.added
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run a forward and a backward pass, in stage 2 also on examples without labels if there are any.
+
+        In stage 1 the optimizer does not see the fusion. The arguments are those of Trainer.
+
+        Returns:
+            The loss of the micro-batch, detached.
+
+        Raises:
+            FloatingPointError: If it is NaN or infinite, unless `stop_on_nan` is unset.
+        """
+        loss = self._micro_step(model, inputs, num_items_in_batch)
+        settings, share = self.distillation.settings, 1 / self.current_gradient_accumulation_steps
+        self._terms.note(loss, self.distillation.take_record(), settings, share, self._share)
+        if self._unlabelled is not None and settings.enabled:
+            step = self.state.global_step - self.first_distillation_step
+            unlabelled = self._unlabelled.next(step, self._train_batch_size, self.args.gradient_accumulation_steps)
+            loss = loss + self._micro_step(model, unlabelled, num_items_in_batch)
+            self._terms.note_distillation(self.distillation.take_record(), share * self._share)
+        if self.accelerator.sync_gradients:  # the last micro-batch of a step
+            self._terms.note_gradients()
+        return loss
+
+    def _micro_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+        self._enter_stage(num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        distillation = self.distillation
+        if not distillation.settings.enabled:
+            # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
+            for parameter in self._fusion_parameters:
+                parameter.grad = None
+        if self.args.stop_on_nan and not torch.isfinite(loss):
+
+            def once_more() -> None:
+                with self.compute_loss_context_manager():  # on the model itself: other processes may be well
+                    self.model(**self._model_inputs(self._prepare_inputs(inputs)))
+
+            joins_student = distillation.config.carrier != "student"
+            find = partial(find_overflow, distillation, once_more, joins_student)
+            raise loss_error(self.state.global_step + 1, loss, distillation.take_record(), find)
+        return loss
+
+    @property
+    def _takes_labels_away(self) -> bool:
+        """Whether the loss is not the model's, which then gets no labels."""
+        return self.label_smoother is not None or self.compute_loss_func is not None
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch as the model gets it."""
+        return {name: v for name, v in inputs.items() if name != "labels" or not self._takes_labels_away}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss terms one by one beside Trainer's values, wherever `report_to` sends them.
+
+        `task_loss` is the mean over all steps since the last log. The means over the steps in stage 2 are:
+        `distillation_loss` (unweighted), `fusion_regularization` (weighted), `attention/<teacher>`,
+        `distillation_loss/<objective>` where there are several, and for `task_specific` the `probe_loss` and the
+        `task_specific_ratio`. `grad_norm/student`, `grad_norm/head` and in stage 2 `grad_norm/fusion` are the norms
+        of the last step before clipping.
+
+        Args:
+            logs: What Trainer logs.
+            start_time: The start of the training, in seconds.
+        """
+        if "loss" in logs:
+            logs |= self._terms.means()
+        super().log(logs, start_time)
