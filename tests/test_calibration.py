@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from hf_adapter_distillation.teachers.calibration import fit_platt
+from hf_adapter_distillation.teachers.ranking import fit_platt
 
 
 def reference(scores, labels):

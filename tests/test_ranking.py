@@ -17,7 +17,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.method.parameters import active_block
 from hf_adapter_distillation.student.adding import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
-from hf_adapter_distillation.training.ranking import area_under_curve, rank_teachers
+from hf_adapter_distillation.teachers.ranking import area_under_curve, rank_teachers
 
 
 def test_the_area_under_the_curve_with_ties():
