@@ -20,7 +20,7 @@ import torch
 from adapters import AutoAdapterModel, BatchSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_adapter_distillation.teachers.loading import check_folder, load_teacher, locate_teacher
+from hf_adapter_distillation.teachers.loading import load_saved_adapter, name_from_folder
 
 MAX_TOKENS = 64  # of a question with an FAQ, as in training
 ROUNDING = 1000  # of scores that were computed in two batches, in units of their data type's precision
@@ -159,14 +159,9 @@ def load_tenant_model(students: str, base: str | None, device: str = "cpu") -> T
 
         base = str(get_model_path())
     model = AutoAdapterModel.from_pretrained(base)
-    try:
-        located = [(folder, locate_teacher(model, str(folder))[0]) for folder in folders]
-        configs = [check_folder(model, str(folder), folder) for folder in folders]
-        for (folder, name), config in zip(located, configs, strict=True):
-            load_teacher(model, str(folder), name, folder, config)
-    except ValueError as error:  # which speaks of teachers: a student is loaded as they are
-        text = str(error).replace("Teacher ", "Student ", 1).replace("; use teachers", "; use students")
-        raise ValueError(text) from error
+    for folder in folders:
+        label = f"Student {str(folder)!r}"
+        load_saved_adapter(model, folder, name_from_folder(folder, label), label)
     for folder in folders:
         head = model.heads[folder.name].config if folder.name in model.heads else {}
         if (head.get("head_type"), head.get("num_labels")) != ("classification", 2):

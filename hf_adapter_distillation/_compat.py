@@ -3,6 +3,7 @@
 import importlib.metadata
 import inspect
 import warnings
+from collections.abc import Mapping
 
 import torch
 from adapters import ModelAdaptersMixin
@@ -16,6 +17,7 @@ from adapters.methods.modeling import Adapter, ParallelAdapter
 from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from adapters.utils import HEAD_CONFIG_NAME, HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from packaging.version import Version
+from torch import nn
 from transformers import PreTrainedModel
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "LoRAState",
     "ParallelAdapter",
     "forward_arguments",
+    "heads_of",
     "loss_counts_items",
     "warn_if_untested",
 ]
@@ -56,6 +59,11 @@ def warn_if_untested() -> None:
                 f"install a tested version to silence this warning.",
                 stacklevel=3,
             )
+
+
+def heads_of(model: nn.Module) -> Mapping[str, nn.Module]:
+    """Return the flexible heads of a model by name; an empty mapping for a model without."""
+    return getattr(model, "heads", {})
 
 
 def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:

@@ -266,22 +266,23 @@ CONFIG, WEIGHTS, HEAD, HEAD_WEIGHTS = FILES = (
 )  # fmt: skip
 LOAD, OF_MODEL = (
     "Teacher '{0}' cannot be loaded: ",
-    "{} in its files belongs to the model, not to the teacher; save it anew.",
+    "{} in its files belongs to the model, not to the adapter; save it again.",
 )
-NO_ADAPTER = "{0}/adapter_config.json is no adapter config (*); save the teacher anew with save_adapter."
+NO_ADAPTER = "{0}/adapter_config.json is no adapter config (*); save the adapter again."
+DAMAGED = "{0}/adapter_config.json is damaged (*); save the adapter again."
 NO_CONFIG_FILE = "Teacher '{0}' holds no adapter_config.json; give a folder made by save_adapter."
-NO_HEAD_CONFIG = LOAD + "it has the weights of a head, and no head_config.json; save it anew."
-NO_KIND = "Teacher '{0}' has no adapter config; save it anew with save_adapter."
+NO_HEAD_CONFIG = LOAD + "it has the weights of a head, and no head_config.json; save it again."
+NO_KIND = "Teacher '{0}' has no adapter config; save it again with save_adapter."
 NO_VALID = "Teacher '{0}' has no valid adapter config: "
 OBJECTS = " is damaged, or holds other things than weights."
 BIAS = "bert.encoder.layer.0.output.adapters.work.adapter_down.0.bias"
 FOLDERS = {
     "a list as config": (put(CONFIG, b"[]"), NO_ADAPTER),
     "null as config": (put(CONFIG, b"null"), NO_ADAPTER),
-    "half a config": (put(CONFIG, b'{"config": '), NO_ADAPTER),
-    "a config that is no text": (put(CONFIG, b"\xff\xfe\x00"), NO_ADAPTER),
+    "half a config": (put(CONFIG, b'{"config": '), DAMAGED),
+    "a config that is no text": (put(CONFIG, b"\xff\xfe\x00"), DAMAGED),
     "an empty config": (put(CONFIG, b"{}"), NO_ADAPTER),
-    "a deep config": (put(CONFIG, b"[" * 100_000), NO_ADAPTER),
+    "a deep config": (put(CONFIG, b"[" * 100_000), DAMAGED),
     "config 5": (edit(CONFIG, lambda c: c.update(config=5)), NO_VALID + "AttributeError: *"),
     "config null": (edit(CONFIG, lambda c: c.update(config=None)), NO_KIND),
     "an unknown method": (config(architecture="nope"), NO_VALID + "KeyError: 'nope'"),
@@ -302,7 +303,7 @@ FOLDERS = {
     "a link to a folder": (link(WEIGHTS, "."), LOAD + "*"),
     "a link to itself": (link(WEIGHTS, WEIGHTS), LOAD + "No file pytorch_adapter.bin *"),
     "a config that links to nowhere": (link(CONFIG, "/does/not/exist"), NO_CONFIG_FILE),
-    "a config that links to another file": (link(CONFIG, "/etc/passwd"), NO_ADAPTER),
+    "a config that links to another file": (link(CONFIG, "/etc/passwd"), DAMAGED),
     "a config that links to a folder": (link(CONFIG, ".."), NO_CONFIG_FILE),
     "a config that links to itself": (link(CONFIG, CONFIG), NO_CONFIG_FILE),
     "a head that links to a folder": (link(HEAD_WEIGHTS, "."), LOAD + "*"),

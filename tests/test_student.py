@@ -329,11 +329,11 @@ def damaged(tmp_path, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("hidden size", "was made for hidden_size 16, the model has 32; use teachers trained on the same base model"),
+        ("hidden size", "was made for hidden_size 16, the model has 32; use one trained on the same base model"),
         ("model type", "was made for model_type 'roberta', the model has 'bert'"),
         ("base model", "was made for model_name 'someone/cased', the model has 'someone/uncased'"),
         ("no config", "holds no adapter_config.json"),
-        ("bad json", "is no adapter config"),
+        ("bad json", "adapter_config.json is damaged"),
         ("no weights", "cannot be loaded"),
         ("cut weights", "cannot be loaded"),
         ("missing layer", "lacks 4 weights that this model needs"),

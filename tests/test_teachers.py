@@ -145,10 +145,10 @@ def test_repositories_that_hold_no_such_adapter(hub, tmp_path):
     hub.create("me/model", {"config.json": b"{}", "train.py": b"raise SystemExit"})
     refused("me/model", "holds no adapter_config.json; give a folder made by save_adapter.", "Teacher {!r} ")
     hub.create("me/wide", files_of(tmp_path, hidden_size=64))
-    message = "was made for hidden_size 64, the model has 32; use teachers trained on the same base model."
+    message = "was made for hidden_size 64, the model has 32; use one trained on the same base model."
     refused("me/wide", message, "Teacher {!r} ")
     hub.create("me/cased", files_of(tmp_path, seed=1, model_type="roberta"))
-    message = "was made for model_type 'roberta', the model has 'bert'; use teachers trained on the same base model."
+    message = "was made for model_type 'roberta', the model has 'bert'; use one trained on the same base model."
     refused("me/cased", message, "Teacher {!r} ")
 
 

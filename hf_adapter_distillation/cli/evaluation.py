@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 from ..method.heads import head_config, kind_of_labels
 from ..student.provenance import locate_saved, read_saved
 from ..student.summary import measured
-from ..teachers.loading import ADAPTER_FILES, check_folder, load_teacher
+from ..teachers.loading import ADAPTER_FILES, load_saved_adapter
 from .data import DataArguments, Labels, check_columns, encode, label_ids, load, split_of
 from .saved import check_writable, table
 from .train import accuracy, load_base
@@ -53,10 +53,7 @@ def evaluate(args: EvalArguments) -> str:
     folder = locate_saved(args.adapter, ADAPTER_FILES)
     name = str(read_saved(folder).get("name") or "adapter")
     model, tokenizer = load_base(args.model, args.max_length)
-    try:
-        load_teacher(model, args.adapter, name, folder, check_folder(model, args.adapter, folder))
-    except ValueError as error:
-        raise ValueError(str(error).replace("Teacher ", "Adapter ").replace("use teachers", "use adapters")) from error
+    load_saved_adapter(model, folder, name, f"Adapter {args.adapter!r}")
     model.set_active_adapters(name)
     encoded = encode(
         examples, tokenizer, args, label_ids(examples, args.label_column, _labels(model, name, args), args.adapter)

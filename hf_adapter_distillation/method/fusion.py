@@ -1,4 +1,4 @@
-"""The attention over teachers in one layer: the trainable query, key and value of stage 2."""
+"""Attention over teachers in one layer: the trainable query, key and value of stage 2."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from .stacking import StackCache, StackedAdapters
 
 
 class TeacherFusion(nn.Module):
-    r"""Fuses the teachers' updates at one location: a bottleneck layer, or a projection with LoRA.
+    r"""Fusion of the teachers' updates at one location: a bottleneck layer, or a projection with LoRA.
 
     .. math::
         q = Q h, \quad k_n = K u_n, \quad v_n = V u_n, \quad a = \mathrm{softmax}_n(q \cdot k_n), \quad
         \mathrm{fused} = \sum_n a_n v_n
 
     with h the input of the layer's adapters and u_n the update of teacher n. The key has no bias: it would add the
-    same number to each score and vanish in the softmax. The value starts at the identity, so that the first fused
-    output is a convex combination of the updates. The size of the module does not depend on the number of teachers.
-    The objective `task_specific` has weights of its own in each layer, which are kept here.
+    same number to each score and vanish in the softmax. The value starts at the identity, so the first fused output
+    is a convex combination of the updates. The size of the module does not depend on the number of teachers. It also
+    holds the layer's weights of the objective `task_specific`.
 
     Sources: Wang et al., https://arxiv.org/abs/2312.16261 (Q_l, K_l, V_l of each layer); AdapterFusion,
     https://arxiv.org/abs/2005.00247 (the form of the attention).
@@ -30,8 +30,7 @@ class TeacherFusion(nn.Module):
         hidden_size: The width d of the adapters' input.
         output_size: The width of their updates. By default the same.
         location: The name of the layer in the base model, for logs and plots.
-        in_decoder: Whether the layer reads the states of the decoder of an encoder-decoder model, where padding
-            follows the decoder's own mask.
+        in_decoder: Whether the layer reads states of a decoder, where padding follows the decoder's mask.
         device: The device of the weights.
         dtype: The data type of the weights.
     """
@@ -61,19 +60,19 @@ class TeacherFusion(nn.Module):
         self.task_specific: TaskSpecificLoss | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self.cache.clear()  # .to(), .half() and the like: the teachers move, too
+        self.cache.clear()  # .to() and .half() move the teachers, too
         return super()._apply(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, updates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the fused update from the update of each adapter, whatever its shape.
+        """Compute the fused update from the update of each adapter, whatever its shape.
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
-            updates: What each adapter adds to the residual, (batch, seq_len, n_teachers, output).
+            updates: The addition of each adapter to the residual, (batch, seq_len, n_teachers, output).
 
         Returns:
             The fused output, (batch, seq_len, output), and the detached attention over teachers,
-            (batch, seq_len, n_teachers), each row of which sums to 1.
+            (batch, seq_len, n_teachers), whose rows sum to 1.
         """
         # q . (K u_n) = (K^T q) . u_n, and sum_n a_n V u_n = V sum_n a_n u_n: one product with K and V, not N.
         query = self.query(hidden_states) @ self.key.weight  # (B, T, d)
@@ -85,7 +84,7 @@ class TeacherFusion(nn.Module):
     def fuse_stacked(
         self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Computes the same from the bottleneck features, without the update of any single adapter.
+        r"""Compute the same from the bottleneck features, without the update of any single adapter.
 
         With the up-projection W and bias b of an adapter, the update is u = W z + b and (but for the query's bias)
 
@@ -93,9 +92,10 @@ class TeacherFusion(nn.Module):
             q \cdot K u = (h^\top Q^\top K W) z + h^\top Q^\top K b, \quad
             \sum_n a_n V u_n = V \sum_n (W_n (a_n z_n) + a_n b_n)
 
-        A product of more than two matrices is computed in the order that costs least, forward and backward: for many
-        tokens Q, K and V meet the up-projections, or each other, once a step; for many teachers they meet the hidden
-        states. No tensor has the size of the teachers' updates, (batch, seq_len, n_teachers, hidden).
+        Products of more than two matrices are computed in the cheapest order, forward and backward. For many tokens
+        Q, K and V are multiplied with the up-projections, or each other, once a step; for many teachers they are
+        multiplied with the hidden states. No tensor has the size of the teachers' updates,
+        (batch, seq_len, n_teachers, hidden).
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
@@ -104,13 +104,13 @@ class TeacherFusion(nn.Module):
 
         Returns:
             The fused output, (batch, seq_len, output), and the detached attention over the adapters in the order of
-            the stacks, (batch, seq_len, n_teachers), each row of which sums to 1.
+            the stacks, (batch, seq_len, n_teachers), whose rows sum to 1.
         """
         width = sum(stacked.up.shape[1] for stacked in stacks)
         tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
         in_graph = int(hidden_states.requires_grad)
-        # Multiply-adds of each order, forward and backward, divided by the hidden size; what they share is left out.
-        # Updates of another width than the input (LoRA in feed-forward blocks) are counted as if of the same.
+        # Multiply-adds of each order, forward and backward, divided by the hidden size, without their common part.
+        # Updates of another width than the input (LoRA in feed-forward blocks) count as if they had the same width.
         product_first = 3 * hidden_size + 2 * tokens < 5 * tokens  # K^T Q before K^T Q h
         query_cost = (min(3 * hidden_size + 2 * tokens, 5 * tokens) + in_graph * tokens) * hidden_size
         keys_first = width * (5 * hidden_size + in_graph * tokens) < query_cost
@@ -163,5 +163,5 @@ def _softmax(scores: torch.Tensor) -> torch.Tensor:
 
 
 def fusions_at(module: nn.Module) -> Any:
-    """The fusions that a module of the model holds, by the names of their students: a `ModuleDict`, or empty."""
+    """Return the fusions in a module of the model by the names of their students: a `ModuleDict`, or empty."""
     return module._modules.get("distillation_fusion", {})

@@ -1,28 +1,21 @@
-"""What the heads of a model predict, and what a distillation needs of them."""
+"""Prediction heads: their labels, and the checks of a distillation's needs."""
 
 from typing import Any
 
-from adapters import ModelAdaptersMixin
+from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
+from .._compat import heads_of
 from ..composition import AdapterDistillation
 from .distillation import distillations
 
 
 def head_config(model: ModelAdaptersMixin, name: str) -> dict[str, Any]:
-    """What a head says about itself: `head_type`, `num_labels`, `label2id` and others."""
-    return vars(model.heads[name])["config"]
+    """Return the config of a head: `head_type`, `num_labels`, `label2id` and others."""
+    return vars(heads_of(model)[name])["config"]
 
 
 def kind_of_labels(model: ModelAdaptersMixin, name: str) -> str:
-    """What the head of an adapter predicts.
-
-    Args:
-        model: The model, which has a head of that name.
-        name: The name of the adapter.
-
-    Returns:
-        `"values"` for a regression, `"labels"` for several labels at once, else `"classes"`.
-    """
+    """Return "values" for a head of a regression, "labels" for several labels at once, else "classes"."""
     config = head_config(model, name)
     if config.get("head_type") == "multilabel_classification" or config.get("multilabel"):
         return "labels"
@@ -31,27 +24,22 @@ def kind_of_labels(model: ModelAdaptersMixin, name: str) -> str:
 
 
 def shares_labels(model: ModelAdaptersMixin, student: str, teacher: str) -> bool:
-    """Whether the heads of a student and of a teacher are of one kind and predict the same labels."""
-    heads = getattr(model, "heads", {})
+    """Return whether the heads of a student and of a teacher are of one kind and predict the same labels."""
+    heads = heads_of(model)
     if student not in heads or teacher not in heads:
         return False
-    own, other = head_config(model, student), head_config(model, teacher)
+    config, other = head_config(model, student), head_config(model, teacher)
     same_form = type(heads[student]) is type(heads[teacher])
-    return same_form and all(own.get(key) == other.get(key) for key in ("num_labels", "num_choices", "label2id"))
+    return same_form and all(config.get(key) == other.get(key) for key in ("num_labels", "num_choices", "label2id"))
 
 
 def number_of_labels(model: ModelAdaptersMixin, student: str) -> int | None:
-    """The number of labels that the student's head tells apart: in a sequence, or in each token.
+    """Return the number of labels of the student's head for sequences or tokens.
 
-    Args:
-        model: The model.
-        student: The name of the student.
-
-    Returns:
-        The number; None for a student without a head, and for heads of other kinds (spans, choices, tokens of text).
+    None for a student without a head, and for heads of other kinds (spans, choices, tokens of text).
     """
-    if hasattr(model, "heads"):
-        config = head_config(model, student) if student in model.heads else {}
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        config = head_config(model, student) if student in heads_of(model) else {}
         kind = str(config.get("head_type"))
         return config.get("num_labels") if kind.endswith("classification") or kind == "tagging" else None
     has_labels = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
@@ -59,12 +47,12 @@ def number_of_labels(model: ModelAdaptersMixin, student: str) -> int | None:
 
 
 def check_head(model: ModelAdaptersMixin, student: str) -> None:
-    """Refuses a student without a head, on a model whose heads are added one by one.
+    """Refuse a student without a head, on a model with flexible heads.
 
     Raises:
-        ValueError: With what to call.
+        ValueError: With the call that adds one.
     """
-    if hasattr(model, "heads") and student not in model.heads:
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) and student not in heads_of(model):
         raise ValueError(
             f"{student!r} has no head; add one of that name, "
             f"for instance model.add_classification_head({student!r}, num_labels=2)."
@@ -72,11 +60,7 @@ def check_head(model: ModelAdaptersMixin, student: str) -> None:
 
 
 def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Refuses objectives whose needs the heads do not meet.
-
-    Args:
-        model: The model.
-        block: The distillation block.
+    """Refuse objectives that the heads do not allow.
 
     Raises:
         ValueError: With the head that is missing or has other labels.
@@ -89,39 +73,39 @@ def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> N
             f"{student!r} has not; choose 'features'."
         )
     for objective in config.output_objectives:
-        who = f"The objective {objective!r}"
-        if not hasattr(model, "heads"):
+        label = f"The objective {objective!r}"
+        if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
             raise ValueError(
-                f"{who} needs a head for each teacher, but a {type(model).__name__} has one for all; "
+                f"{label} needs a head for each teacher, but a {type(model).__name__} has one for all; "
                 "use AutoAdapterModel, or choose 'features'."
             )
         check_head(model, student)
         for teacher in block.teachers:
-            if teacher not in model.heads:
+            if teacher not in heads_of(model):
                 raise ValueError(
-                    f"{who} needs a head of teacher {teacher!r}, which has none on this model; "
+                    f"{label} needs a head of teacher {teacher!r}, which has none on this model; "
                     "load it with its head, or choose 'features'."
                 )
             if not shares_labels(model, student, teacher):
-                own, other = head_config(model, student), head_config(model, teacher)
+                wanted, other = (_describe(head_config(model, name)) for name in (student, teacher))
                 raise ValueError(
-                    f"{who} needs teachers with the labels of {student!r} ({_described(own)}), but {teacher!r} has "
-                    f"others ({_described(other)}); leave it out, or choose 'features'."
+                    f"{label} needs teachers with the labels of {student!r} ({wanted}), but {teacher!r} has "
+                    f"others ({other}); leave it out, or choose 'features'."
                 )
         if objective == "cross_task" and not is_binary(model, student):
             raise ValueError(
-                f"{who} needs a head with two classes or one label, but that of {student!r} is "
-                f"{_described(head_config(model, student))}; choose 'logits' or 'features'."
+                f"{label} needs a head with two classes or one label, but that of {student!r} is "
+                f"{_describe(head_config(model, student))}; choose 'logits' or 'features'."
             )
 
 
-def _described(config: dict[str, Any]) -> str:
+def _describe(config: dict[str, Any]) -> str:
     kind, count = config.get("head_type"), config.get("num_labels")
     return f"{kind}" if count is None else f"{kind} with {count} label{'s' if count > 1 else ''}"
 
 
 def is_of_sequences(model: ModelAdaptersMixin, student: str) -> bool:
-    """Whether a head predicts classes of sequences, or whether single labels hold for them."""
+    """Return whether a head predicts classes of sequences, or a single label that holds or not."""
     config = head_config(model, student)
     kind = kind_of_labels(model, student)
     if not str(config.get("head_type")).endswith("classification"):
@@ -130,5 +114,5 @@ def is_of_sequences(model: ModelAdaptersMixin, student: str) -> bool:
 
 
 def is_binary(model: ModelAdaptersMixin, student: str) -> bool:
-    """Whether a head tells two classes of sequences apart, or says whether one label holds."""
+    """Return whether a head predicts two classes of sequences, or one label that holds or not."""
     return is_of_sequences(model, student) and head_config(model, student).get("num_labels") in (1, 2)

@@ -1,31 +1,24 @@
-"""The terms that distillation adds to the task loss."""
+"""Loss terms that distillation adds to the task loss."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cosine_similarity,
-    cross_entropy,
-    linear,
-    softplus,
-)
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear, softplus
 
-# Keeps the loss finite where all teachers put out the same constant, for instance zero.
-MINIMAL_VARIANCE = 1e-6
-PROJECTED_SHARE = 8  # of the width of the updates, one part of so many is what `TaskSpecificLoss` matches
+MINIMAL_VARIANCE = 1e-6  # keeps the loss finite where all teachers put out the same constant, for instance zero
+PROJECTION_DIVISOR = 8  # `TaskSpecificLoss` matches the updates in their width divided by this number
 
 
 def token_weights(mask: torch.Tensor) -> torch.Tensor:
-    """The weight of each token in the mean over the tokens of its sequence.
+    """Return the weight of each token in the mean over the tokens of its sequence.
 
     Args:
         mask: True (or 1) at the tokens that count, (batch, seq_len).
 
     Returns:
-        The weights, (batch, seq_len), float32 (float64 for a float64 mask). Those of a sequence sum to 1, or are all 0
-        if no token counts.
+        The weights, (batch, seq_len), float32 (float64 for a float64 mask). The weights of a sequence sum to 1, or are
+        all 0 if no token counts.
     """
     mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -40,37 +33,24 @@ class FeatureLoss(nn.Module):
 
     with student output u, fused output f, and t running over the T_b non-padding tokens of sequence b. The variance
     makes layers and models comparable; no gradient flows through it. Tokens are averaged within their sequence and
-    sequences within the batch, so that the loss of a batch is the mean over its parts however it is split
-    (gradient accumulation, several processes).
+    sequences within the batch, so the loss of a batch is the mean over its micro-batches, however it is split.
 
     Feature matching is the objective of Wang et al., https://arxiv.org/abs/2312.16261; the normalisation is ours.
     """
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Computes the loss.
+        """Compute the loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
 
         Args:
             student_output: The student's update to the residual stream, (batch, seq_len, hidden).
             fused_output: The teachers' fused update, (batch, seq_len, hidden). Detach it where it is a fixed target.
-            weights: What `token_weights` makes of the padding mask, (batch, seq_len).
-
-        Returns:
-            The loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
+            weights: The `token_weights` of the padding mask, (batch, seq_len).
         """
         return self.of_sequences(student_output, fused_output, weights).mean()
 
     @staticmethod
     def of_sequences(student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The loss of each sequence.
-
-        Args:
-            student_output: As for `forward`.
-            fused_output: The same.
-            weights: The same.
-
-        Returns:
-            The losses, (batch,), float32 (float64 for float64 inputs).
-        """
+        """Compute the loss of each sequence, (batch,), whose mean `forward` returns."""
         dtype = torch.promote_types(student_output.dtype, torch.float32)
         weights = weights.to(dtype)
         # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
@@ -90,20 +70,14 @@ class CosineLoss(nn.Module):
     .. math::
         \mathcal{L} = \frac{1}{B} \sum_b \frac{1}{T_b} \sum_t 1 - \cos(u_{bt}, f_{bt})
 
-    The direction of each token's update is matched and its length left free (`FeatureLoss` matches both). Cosine
-    matching of hidden states is known from DistilBERT, https://arxiv.org/abs/1910.01108.
+    Only the direction of each token's update is matched; `FeatureLoss` matches its length, too. DistilBERT matches
+    hidden states by their cosine, https://arxiv.org/abs/1910.01108.
     """
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Computes the loss.
+        """Compute the loss, from 0 to 2, a float32 scalar (float64 for float64 inputs).
 
-        Args:
-            student_output: As for `FeatureLoss`, (batch, seq_len, hidden).
-            fused_output: The same, (batch, seq_len, hidden).
-            weights: The same, (batch, seq_len).
-
-        Returns:
-            The loss, from 0 to 2, a float32 scalar (float64 for float64 inputs).
+        The outputs are (batch, seq_len, hidden), the weights (batch, seq_len), as for `FeatureLoss`.
         """
         dtype = torch.promote_types(student_output.dtype, torch.float32)
         cosines = cosine_similarity(student_output.to(dtype), fused_output.to(dtype), dim=-1)  # (B, T)
@@ -117,13 +91,12 @@ class TaskSpecificLoss(nn.Module):
         \mathcal{L} = \mathrm{FeatureLoss}(P u, P f), \quad
         \mathcal{L}_\mathrm{probe} = \mathrm{task\ loss}\Big(C \sum_t w_t P f_t\Big)
 
-    The projection P and the classifier C behind it learn the task from the fused output alone, without gradient to
-    it; what is matched then goes through P, which that match does not train. So the student follows its teachers where
-    it matters for the task, and is free elsewhere.
+    The projection P and the classifier C behind it learn the task from the detached fused output only. The match does
+    not train P. So the student follows its teachers where it matters for the task, and is free elsewhere.
 
     After the supervised projection of TSKD (BrainDistill, Xie et al., https://arxiv.org/abs/2601.17625). There the
-    teacher has learnt the task and a classifier of its own, which the projection preserves; here the teachers have
-    learnt other tasks, so each layer's projection learns the new one from its labels while the student is trained.
+    teacher has learnt the task and a classifier, which the projection preserves; here the teachers have learnt other
+    tasks, so each layer's projection learns the new one from its labels while the student is trained.
 
     Args:
         hidden_size: The width of the updates.
@@ -133,14 +106,10 @@ class TaskSpecificLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        n_labels: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, hidden_size: int, n_labels: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        width = min(hidden_size, max(n_labels, hidden_size // PROJECTED_SHARE))
+        width = min(hidden_size, max(n_labels, hidden_size // PROJECTION_DIVISOR))
         self.projection = nn.Linear(hidden_size, width, bias=False, device=device, dtype=dtype)
         self.classifier = nn.Linear(width, n_labels, device=device, dtype=dtype)
         with torch.no_grad():  # in float32, since there is no half-precision decomposition
@@ -148,31 +117,22 @@ class TaskSpecificLoss(nn.Module):
         self.match = FeatureLoss()
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Computes what is matched.
+        """Compute the match, a float32 scalar (float64 for float64 inputs) without gradient to the projection.
 
-        Args:
-            student_output: As for `FeatureLoss`, (batch, seq_len, hidden).
-            fused_output: The same, (batch, seq_len, hidden).
-            weights: The same, (batch, seq_len).
-
-        Returns:
-            The loss, a float32 scalar (float64 for float64 inputs), without gradient to the projection.
+        The outputs are (batch, seq_len, hidden), the weights (batch, seq_len), as for `FeatureLoss`.
         """
         projection = self.projection.weight.detach()  # (p, d)
         student, fused = (linear(o.to(projection.dtype), projection) for o in (student_output, fused_output))
         return self.match(student, fused, weights)
 
     def probe_loss(self, fused_output: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The task loss that trains the projection and the classifier.
+        """Compute the task loss that trains projection and classifier: cross-entropy, or the squared error of values.
 
         Args:
             fused_output: The teachers' fused update, (batch, seq_len, hidden).
-            weights: As for `FeatureLoss`, (batch, seq_len).
-            labels: Classes, (batch,), or of each token, (batch, seq_len), -100 where there is none; several labels at
-                once, (batch, n_labels), or values, (batch,), as floating point numbers.
-
-        Returns:
-            The cross-entropy, or for values the squared error, a scalar.
+            weights: The `token_weights` of the padding mask, (batch, seq_len).
+            labels: Classes of sequences, (batch,), or of tokens, (batch, seq_len), -100 where there is none; several
+                labels at once, (batch, n_labels), or values, (batch,), as floating point numbers.
         """
         logits = self.classifier(self.projection(fused_output.detach().to(self.projection.weight.dtype)))  # (B, T, C)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -188,14 +148,14 @@ class TaskSpecificLoss(nn.Module):
 
     @torch.no_grad()
     def ratio(self, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The task-specific ratio: the share of the fused output's variance that the projection keeps.
+        """Return the task-specific ratio: the share of the fused output's variance that the projection keeps.
 
         Args:
             fused_output: The teachers' fused update, (batch, seq_len, hidden).
-            weights: As for `FeatureLoss`, (batch, seq_len).
+            weights: The `token_weights` of the padding mask, (batch, seq_len).
 
         Returns:
-            A number from 0, nothing of the teachers is matched, to 1, all of it; float32, or float64.
+            A scalar from 0 (the match ignores the teachers) to 1 (it sees all of their output).
         """
         dtype = torch.promote_types(fused_output.dtype, torch.float32)
         basis, _ = torch.linalg.qr(self.projection.weight.to(dtype).T)  # (d, p)
@@ -214,8 +174,8 @@ class LogitLoss(nn.Module):
                                               \mathrm{softmax}(y / \tau)\Big)
 
     with the logits y of the student and y_n of teacher n, each with its own head. The factor keeps the size of the
-    gradient where the temperature changes (Hinton et al., https://arxiv.org/abs/1503.02531); several teachers are
-    averaged as there. `FeatureLoss` needs no common label space, this does.
+    gradient where the temperature changes (Hinton et al., https://arxiv.org/abs/1503.02531, who average several
+    teachers in the same way). Unlike `FeatureLoss`, it needs a common label space.
 
     Args:
         temperature: The temperature, above 0; the higher, the softer the labels.
@@ -228,15 +188,12 @@ class LogitLoss(nn.Module):
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Computes the loss.
+        """Compute the mean over all predictions outside padding, a float32 scalar (float64 for float64 inputs).
 
         Args:
             student_logits: The student's logits, (..., n_labels).
             teacher_logits: The teachers' logits, (n_teachers, ..., n_labels). No gradient flows through them.
-            weights: For logits of tokens, (batch, seq_len, ...), what `token_weights` makes of the padding mask.
-
-        Returns:
-            The mean over all predictions (but those of padding), a float32 scalar (float64 for float64 inputs).
+            weights: For logits of tokens, (batch, seq_len, ...), the `token_weights` of the padding mask.
         """
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
         soft = (teacher_logits.detach().to(dtype) / self.temperature).softmax(dim=-1).mean(dim=0)  # (..., C)
@@ -249,7 +206,7 @@ class LogitLoss(nn.Module):
 
 
 class CrossTaskLoss(nn.Module):
-    r"""What teachers of other tasks say about a student's items: how likely each is right, and which is before which.
+    r"""Match of a student's scores with teachers of other tasks: how likely each item is right, and their order.
 
     .. math::
         \tilde r_n = s \max(s \, r_n, m), \quad s = 2 y - 1, \qquad
@@ -257,21 +214,21 @@ class CrossTaskLoss(nn.Module):
                                               \sigma(r / \tau)\Big)
         + \frac{\sum_{ij} w_{ij} \, \mathrm{softplus}(r_j - r_i)}{\sum_{ij} w_{ij}}
 
-    with the student's score r, the calibrated score r_n of teacher n (`calibration.fit_platt`), and the label y. A
-    teacher that is on the wrong side of the label by more than the margin is clipped to the right one. The second sum
-    runs over the pairs of the batch that have the same label, and whose order by the teachers' mean score is i before
-    j; :math:`w_{ij}` is the difference of their probabilities, so that near ties hardly count.
+    with the student's score r, the calibrated score r_n of teacher n (`ranking.fit_platt`), and the label y. A score
+    that does not reach the margin m on the side of the label is clipped to it. The second sum runs over the pairs of
+    the batch with the same label in which the teachers' mean score puts i before j; :math:`w_{ij}` is the difference
+    of their probabilities, so near ties hardly count.
 
     After CrossDistil (Yang et al., AAAI 2022, https://arxiv.org/abs/2202.09852): calibration, error correction, and a
     pairwise term by which another task orders the items that share a label. There all tasks have labels for the same
     items and train each other; here the teachers are frozen and their tasks have no labels for these items, so their
-    scores take the place of the labels that form the quadruplets, and are calibrated once.
+    scores replace the labels that form the quadruplets, and are calibrated once.
 
-    The pairs are those of a micro-batch, as in-batch negatives are: smaller ones have fewer.
+    Pairs are formed within a micro-batch, as in-batch negatives are: a smaller micro-batch has fewer.
 
     Args:
         temperature: The temperature, above 0.
-        margin: How far on the right side of the label a clipped score is.
+        margin: The distance of a clipped score from 0, on the right side of the label.
     """
 
     def __init__(self, temperature: float = 2.0, margin: float = 1.0) -> None:
@@ -283,16 +240,12 @@ class CrossTaskLoss(nn.Module):
     def forward(
         self, student_scores: torch.Tensor, teacher_scores: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Computes the loss.
+        """Compute the loss, a float32 scalar (float64 for float64 inputs).
 
         Args:
             student_scores: The logit of the positive label, (batch,).
             teacher_scores: The teachers' calibrated logits, (n_teachers, batch). No gradient flows through them.
-            labels: 0 or 1, (batch,); None for examples without, whose predictions cannot be corrected, and whose
-                pairs all count.
-
-        Returns:
-            The loss, a float32 scalar (float64 for float64 inputs).
+            labels: 0 or 1, (batch,); without labels no prediction is corrected, and all pairs count.
         """
         dtype = torch.promote_types(student_scores.dtype, torch.float32)
         student, teachers = student_scores.to(dtype), teacher_scores.detach().to(dtype)  # (B,), (N, B)
@@ -311,24 +264,24 @@ class CrossTaskLoss(nn.Module):
 
 
 def two_classes(scores: torch.Tensor) -> torch.Tensor:
-    """The logits of the negative and the positive class, (..., 2), whose softmax is the sigmoid of a score."""
+    """Return the logits of the negative and the positive class, (..., 2), whose softmax is the sigmoid of a score."""
     return torch.stack([torch.zeros_like(scores), scores], dim=-1)
 
 
 def logit_matching_loss(
     student_logits: torch.Tensor, fused_logits: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Squared difference of the student's logits from those of the fused pass, for the carrier `dual`.
+    """Compute the squared difference between the student's and the fused pass's logits, for the carrier `dual`.
 
     Logit regression (Ba and Caruana, https://arxiv.org/abs/1312.6184) fits all heads: classes, labels, scores, tokens.
 
     Args:
         student_logits: The student's logits, of any shape.
         fused_logits: The logits of the fused pass, of the same shape. No gradient flows through them.
-        weights: For logits of tokens, (batch, seq_len, ...), what `token_weights` makes of the padding mask.
+        weights: For logits of tokens, (batch, seq_len, ...), the `token_weights` of the padding mask.
 
     Returns:
-        The mean over all logits (but those of padding), a float32 scalar (float64 for float64 inputs).
+        The mean over all logits outside padding, a float32 scalar (float64 for float64 inputs).
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     errors = (student_logits.to(dtype) - fused_logits.detach().to(dtype)).square()
@@ -339,16 +292,13 @@ def logit_matching_loss(
 
 
 def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:
-    r"""Squared Frobenius distance of the value matrices from the identity, summed over layers.
+    """Compute the squared Frobenius distance of the value matrices from the identity, summed over layers.
 
     As in AdapterFusion (Pfeiffer et al., https://arxiv.org/abs/2005.00247): it keeps each fused output near a convex
     combination of the teachers' outputs.
 
     Args:
         values: The value matrices, (hidden, hidden) each.
-
-    Returns:
-        A scalar.
     """
     distances = [
         (value - torch.eye(len(value), dtype=value.dtype, device=value.device)).square().sum() for value in values

@@ -1,4 +1,4 @@
-"""The adapters of one layer side by side, so that a matrix product serves all of them."""
+"""Stack of the adapters of one layer, so that one matrix product serves all of them."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .._compat import Adapter, LoRA, ParallelAdapter
 
 
 class StackedAdapters(NamedTuple):
-    r"""Adapters of the same width and activation.
+    r"""Weights of adapters of the same width and activation, side by side.
 
     The update of adapter n is :math:`u_n = W^{up}_n z_n + b_n` with the bottleneck features
     :math:`z_n = \mathrm{act}(W^{down}_n h + b^{down}_n)`. An adapter's scaling is part of its up-projection here. LoRA
@@ -20,7 +20,7 @@ class StackedAdapters(NamedTuple):
         names: The adapters, n of them, each of width m.
         down_weight: The down-projections, (n * m, hidden).
         down_bias: Their biases, (n * m,), None if they have none.
-        up: The up-projections and behind them their biases, (hidden, n * m + n).
+        up: The up-projections, then their biases, (hidden, n * m + n).
         activation: The activation, None if there is none.
     """
 
@@ -32,17 +32,14 @@ class StackedAdapters(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The number of bottleneck features of all adapters, n * m."""
+        """Number of bottleneck features of all adapters, n * m."""
         return len(self.down_weight)
 
     def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The bottleneck features of all adapters.
+        """Return the bottleneck features of all adapters, (batch, seq_len, n, m).
 
         Args:
             hidden_states: The input of the adapters, (batch, seq_len, hidden).
-
-        Returns:
-            The features, (batch, seq_len, n, m).
         """
         down = nn.functional.linear(hidden_states, self.down_weight, self.down_bias)  # (B, T, n * m)
         features = down if self.activation is None else self.activation(down)
@@ -50,15 +47,11 @@ class StackedAdapters(NamedTuple):
 
 
 def input_kind(adapter: Adapter | LoRA) -> tuple[object, ...]:
-    """What adapters of one layer must have in common to have the same input.
+    """Return the key that adapters of one layer with the same input share.
 
-    Args:
-        adapter: The adapter's module.
-
-    Returns:
-        For a bottleneck adapter whether it runs beside the layer's block (and reads the block's input), whether it
-        reads the normalised sum of the block's output and the residual stream, not the output alone, and what it adds
-        its update to. LoRA always reads the input of the projection.
+    For a bottleneck adapter: whether it runs beside the layer's block (and reads the block's input), whether it reads
+    the normalised sum of the block's output and the residual stream or just the output, and which sum its update is
+    added to. LoRA always reads the input of the projection.
     """
     if isinstance(adapter, LoRA):
         return ()
@@ -66,12 +59,12 @@ def input_kind(adapter: Adapter | LoRA) -> tuple[object, ...]:
 
 
 def ends_in_up_projection(adapter: Adapter | LoRA) -> bool:
-    """Whether nothing but the scaling follows the up-projection of an adapter: no gate, no norm."""
+    """Return whether only the scaling follows the up-projection of an adapter: no gate, no norm."""
     return isinstance(adapter, LoRA) or not (adapter.use_gating or adapter.add_layer_norm_after)
 
 
 def can_be_stacked(adapter: Adapter | LoRA) -> bool:
-    """Whether an adapter is linear at both ends, with an activation that has no weights of its own."""
+    """Return whether an adapter is linear at both ends, with an activation without weights."""
     if isinstance(adapter, LoRA):
         return True
     ends = (adapter.adapter_down[0], adapter.adapter_up)
@@ -83,7 +76,7 @@ def can_be_stacked(adapter: Adapter | LoRA) -> bool:
 
 
 class _Ends(NamedTuple):
-    """The projections of one adapter; None for a bias that it does not have, and for no activation."""
+    """Projections of one adapter; None for a missing bias or activation."""
 
     down: torch.Tensor
     down_bias: torch.Tensor | None
@@ -100,21 +93,18 @@ def _ends(adapter: Adapter | LoRA) -> _Ends:
 
 
 def update_sizes(adapter: Adapter | LoRA) -> tuple[int, int]:
-    """The widths of an adapter's input and of its update."""
+    """Return the widths of an adapter's input and of its update."""
     if isinstance(adapter, LoRA):
         return adapter.lora_A.shape[1], adapter.lora_B.shape[0]
     return adapter.input_size, adapter.input_size
 
 
 def stack(adapters: dict[str, Adapter | LoRA], dtype: torch.dtype | None = None) -> StackedAdapters:
-    """Copies the weights of adapters of one width, activation and input side by side.
+    """Copy the weights of adapters of one width, activation and input side by side; gradients flow to trained weights.
 
     Args:
         adapters: The adapters' modules by name.
-        dtype: The data type of the copy. By default that of the weights.
-
-    Returns:
-        The stacked adapters; gradients flow to the weights that are trained.
+        dtype: The data type of the copy. By default the data type of the weights.
     """
     ends = [_ends(adapter) for adapter in adapters.values()]
     scales = [s.unsqueeze(-1) if isinstance(s, torch.Tensor) else s for s in (m.scaling for m in adapters.values())]
@@ -133,7 +123,7 @@ def stack(adapters: dict[str, Adapter | LoRA], dtype: torch.dtype | None = None)
 
 
 def stacked_bytes(adapters: dict[str, Adapter | LoRA]) -> int:
-    """The size of what stacking adapters copies in the data type of their weights, 0 if one cannot be stacked."""
+    """Return the bytes that a stack takes in the data type of the weights, 0 if an adapter cannot be stacked."""
     if not all(map(can_be_stacked, adapters.values())):
         return 0
     tensors = [tensor for adapter in adapters.values() for tensor in _ends(adapter)[:4]]
@@ -141,13 +131,13 @@ def stacked_bytes(adapters: dict[str, Adapter | LoRA]) -> int:
 
 
 class StackCache:
-    """The stacked weights of frozen teachers, copied once and again where a teacher, its place or type has changed."""
+    """Cache of stacked weights; they are copied again only where a teacher, its place or type has changed."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Frees the copy."""
+        """Free the copy."""
         self._stacks: list[StackedAdapters] | None = None
         self._dtype: torch.dtype | None = None
         self._teachers: dict[str, Adapter | LoRA] = {}
@@ -155,7 +145,7 @@ class StackCache:
 
     @property
     def nbytes(self) -> int:
-        """The size of the copy, in bytes."""
+        """Size of the copy, in bytes."""
         tensors = [t for stacked in self._stacks or () for t in (stacked.down_weight, stacked.down_bias, stacked.up)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -163,16 +153,9 @@ class StackCache:
     def get(
         self, teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
     ) -> list[StackedAdapters] | None:
-        """The stacked teachers.
+        """Return a stack for each combination of the teachers' width, activation and input.
 
-        Args:
-            teachers: The teachers' modules by name.
-            adapters_config: The configs of the model's adapters.
-            dtype: The data type wanted.
-
-        Returns:
-            A stack for each combination of width, activation and input that the teachers have; None if one of the
-            teachers cannot be stacked.
+        None if one of the teachers cannot be stacked.
         """
         if torch.compiler.is_compiling():  # compiled code cannot check a cache, and copies by itself
             return _stack_alike(teachers, adapters_config, dtype)
@@ -189,7 +172,7 @@ class StackCache:
         return self._stacks
 
     def _is_fresh(self, teachers: dict[str, Adapter | LoRA]) -> bool:
-        """Whether the modules are those that were copied, and each weight is the same tensor, unchanged."""
+        """Return whether the modules and weights are still the same objects as when they were copied, unchanged."""
         return teachers == self._teachers and all(
             owner.get(name) is p and p._version == version and p.data_ptr() == address
             for owner, name, p, version, address in self._sources

@@ -10,7 +10,15 @@ from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation
 from ..teachers.compatibility import check_supported, check_weights, choose_level
-from ..teachers.loading import Source, check_folder, first_line, load_teacher, locate_teacher, read_config
+from ..teachers.loading import (
+    SavedAdapter,
+    Source,
+    add_saved_adapter,
+    check_saved_adapter,
+    first_line,
+    locate_teacher,
+    read_config,
+)
 from .warm_start import start_at_average
 
 
@@ -44,23 +52,26 @@ def add_student(
     check_supported(f"Student {student!r}", student_config)
 
     located: dict[str, tuple[str, Path | None, Source]] = {}
-    configs: dict[str, dict | AdapterConfig] = {}
+    saved: dict[str, SavedAdapter] = {}
     for teacher in distillation_config.teachers:
         name, folder, source = locate_teacher(model, teacher)
         if name in located or name == student:
             other = "the student" if name == student else f"teacher {located[name][0]!r}"
             raise ValueError(f"Teacher {teacher!r} would have the name of {other}, {name!r}; rename its folder.")
         located[name] = teacher, folder, source
-        configs[name] = check_folder(model, teacher, folder) if folder else model.adapters_config.get(name)
-        check_supported(f"Teacher {teacher!r}", read_config(f"Teacher {teacher!r}", configs[name]))
+        label, teacher_config = f"Teacher {teacher!r}", model.adapters_config.get(name)
+        if folder:
+            saved[name] = check_saved_adapter(model, folder, label)
+            teacher_config = saved[name].config
+        check_supported(label, read_config(label, teacher_config))
 
     loaded: list[str] = []
     active_head = getattr(model, "active_head", None)
     try:
-        for name, (teacher, folder, _) in located.items():
-            if folder:
+        for name, (teacher, _, _) in located.items():
+            if name in saved:
                 loaded.append(name)
-                load_teacher(model, teacher, name, folder, configs[name])
+                add_saved_adapter(model, saved[name], name)
                 model.apply_to_adapter_layers(lambda i, layer, name=name: layer.freeze_adapter(name))
             check_weights(model, teacher, name)
         called = {name: f"Teacher {teacher!r}" for name, (teacher, _, _) in located.items()}

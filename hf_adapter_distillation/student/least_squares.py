@@ -1,22 +1,22 @@
-"""Least squares for an up-projection: distillation of a fixed target in closed form."""
+"""Least squares for an up-projection: distillation from a fixed target in closed form."""
 
 from collections.abc import Callable
 
 import torch
 
-# How strongly the solution is held at the present weights, relative to the mean square of a feature: keeps weights of
-# features that never fire, and small data solvable.
+# Pull of the solution towards the present weights, relative to the mean square of a feature: it keeps the weights of
+# features that never fire, and makes small data solvable.
 RIDGE = 1e-3
 
 
 class UpProjectionFit:
-    r"""The up-projection of one adapter that turns its bottleneck features into given updates with the least error.
+    r"""Fit of one adapter's up-projection, which maps its bottleneck features to given updates.
 
     .. math::
         \min_{W, b} \sum_t \lVert W z_t + b - u_t \rVert^2 + \lambda \lVert (W, b) - (W_0, b_0) \rVert^2
 
-    with the features z of the adapter, the updates u that it shall make, and its present weights. Tokens are added
-    batch by batch; only the sums of the normal equations are held, in float64.
+    with the features z of the adapter, its wanted updates u, and its present weights. Tokens are added batch by batch;
+    only the sums of the normal equations are kept, in float64.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class UpProjectionFit:
         self.square = torch.zeros(())
 
     def reduce(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces each sum, for instance by that over all processes."""
+        """Replace each sum, for instance by the sum over all processes."""
         self.gram, self.moment, self.square = reduce(self.gram), reduce(self.moment), reduce(self.square)
 
     def add(self, features: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> None:
-        """Adds tokens.
+        """Add tokens.
 
         Args:
             features: The bottleneck features, (batch, seq_len, m).
@@ -45,19 +45,19 @@ class UpProjectionFit:
         self.square = u.square().sum() + self.square
 
     def solve(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Solves the normal equations.
+        """Solve the normal equations.
 
         Args:
             weight: The present weights, (hidden, m).
             bias: The present biases, (hidden,).
 
         Returns:
-            The new weights and biases, in the data type of the old ones, and the share of the target's squares that
-            they leave unexplained, a scalar.
+            The new weights and biases, in the data type of the old ones, and the unexplained share of the target's
+            squares, a scalar.
         """
         old = torch.cat([weight, bias.unsqueeze(1)], dim=1).T.double()  # (m + 1, d)
         ridge = RIDGE * self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        held = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        new = torch.linalg.solve(held, self.moment + ridge * old)  # (m + 1, d)
+        gram = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        new = torch.linalg.solve(gram, self.moment + ridge * old)  # (m + 1, d)
         error = self.square - 2 * (new * self.moment).sum() + (new * (self.gram @ new)).sum()
         return new[:-1].T.to(weight.dtype), new[-1].to(bias.dtype), error / self.square

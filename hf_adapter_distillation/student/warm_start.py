@@ -1,4 +1,4 @@
-"""Where a student starts: at the average of its teachers' weights, and from there at the average of their updates."""
+"""Start of a student: the average of its teachers' weights, then the average of their updates."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,18 +32,18 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
-    r"""Sets a LoRA module to the best approximation of the mean of others' weight changes by a matrix of its rank.
+    r"""Set a LoRA module to the best approximation of the teachers' mean weight change by a matrix of its rank.
 
     .. math::
         \min_{A, B} \Big\lVert B A - \frac{1}{N} \sum_n B_n A_n \Big\rVert_F
 
-    The mean of the updates is that of the weight changes, since LoRA is linear, and a truncated singular value
-    decomposition is the minimum (Eckart and Young, https://doi.org/10.1007/BF02288367), computed from the factors.
-    The averages of A and of B would be no start: their product is not the average of the products.
+    LoRA is linear, so the mean weight change gives the mean update. A truncated singular value decomposition, computed
+    from the factors, is the minimum (Eckart and Young, https://doi.org/10.1007/BF02288367). The average of A times the
+    average of B would differ: it is not the average of the products.
 
     Args:
-        student: The module to set; its rank may differ from the others'.
-        teachers: The others, of the same projection.
+        student: The module to set; its rank may differ from the teachers'.
+        teachers: The teachers' modules of the same projection.
     """
     scales = [teacher.scaling / (len(teachers) * student.scaling) for teacher in teachers]
     up = torch.cat([t.lora_B.double() * scale for t, scale in zip(teachers, scales, strict=True)], dim=1)  # (out, N r)
@@ -59,17 +59,17 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
 
 
 def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
-    """Sets the student to the average of its teachers' weights, if there is one; `start_head` does the head."""
-    # No part of what the weights compute, or (rank and scaling of LoRA) of no matter for the average:
+    """Set the student to the average of its teachers' weights, if there is one; `start_head` sets the head."""
+    # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
     ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
 
     teachers = distillation.config.teachers
-    if other := [name for name in teachers if relevant(name) != relevant(student)]:
+    if others := [name for name in teachers if relevant(name) != relevant(student)]:
         logger.warning(
-            f"{student!r} starts at random weights: its config is not that of teacher {other[0]!r}, so there is no "
+            f"{student!r} starts at random weights: its config is not that of teacher {others[0]!r}, so there is no "
             f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
@@ -79,15 +79,15 @@ def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Dist
             f"multiply to. Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    of_teachers = [model.get_adapter(name) for name in teachers]
+    modules_of_teachers = [model.get_adapter(name) for name in teachers]
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
-            _start_module(module, [teacher[place][location] for teacher in of_teachers])
+            _start_module(module, [teacher[place][location] for teacher in modules_of_teachers])
     distillation.start_digest = adapter_digest(model, student)
 
 
 def _has_factors(config: AdapterConfig, level: str) -> bool:
-    """Whether an adapter multiplies weights of its own that are not averaged one by one (nor, as LoRA, together)."""
+    """Return whether an adapter multiplies factors that are not averaged as a product (`average_lora` does that)."""
     if isinstance(config, ConfigUnion):
         return any(_has_factors(part, level) for part in config.configs)
     if isinstance(config, LoRAConfig):
@@ -106,7 +106,7 @@ def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
 
 
 def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
-    """Sets the student's head to the average of its teachers' heads, where their shapes agree; adds it if missing.
+    """Set the student's head to the average of its teachers' heads, where their shapes agree; add it if missing.
 
     A student that was trained or loaded since it was added keeps its head.
     """
@@ -127,7 +127,7 @@ def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillati
 
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
-    """Whether a student's up-projections can be fitted to updates; those of LoRA start at a mean that is exact."""
+    """Return whether a student's up-projections can be fitted to updates; LoRA starts at the exact mean already."""
     if distillation_of(model, student).level == "layer":
         return False
     modules = [layer.adapter_modules[student] for _, layer in adapter_layers(model, student)]

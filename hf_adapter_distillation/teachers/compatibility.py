@@ -1,4 +1,4 @@
-"""Which adapters can be fused with each other, and where: inside the layers, or in the layers' outputs."""
+"""Checks of teachers against a student: can they be fused, inside the layers or in the layers' outputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -21,8 +21,8 @@ from ..method.parameters import owner
 from ..method.whole_layers import holds, whole_layers
 
 
-def check_supported(who: str, config: AdapterConfig) -> None:
-    """Refuses the methods that cannot be fused at any level.
+def check_supported(label: str, config: AdapterConfig) -> None:
+    """Refuse the methods that cannot be fused at any level.
 
     Raises:
         ValueError: For prompt tuning and MTL-LoRA, alone or in a union.
@@ -30,12 +30,12 @@ def check_supported(who: str, config: AdapterConfig) -> None:
     for part in _parts(config):
         if isinstance(part, PromptTuningConfig):
             raise ValueError(
-                f"{who} is a {type(part).__name__}, which makes the sequence longer, so its states do not match the "
+                f"{label} is a {type(part).__name__}, which makes the sequence longer, so its states do not match the "
                 "student's; use prefix tuning, or any other method."
             )
         if isinstance(part, MTLLoRAConfig):
             raise ValueError(
-                f"{who} is a {type(part).__name__}, which belongs to several tasks at once; use a LoRA of one task."
+                f"{label} is a {type(part).__name__}, which belongs to several tasks at once; use a LoRA of one task."
             )
 
 
@@ -44,7 +44,7 @@ def _parts(config: AdapterConfig) -> Sequence[AdapterConfig]:
 
 
 def _method(config: AdapterConfig) -> type[AdapterConfig] | None:
-    """The method of an adapter that adds an update inside the layer; None for all others."""
+    """Return the method of an adapter that adds an update inside the layer; None for all others."""
     if isinstance(config, BnConfig):
         return BnConfig
     plain = {"composition_mode": "add", "use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None}
@@ -53,20 +53,11 @@ def _method(config: AdapterConfig) -> type[AdapterConfig] | None:
     return None
 
 
-def differs_in_layer(who: str, config: AdapterConfig, student_config: AdapterConfig) -> str:
-    """Says why a teacher cannot be fused with others at the places inside a layer where the student adds its update.
-
-    Args:
-        who: The teacher, for the text.
-        config: Its config.
-        student_config: The student's config.
-
-    Returns:
-        The reason, or an empty text if nothing is in the way.
-    """
+def differs_in_layer(label: str, config: AdapterConfig, student_config: AdapterConfig) -> str:
+    """Return why a teacher cannot be fused where the student adds its update inside a layer; "" if it can."""
     if _method(config) is None or _method(config) is not _method(student_config):
         return (
-            f"{who} is a {type(config).__name__}, the student a {type(student_config).__name__}; inside the layers "
+            f"{label} is a {type(config).__name__}, the student a {type(student_config).__name__}; inside the layers "
             "bottleneck adapters are fused with bottleneck adapters, and plain LoRA with plain LoRA"
         )
     if _method(config) is LoRAConfig:
@@ -82,81 +73,73 @@ def differs_in_layer(who: str, config: AdapterConfig, student_config: AdapterCon
     differs = ", ".join(
         f"{key}={config[key]!r} and not {student_config[key]!r}" for key in keys if config[key] != student_config[key]
     )
-    return f"{who} adds its update at another place of the layer than the student: it has {differs}"
+    return f"{label} adds its update at another place of the layer than the student: it has {differs}"
 
 
 def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
-    """Whether an adapter of a config has a module in a layer, if it leaves out none."""
-    in_projection = (
-        not isinstance(layer, LoRALinear) or layer.attn_key is None or layer.attn_key in config.attn_matrices
-    )
-    return bool(config.get(layer.location_key)) and in_projection
+    """Return whether an adapter of a config has a module in a layer, unless it leaves the layer out."""
+    key = _attention_key(layer)
+    return bool(config.get(layer.location_key)) and (key is None or key in config.attn_matrices)
 
 
-def misses_in_layer(model: ModelAdaptersMixin, who: str, name: str, student_config: AdapterConfig) -> str:
-    """Says why a teacher on the model has no place inside the layers in common with the student.
+def _attention_key(layer: FusedLayer) -> str | None:
+    return layer.attn_key if isinstance(layer, LoRALinear) else None
 
-    Args:
-        model: The model.
-        who: The teacher, for the text.
-        name: Its name on the model.
-        student_config: The student's config, of the same method.
 
-    Returns:
-        The reason, or an empty text if there is such a place.
-    """
+def misses_in_layer(model: ModelAdaptersMixin, label: str, name: str, student_config: AdapterConfig) -> str:
+    """Return why a teacher has no place inside the layers in common with a student of its method; "" if it has."""
     layers = adapter_layers(model, name)
     if not layers:
-        return f"{who} has no module that can be fused inside a layer (its LoRA sits in projections that are merged)"
+        return f"{label} has no module that can be fused inside a layer (its LoRA sits in projections that are merged)"
     shared = [layer for _, layer in layers if _is_at(student_config, layer)]
     if not shared:
-        places = sorted({getattr(layer, "attn_key", None) or layer.location_key for _, layer in layers})
-        return f"{who} sits at {', '.join(places)}, where the student has no modules"
+        places = sorted({_attention_key(layer) or layer.location_key for _, layer in layers})
+        return f"{label} sits at {', '.join(places)}, where the student has no modules"
     if all(layer.layer_idx in student_config["leave_out"] for layer in shared):
-        return f"{who} sits in layers alone that the student leaves out ({student_config['leave_out']})"
+        return f"{label} sits only in layers that the student leaves out ({student_config['leave_out']})"
     return ""
 
 
 def choose_level(
     model: ModelAdaptersMixin, level: Level, teachers: Mapping[str, str], student_config: AdapterConfig
 ) -> tuple[Literal["adapter", "layer"], str]:
-    """Where teachers and student meet: inside the layers if they can, else in the layers' outputs.
+    """Choose where teachers and student meet: inside the layers if they can, else in the layers' outputs.
 
     Args:
         model: The model, with all teachers.
-        level: What `DistillationConfig.level` asks for.
-        teachers: What messages call each teacher, by its name on the model.
+        level: The value of `DistillationConfig.level`.
+        teachers: The teachers in messages, by their names on the model.
         student_config: The student's config.
 
     Returns:
-        The level, and why it is "layer" where that was not asked for.
+        The level, and the reason for "layer" where `level` is "auto".
 
     Raises:
-        ValueError: If the level that is asked for is impossible, or a teacher has no layer in common with the student.
+        ValueError: If the requested level is impossible, or a teacher has no layer in common with the student.
     """
     config_of = model.adapters_config.get
     reasons = (
-        differs_in_layer(who, config_of(name), student_config) or misses_in_layer(model, who, name, student_config)
-        for name, who in teachers.items()
+        differs_in_layer(label, config_of(name), student_config) or misses_in_layer(model, label, name, student_config)
+        for name, label in teachers.items()
     )
     reason = "" if level == "layer" else next(filter(None, reasons), "")
     if level == "adapter" and reason:
         raise ValueError(f"{reason}; choose level='layer', or give all of them one method and place.")
     if level != "layer" and not reason:
         return "adapter", ""
-    for name, who in teachers.items():
+    for name, label in teachers.items():
         in_common = (_covers(student_config, i) and holds(layer, name) for i, layer in model.iter_layers())
         if not any(in_common):
             raise ValueError(
-                f"{who} has no layer in common with the student; let the student's config leave out fewer layers."
+                f"{label} has no layer in common with the student; let the student's config leave out fewer layers."
             )
     return "layer", reason
 
 
 def _covers(config: AdapterConfig, index: int) -> bool:
-    """Whether an adapter of a config has modules in the layer of an index."""
+    """Return whether an adapter of a config has modules in the layer of an index."""
 
-    def covers(part: AdapterConfig) -> bool:  # ReFT names the layers that it has, the others those that it leaves out
+    def covers(part: AdapterConfig) -> bool:  # ReFT lists the layers that it has, the others the layers to leave out
         layers = part.get("layers", "all")
         return index not in part.get("leave_out", ()) and (layers == "all" or index in layers)
 
@@ -164,20 +147,20 @@ def _covers(config: AdapterConfig, index: int) -> bool:
 
 
 def check_weights(model: ModelAdaptersMixin, teacher: str, name: str) -> None:
-    """Refuses a teacher with weights that are not finite.
+    """Refuse a teacher with weights that are NaN or infinite; `teacher` is its entry in the list of teachers.
 
     Raises:
         ValueError: With the teacher and the first such weight.
     """
     for key, parameter in model.base_model.named_parameters():
         if owner(key, {name}) and not torch.isfinite(parameter).all():
-            raise ValueError(f"Teacher {teacher!r} has weights that are NaN or infinite ({key}); train it anew.")
+            raise ValueError(f"Teacher {teacher!r} has weights that are NaN or infinite ({key}); train it again.")
 
 
 def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
-    """Refuses teachers on another device than the student in a layer; layers may be on several devices.
+    """Refuse teachers on another device than the student in a layer; layers may be on several devices.
 
-    Another data type is cast where the teachers are fused.
+    Data types may differ: teachers are cast where they are fused.
 
     Raises:
         ValueError: With the first such teacher and both devices.
@@ -187,10 +170,10 @@ def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[st
         for key, parameter in layer.named_parameters():
             if (name := owner(key, {student, *teachers})) is not None:
                 devices.setdefault(name, parameter.device)
-        own = devices.get(student)
+        target = devices.get(student)
         for name, device in devices.items():
-            if own is not None and device != own:
+            if target is not None and device != target:
                 raise ValueError(
-                    f"Teacher {name!r} is on {device}, {student!r} on {own} ({layer_name}); "
-                    f"call model.to({str(own)!r}) once all adapters are added."
+                    f"Teacher {name!r} is on {device}, {student!r} on {target} ({layer_name}); "
+                    f"call model.to({str(target)!r}) once all adapters are added."
                 )

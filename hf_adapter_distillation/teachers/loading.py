@@ -1,14 +1,21 @@
-"""Where teachers come from: the model, local folders, the Hub."""
+"""Adapters from local folders and the Hub: locate them, check them, load them."""
 
 import difflib
 import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
-from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+from adapters import (
+    AdapterConfig,
+    LoRAConfig,
+    ModelAdaptersMixin,
+    ModelWithFlexibleHeadsAdaptersMixin,
+    ModelWithHeadsAdaptersMixin,
+)
 
 from .._compat import (
     ADAPTER_CONFIG_NAME,
@@ -18,6 +25,7 @@ from .._compat import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
     AdapterLoader,
+    heads_of,
 )
 from ..composition import check_name
 from ..student.provenance import download, hub_reason, is_hub_id
@@ -26,7 +34,7 @@ from .peft_lora import is_peft, load_peft_lora, peft_lora_config
 
 Source = dict[str, str | None]
 
-# All that is downloaded of a repository, which may hold checkpoints and code, too.
+# The only files that are downloaded of a repository, which may hold checkpoints and code, too.
 ADAPTER_FILES = [
     ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, HEAD_CONFIG_NAME, SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME,
     PEFT_WEIGHTS_NAME,
@@ -34,11 +42,9 @@ ADAPTER_FILES = [
 
 
 def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path | None, Source]:
-    """Finds out what one entry of `distill_from` means; downloads it if it is on the Hub, adds nothing to the model.
+    """Resolve one entry of `distill_from`: an adapter on the model, a local folder, or a Hub id (with `@revision`).
 
-    Args:
-        model: The model.
-        teacher: The name of an adapter on the model, a local folder, or a Hub id, with `@revision` if wanted.
+    An adapter on the Hub is downloaded. Nothing is added to the model.
 
     Returns:
         The name that the teacher has or will have on the model, its folder (None if it is on the model already), and
@@ -53,12 +59,11 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
     if not os.path.isdir(teacher):
         folder = _download(model, teacher)
         revision = folder.name
-    # That of a symbolic link is its own, not that of the folder it leads to.
-    name = os.path.basename(os.path.abspath(teacher.partition("@")[0] if revision else teacher))
-    check_name(f"Teacher {teacher!r}; rename the folder", name)
-    if name in model.adapters_config or name in getattr(model, "heads", {}):
+    label = f"Teacher {teacher!r}"
+    name = name_from_folder(teacher.partition("@")[0] if revision else teacher, label)
+    if name in model.adapters_config or name in heads_of(model):
         raise ValueError(
-            f"Teacher {teacher!r} would be named {name!r}, and the model has an adapter or head of that name; "
+            f"{label} would be named {name!r}, and the model has an adapter or head of that name; "
             f"distill from {name!r} if it is the same, else rename the folder."
         )
     return name, folder, {"source": teacher, "revision": revision}
@@ -68,8 +73,8 @@ def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
     if not is_hub_id(teacher):
         close = difflib.get_close_matches(teacher, list(model.adapters_config), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "it is no local folder or Hub id either."
-        known = ", ".join(map(repr, model.adapters_config)) or "none"
-        raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {known}.")
+        adapters = ", ".join(map(repr, model.adapters_config)) or "none"
+        raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {adapters}.")
     try:
         return download(teacher, ADAPTER_FILES)
     except OSError as error:
@@ -79,138 +84,162 @@ def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
         ) from error
 
 
-def check_folder(model: ModelAdaptersMixin, teacher: str, folder: Path) -> dict | LoRAConfig:
-    """Reads the config of a saved adapter, also of PEFT, and refuses one that was made for another base model.
+def name_from_folder(folder: str | Path, label: str) -> str:
+    """Return the name that an adapter gets from its folder; raise `ValueError` if no adapter can have it."""
+    name = os.path.basename(os.path.abspath(folder))  # a symbolic link keeps its own name
+    check_name(f"{label}; rename the folder", name)
+    return name
+
+
+def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[str, Any]:
+    """Read the `adapter_config.json` of a folder; `label` (by default the folder) is the adapter in messages.
+
+    Raises:
+        ValueError: If the file is missing or damaged.
+    """
+    path = Path(folder) / ADAPTER_CONFIG_NAME
+    if not path.is_file():
+        nested = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
+        hint = f"did you mean {nested[0].parent}?" if nested else "give a folder made by save_adapter."
+        raise ValueError(f"{label or folder} holds no {ADAPTER_CONFIG_NAME}; {hint}")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); save the adapter again.") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is no adapter config (it holds no object); save the adapter again.")
+    return saved
+
+
+class SavedAdapter(NamedTuple):
+    """Saved adapter that suits a model."""
+
+    folder: Path
+    label: str  # the adapter in messages
+    saved_name: Any  # as it stands in the file
+    config: dict | LoRAConfig  # a LoRAConfig where it was converted from PEFT
+
+
+def load_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, name: str, label: str | None = None) -> None:
+    """Load an adapter that adapters or PEFT saved, with its head if there is one and the model's heads are flexible.
 
     Args:
-        model: The model that the adapter is meant for.
-        teacher: The entry of `distill_from`, for messages.
+        model: The model to load it on.
         folder: The local folder.
+        name: The name that it gets on the model.
+        label: The adapter in messages, for instance "Student 'bank'". By default "Adapter" and the folder.
 
-    Returns:
-        The saved adapter config (the part that describes the adapter).
+    Raises:
+        ValueError: If the folder holds no adapter, or one for another base model, or weights that cannot be read.
+    """
+    add_saved_adapter(model, check_saved_adapter(model, folder, label or f"Adapter {str(folder)!r}"), name)
+
+
+def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: str) -> SavedAdapter:
+    """Read the config of a saved adapter, and refuse one that was made for another base model.
 
     Raises:
         ValueError: If the folder holds no adapter, or one for another model type, hidden size or base model, or an
             adapter of PEFT that cannot be converted.
     """
-    path = folder / ADAPTER_CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"Teacher {teacher!r} holds no {ADAPTER_CONFIG_NAME}; give a folder made by save_adapter.")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if is_peft(saved):
-            made_for, config = {"model_name": saved.get("base_model_name_or_path")}, None
-        else:
-            made_for = {key: saved[key] for key in ("model_type", "hidden_size", "model_name")}
-            config = saved["config"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no adapter config ({error}); save the teacher anew with save_adapter.") from error
-    here = {
+    folder = Path(folder)
+    saved = read_adapter_config(folder, label)
+    of_model = {
         "model_type": model.config.model_type,
         "hidden_size": getattr(model.config, "hidden_size", None),
         "model_name": model.model_name,
     }
+    if is_peft(saved):
+        made_for = {"model_name": saved.get("base_model_name_or_path")}
+    elif missing := [key for key in (*of_model, "config") if key not in saved]:
+        path = folder / ADAPTER_CONFIG_NAME
+        raise ValueError(f"{path} is no adapter config ({missing[0]!r} is missing); save the adapter again.")
+    else:
+        made_for = {key: saved[key] for key in of_model}
     for key, value in made_for.items():
         # Local paths name the same model differently on each machine, so only two Hub ids are compared.
         is_path = key == "model_name" and any(
-            not v or os.path.isabs(v) or os.path.exists(v) for v in (here[key], value)
+            not v or os.path.isabs(v) or os.path.exists(v) for v in (of_model[key], value)
         )
-        if value != here[key] and not is_path:
+        if value != of_model[key] and not is_path:
             raise ValueError(
-                f"Teacher {teacher!r} was made for {key} {value!r}, the model has {here[key]!r}; "
-                f"use teachers trained on the same base model."
+                f"{label} was made for {key} {value!r}, the model has {of_model[key]!r}; "
+                f"use one trained on the same base model."
             )
-    return peft_lora_config(model, teacher, folder, saved) if is_peft(saved) else config
+    config = peft_lora_config(model, folder, saved, label) if is_peft(saved) else saved["config"]
+    return SavedAdapter(folder, label, saved.get("name"), config)
 
 
-def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Path, config: dict | LoRAConfig) -> None:
-    """Loads a saved teacher, with its head if there is one.
-
-    Args:
-        model: The model to load it on.
-        teacher: The entry of `distill_from`, for messages.
-        name: The name that it gets on the model.
-        folder: The local folder.
-        config: What `check_folder` returned for it.
+def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: str) -> None:
+    """Add an adapter that `check_saved_adapter` returned under a name, with its head if there is one.
 
     Raises:
         ValueError: If weights are missing from the folder or cannot be read.
     """
-    if isinstance(config, LoRAConfig):  # converted from PEFT's
-        return load_peft_lora(model, teacher, name, folder, config)
+    folder, label, saved_name, config = adapter
+    if isinstance(config, LoRAConfig):
+        return load_peft_lora(model, folder, name, config, label)
     info: dict[str, list[str]] = {}
-    # A static head is the model's only one: loading a teacher's head would overwrite it.
-    with_head = {"with_head": hasattr(model, "heads")} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
+    # A static head is the model's only one: loading a saved head would overwrite it.
+    has_flexible_heads = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
+    with_head = {"with_head": has_flexible_heads} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
     # A file of the head "bank" holds that of "bank2", too, if the model had one.
-    heads = (
-        {key: weight.clone() for key, weight in model.heads.state_dict().items()} if hasattr(model, "heads") else {}
-    )
+    heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if has_flexible_heads else {}
     try:
-        _check_own_weights(model, name, folder)
+        _check_foreign_weights(model, folder, saved_name, name)
         model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
-    except Exception as error:  # whatever a damaged file makes of the libraries that read it
-        raise ValueError(f"Teacher {teacher!r} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
+        raise ValueError(f"{label} cannot be loaded: {first_line(error)}") from error
     finally:
         if heads:
             model.heads.load_state_dict(heads, strict=False)
     if missing := [key for key in info.get("missing_keys", []) if f".{name}." in key]:
         raise ValueError(
-            f"Teacher {teacher!r} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
-            f"use teachers trained on the same base model."
+            f"{label} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
+            f"use one trained on the same base model."
         )
 
 
-def _check_own_weights(model: ModelAdaptersMixin, name: str, folder: Path) -> None:
-    """Refuses files with weights of the base model or of other adapters, which adapters would load over those."""
-    saved_as = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("name")
-    rename = AdapterLoader(model).rename_func(saved_as, name)
+def _check_foreign_weights(model: ModelAdaptersMixin, folder: Path, saved_name: Any, name: str) -> None:
+    """Refuse files with weights of the base model or of other adapters, which adapters would load over those."""
+    rename = AdapterLoader(model).rename_func(saved_name, name)
     prefix = f"{model.base_model_prefix}."
-    here = {key.removeprefix(prefix) for key in model.state_dict() if not key.startswith("heads.")}
-    files = [(SAFE_WEIGHTS_NAME, WEIGHTS_NAME)]
-    if hasattr(model, "heads"):
+    of_model = {key.removeprefix(prefix) for key in model.state_dict() if not key.startswith("heads.")}
+    keys = _saved_keys(folder, SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
         head_files = (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME)
         if any((folder / file).exists() for file in head_files) and not (folder / HEAD_CONFIG_NAME).is_file():
-            raise ValueError(f"it has the weights of a head, and no {HEAD_CONFIG_NAME}; save it anew.")
-        files.append(head_files)
-    for safe_name, pickled_name in files:
-        if (folder / safe_name).exists():
-            with safetensors.safe_open(folder / safe_name, "pt") as file:
-                keys = list(file.keys())
-        elif (folder / pickled_name).exists():
-            try:
-                keys = list(torch.load(folder / pickled_name, map_location="meta", weights_only=True))
-            except pickle.UnpicklingError as error:
-                raise ValueError(f"{pickled_name} is damaged, or holds other things than weights.") from error
-        else:
-            continue
-        if foreign := [key for key in keys if rename(key).removeprefix(prefix) in here]:
-            raise ValueError(f"{foreign[0]} in its files belongs to the model, not to the teacher; save it anew.")
+            raise ValueError(f"it has the weights of a head, and no {HEAD_CONFIG_NAME}; save it again.")
+        keys += _saved_keys(folder, *head_files)
+    if foreign := [key for key in keys if rename(key).removeprefix(prefix) in of_model]:
+        raise ValueError(f"{foreign[0]} in its files belongs to the model, not to the adapter; save it again.")
+
+
+def _saved_keys(folder: Path, safe_name: str, pickled_name: str) -> list[str]:
+    """Return the names of the saved weights in one of two files; none if neither exists."""
+    if (folder / safe_name).exists():
+        with safetensors.safe_open(folder / safe_name, "pt") as file:
+            return list(file.keys())
+    if not (folder / pickled_name).exists():
+        return []
+    try:
+        return list(torch.load(folder / pickled_name, map_location="meta", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{pickled_name} is damaged, or holds other things than weights.") from error
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line, with its type where that tells more."""
+    """Return the first line of an error, with its type where that tells more."""
     text = (str(error).strip().splitlines() or [""])[0]
     return text if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {text}"
 
 
-def read_config(who: str, config: object) -> AdapterConfig:
-    """Makes an adapter config of what a user passed, or a saved adapter has.
-
-    Args:
-        who: Whose config it is, for messages.
-        config: A config, a dict, or a string.
-
-    Returns:
-        The config.
-
-    Raises:
-        ValueError: If it is none.
-    """
+def read_config(label: str, config: object) -> AdapterConfig:
+    """Make an adapter config of a dict or string; raise a `ValueError` about its owner (`label`) if it is none."""
     try:
-        made = AdapterConfig.load(config)
-    except Exception as error:
-        raise ValueError(f"{who} has no valid adapter config: {first_line(error)}") from error
-    if made is None:
-        raise ValueError(f"{who} has no adapter config; save it anew with save_adapter.")
-    return made
+        adapter_config = AdapterConfig.load(config)
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{label} has no valid adapter config: {first_line(error)}") from error
+    if adapter_config is None:
+        raise ValueError(f"{label} has no adapter config; save it again with save_adapter.")
+    return adapter_config

@@ -61,7 +61,7 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     Where the teachers' heads predict the student's labels, each teacher is scored with its own head: by the area under
     the ROC curve for two classes, the accuracy for several, else the loss. Elsewhere a teacher is scored by the cosine
     between its update of the last hidden states and the mean update of the others: a teacher that agrees with none
-    has nothing to add. The level of chance is two standard errors above a guess (for the area: Mann and Whitney, 1947).
+    has nothing to add. The level of chance lies two standard errors above a guess (area: Mann and Whitney, 1947).
 
     Args:
         model: The model.
