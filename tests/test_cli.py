@@ -200,7 +200,7 @@ def test_datasets_of_all_kinds_and_labels(here, capsys):
 def test_an_output_folder_is_kept_unless_it_is_to_be_replaced_or_gone_on_with(here, capsys):
     before = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
     hint = "pass --overwrite_output_dir, another --output_dir, or --resume_from_checkpoint true to go on from there."
-    message = f"outputs/insurance holds a student already; {hint}"
+    message = f"outputs/insurance already holds a student; {hint}"
     says_why(capsys, 2, message, *TRAIN, "--output_dir=outputs")
     assert before == {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
     says_why(capsys, 2, "new has no whole checkpoint; leave out resume_from_checkpoint.", *TRAIN, "--output_dir=new",
@@ -322,16 +322,17 @@ def test_wrong_usage_is_told_in_one_line(here, capsys):
         ([*TRAIN, "--objective={x"], "objective='{x' is neither a name nor a mapping such as {name: 1.0}."),
         ([*TRAIN, "--teacher_selection=0"], "teacher_selection=0 is out of range; *"),
         ([*TRAIN, "--max_length=0"], "max_length=0 is out of range; it must be at least 1."),
-        ([*TRAIN, "--student=a/b"], "student='a/b' is no name of a folder; leave out '/'."),
-        ([*TRAIN, "--eval_file=a", "--eval_split=b"], "eval_split and eval_file exclude one another; leave one*"),
+        ([*TRAIN, "--student=a/b"], "student='a/b' is not a folder name; leave out '/'."),
+        ([*TRAIN, "--eval_file=a", "--eval_split=b"], "eval_split and eval_file exclude each other; leave one*"),
         (["inspect", "a", "b"], "unknown argument 'b'; see adapter-distill inspect --help."),
     ]
     all_say_why(capsys, [(2, argv, message) for argv, message in cases])
 
 
 def test_wrong_config_files_are_told_in_one_line(here, capsys):
+    see = "; see adapter-distill train --help."
     cases = [
-        ("lerning_rate: 1", "c.yaml: unknown option 'lerning_rate', did you mean 'learning_rate'?"),
+        ("lerning_rate: 1", f"c.yaml: unknown option 'lerning_rate', did you mean 'learning_rate'?{see}"),
         ("config: a", "c.yaml: unknown option 'config', did you mean *"),
         ("learning_rate: x", "argument --learning_rate/--learning-rate: invalid float value: 'x'; see *"),
         ("learning_rate: {a: 1}", "argument --learning_rate/--learning-rate: invalid float value: *"),
@@ -339,13 +340,13 @@ def test_wrong_config_files_are_told_in_one_line(here, capsys):
         ("learning_rate:", "c.yaml: learning_rate has no value; leave it out, or give one."),
         ("- a", "c.yaml holds no options; write them as `name: value`."),
         ("", "c.yaml holds no options; write them as `name: value`."),
-        ("a: [", "c.yaml is no YAML: *"),
+        ("a: [", "c.yaml is not valid YAML: *"),
     ]
     for text, message in cases:
         Path("c.yaml").write_text(text)
         says_why(capsys, 2, message, *TRAIN, "--config=c.yaml")
     says_why(
-        capsys, 2, "--config no.yaml is no file; give one with options by their names.", *EVAL, "--config", "no.yaml"
+        capsys, 2, "--config no.yaml is not a file; give a YAML file of options by name.", *EVAL, "--config", "no.yaml"
     )
 
 
@@ -365,28 +366,28 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     unlabelled = rows.map(lambda row: {"label": -1})
     DatasetDict({"train": rows, "validation": unlabelled}).save_to_disk("glue")
     write_csv(Path("other.csv"), {"text": TEXTS, "label": ["card", "boat"] * 2})
-    read = "give a .csv, .json, .jsonl, .parquet file, or a folder made with save_to_disk."
+    give = "give a .csv, .json, .jsonl, .parquet file, a folder made with save_to_disk, or a Hub id."
     cases = [
-        (["--dataset=no.csv"], "The dataset no.csv does not exist; give a file, a folder made with save_to_disk, *"),
-        (["--dataset=./no"], "The dataset './no' is no file, no folder and no Hub id."),
-        (["--dataset=folder"], f"The dataset folder cannot be read (*); {read}"),
-        (["--dataset=broken.parquet"], f"The dataset broken.parquet cannot be read (*); {read}"),
-        (["--dataset=empty.csv"], f"The dataset empty.csv cannot be read (*no data*); {read}"),
-        (["--dataset_config=x"], "dataset_config='x' is for datasets of the Hub, not for data.csv; leave it out."),
+        (["--dataset=no.csv"], f"The dataset no.csv does not exist; {give}"),
+        (["--dataset=./no"], "The dataset './no' is not a file, a folder or a Hub id."),
+        (["--dataset=folder"], f"The dataset folder cannot be read (*); {give}"),
+        (["--dataset=broken.parquet"], f"The dataset broken.parquet cannot be read (*); {give}"),
+        (["--dataset=empty.csv"], f"The dataset empty.csv cannot be read (*no data*); {give}"),
+        (["--dataset_config=x"], "dataset_config='x' is for Hub datasets, not for data.csv; leave it out."),
         (["--train_split=x"], "data.csv has no split 'x'; choose one of 'train'."),
         (["--eval_split=x"], "data.csv has no split 'x'; choose one of 'train'."),
         (["--eval_split=1.5"], "eval_split=1.5 is out of range; a fraction lies between 0 and 1."),
-        (["--text_column=texts"], "text_column='texts' is no column of the data; did you mean 'text'? There are *"),
-        (["--text_pair_column=x"], "text_pair_column='x' is no column of the data; There are 'text', *"),
-        (["--label_column=x"], "label_column='x' is no column of the data; *"),
-        (["--text_column=score"], "text_column='score' holds no text but float64; choose a column of texts."),
+        (["--text_column=texts"], "text_column='texts' is not one of the columns 'text', *; did you mean 'text'?"),
+        (["--text_pair_column=x"], "text_pair_column='x' is not one of the columns 'text', *; choose one of them."),
+        (["--label_column=x"], "label_column='x' is not one of the columns *"),
+        (["--text_column=score"], "text_column='score' holds float64, not text; choose a text column."),
         (["--text_column=gaps"], "Column 'gaps' is empty in row 2; fill it, or leave the row out."),
         (["--label_column=gaps"], "Column 'gaps' is empty in row 2; fill it, or leave the row out."),
         (["--label_column=number"], "Column 'number' is empty in row 3; fill it, or leave the row out."),
-        (["--label_column=same"], "label_column='same' holds one label only, 'a'; there is nothing to tell apart."),
-        (["--label_column=score"], "label_column='score' holds float64; classes have names or whole numbers. *"),
+        (["--label_column=same"], "label_column='same' holds only one label, 'a'; a head needs at least two."),
+        (["--label_column=score"], "label_column='score' holds float64, not names or whole numbers; *"),
         (["--dataset=glue"], "Column 'label' has no label in row 1; choose a split that has labels."),
-        (["--eval_file=other.csv"], "Column 'label' has 'boat' in row 2, which is no label of the training data: *"),
+        (["--eval_file=other.csv"], "Column 'label' has 'boat' in row 2, not a label of the training data: *"),
     ]  # fmt: skip
     given = [*TRAIN, "--dataset=data.csv", "--output_dir=new"]
     all_say_why(capsys, [(2, [*given, *argv], message) for argv, message in cases])
@@ -397,13 +398,13 @@ def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
     numbered = write_csv(Path("numbers.csv"), {"text": TEXTS, "label": [0, 1, 0, 2]})
     Path("empty").mkdir()
     new = [*TRAIN, "--output_dir=new"]
-    unknown = "Column 'label' has '0' in row 1, which is no label"
+    unknown = "Column 'label' has '0' in row 1, not a label"
     cases = [
-        (2, [*new, "--model=./no"], "model='./no' is no folder, and no Hub id either."),
+        (2, [*new, "--model=./no"], "model='./no' is neither a folder nor a Hub id."),
         (1, [*new, "--model=someone/no"], "model='someone/no' cannot be loaded: We couldn't connect to *"),
         (2, [*new, "--model=empty"], "model='empty' holds no config.json; give the folder of a model."),
         (2, [*new, "--max_length=999"], "max_length=999 is out of range; bert-base-uncased takes 512 tokens at most."),
-        (1, [*new, "--dataset=someone/no"], "The dataset 'someone/no' is no local file, and the Hub did not*"),
+        (1, [*new, "--dataset=someone/no"], "The dataset 'someone/no' is not a local file, and the Hub did not*"),
         (2, [*new, "--teachers", "adapters/bankin"], "*'adapters/bankin'*"),
         (2, [*new, "--teachers", "nope"], "Unknown teacher 'nope': it is no local folder or Hub id either. *"),
         (2, [*new, "--teachers", "empty"], "Teacher 'empty' holds no adapter_config.json; give a folder made by*"),
@@ -454,15 +455,14 @@ def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
         Path("quiet/adapter_config.json").write_text("{")
         says_why(capsys, 2, "quiet/adapter_config.json is damaged (*); save the adapter anew.", *command, "quiet")
     Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": empty}))
-    says_why(capsys, 2, "quiet says nothing about the attention over its teachers; *", "plot", "quiet", "-o", "a.png")
-    says_why(
-        capsys, 2, "--output a.xyz has no known ending; choose one of *", "plot", "outputs/insurance", "-o", "a.xyz"
-    )
+    says_why(capsys, 2, "quiet has no record of the attention over its teachers; *", "plot", "quiet", "-o", "a.png")
+    message = "--output a.xyz has no supported extension; choose one of *"
+    says_why(capsys, 2, message, "plot", "outputs/insurance", "-o", "a.xyz")
     says_why(capsys, 2, "--output no/a.png: there is no folder no; *", "plot", "outputs/insurance", "-o", "no/a.png")
     assert not Path("a.png").exists()
     Path("outputs/insurance/adapter.safetensors").write_bytes(b"x")
     with hub.quiet():
-        says_why(capsys, 2, "'nope' is no folder; give that of a saved student.", "push", "nope", "me/faq")
+        says_why(capsys, 2, "'nope' is not a folder; give the folder of a saved student.", "push", "nope", "me/faq")
         says_why(capsys, 2, not_distilled, "push", "adapters/banking", "me/faq")
         says_why(capsys, 2, "Repo id must use alphanumeric chars*", "push", "outputs/insurance", "a b")
         damaged = "outputs/insurance/adapter.safetensors is damaged; save the student anew."

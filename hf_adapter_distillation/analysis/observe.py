@@ -274,7 +274,7 @@ def _observations(model: ModelAdaptersMixin, loader: DataLoader) -> dict[str, Ob
 def _losses(
     model: ModelAdaptersMixin, block: AdapterDistillation, batches: Sequence[Mapping[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of examples and the task loss of each batch with a block's fused teachers, (n_batches,) each."""
+    """Return the number of examples and the task loss, with the fused teachers, of each batch, (n_batches,) each."""
     sizes, losses = [], []
     with _observing(model, passes_fused_on=True) as observing_pass, AdapterSetup(block):
         for batch in batches:

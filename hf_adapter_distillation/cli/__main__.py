@@ -1,4 +1,4 @@
-"""Run the command line by `python -m hf_adapter_distillation.cli`, which `accelerate launch --module` needs."""
+"""Run the command line as `python -m hf_adapter_distillation.cli`, which `accelerate launch --module` needs."""
 
 import sys
 

@@ -1,20 +1,19 @@
-"""What the command line reads: texts with labels, from files, folders or the Hub."""
+"""Data of the command line: texts with labels, from files, folders or the Hub."""
 
 import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
-from ..student.provenance import hub_reason
+from ..student.provenance import hub_reason, is_hub_id
 
-READERS = {
+Labels = list[int] | list[str]  # the classes of a head: the numbers from 0 on, or names
+READERS = {  # load_dataset("csv") would call the Hub's download counter for a local file
     ".csv": Dataset.from_csv,
     ".json": Dataset.from_json,
     ".jsonl": Dataset.from_json,
@@ -22,96 +21,69 @@ READERS = {
 }
 
 
+def option(help: str, default: Any = MISSING) -> Any:
+    """Return a field of a dataclass that `HfArgumentParser` makes an option with this help."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(kw_only=True)
 class DataArguments:
-    """Which columns of which data are read."""
+    """Dataset, columns and base model."""
 
-    dataset: str = field(
-        metadata={"help": "Hub id, a csv, json, jsonl or parquet file, or a folder made with save_to_disk."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, for pairs."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label: names or whole numbers."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of an example, at most."})
+    dataset: str = option("Hub id, a csv, json, jsonl or parquet file, or a folder made with save_to_disk.")
+    model: str = option("Base model of the adapters: a folder or a Hub id.")
+    dataset_config: str | None = option("Configuration of a Hub dataset.", None)
+    text_column: str = option("Column of the text.", "text")
+    text_pair_column: str | None = option("Column of a second text, for pairs.", None)
+    label_column: str = option("Column of the label: names or whole numbers.", "label")
+    max_length: int = option("Maximum number of tokens per example.", 128)
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise ValueError(f"max_length={self.max_length} is out of range; it must be at least 1.")
 
 
-class Labels(NamedTuple):
-    """What a head tells apart.
+def suggestion(name: str, candidates: Iterable[str]) -> str:
+    """Return "did you mean 'x'?" for the closest candidate, or nothing."""
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
-    Args:
-        number: How many classes.
-        names: Their names; None where they are the numbers from 0 on.
-    """
 
-    number: int
-    names: tuple[str, ...] | None
+def may_be_on_hub(name: str) -> bool:
+    """Return whether a name has the form of a model or dataset on the Hub. The oldest ones have no owner."""
+    return "@" not in name and is_hub_id(name if "/" in name else f"owner/{name}")
 
 
 def load(dataset: str, config: str | None = None) -> DatasetDict:
-    """Loads data with all its splits; a file is the split `train`.
-
-    Args:
-        dataset: A Hub id, a file, or a folder made with `save_to_disk`.
-        config: The configuration, for the Hub.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ValueError: If there is no such file or folder, or it cannot be read.
-        OSError: If the Hub does not give it.
-    """
+    """Load all splits of a file, a saved folder or a Hub id; a file is the split `train`."""
     reader = READERS.get(Path(dataset).suffix.lower())
-    is_local = reader is not None or os.path.exists(dataset)
-    if is_local and config is not None:
-        raise ValueError(f"dataset_config={config!r} is for datasets of the Hub, not for {dataset}; leave it out.")
+    if reader is None and not os.path.exists(dataset):
+        return _load_from_hub(dataset, config)
+    if config is not None:
+        raise ValueError(f"dataset_config={config!r} is for Hub datasets, not for {dataset}; leave it out.")
+    give = f"give a {', '.join(READERS)} file, a folder made with save_to_disk, or a Hub id."
     if reader is not None and not os.path.isfile(dataset):
-        raise ValueError(
-            f"The dataset {dataset} does not exist; give a file, a folder made with save_to_disk, or an id."
-        )
+        raise ValueError(f"The dataset {dataset} does not exist; {give}")
     try:
-        if reader is not None:
-            return DatasetDict({"train": reader(dataset)})
-        if os.path.exists(dataset):
-            loaded = load_from_disk(dataset)
-            return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
-    except Exception as error:  # whatever a damaged file makes of the libraries that read it
-        why = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-        raise ValueError(
-            f"The dataset {dataset} cannot be read ({why}); give a {', '.join(READERS)} file, or a folder made with "
-            "save_to_disk."
-        ) from error
-    try:
-        validate_repo_id(dataset)
-    except HFValidationError:
-        raise ValueError(f"The dataset {dataset!r} is no file, no folder and no Hub id.") from None
+        loaded = reader(dataset) if reader else load_from_disk(dataset)
+    except Exception as error:  # on a damaged file, the libraries that read it can raise anything
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ValueError(f"The dataset {dataset} cannot be read ({reason}); {give}") from error
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+
+
+def _load_from_hub(dataset: str, config: str | None) -> DatasetDict:
+    if not may_be_on_hub(dataset):
+        raise ValueError(f"The dataset {dataset!r} is not a file, a folder or a Hub id.")
     try:
         return load_dataset(dataset, config)
     except OSError as error:
-        raise OSError(
-            f"The dataset {dataset!r} is no local file, and the Hub did not give it: {hub_reason(error)}."
-        ) from error
+        reason = f"the Hub did not provide it: {hub_reason(error)}"
+        raise OSError(f"The dataset {dataset!r} is not a local file, and {reason}.") from error
 
 
 def split_of(data: Mapping[str, Dataset], name: str | None, dataset: str) -> Dataset:
-    """One of the splits.
-
-    Args:
-        data: The splits.
-        name: The name of one; by default the only one, or `test`.
-        dataset: What they are the splits of, for messages.
-
-    Returns:
-        The split.
-
-    Raises:
-        ValueError: If there is no such split, or it has no rows.
-    """
+    """Return one split of a dataset, by default its only one or `test`."""
     name = name or (next(iter(data)) if len(data) == 1 else "test")
     if name not in data:
         raise ValueError(f"{dataset} has no split {name!r}; choose one of {', '.join(map(repr, data))}.")
@@ -121,111 +93,69 @@ def split_of(data: Mapping[str, Dataset], name: str | None, dataset: str) -> Dat
 
 
 def check_columns(dataset: Dataset, args: DataArguments) -> None:
-    """Refuses data without the columns that are read, or with gaps in them.
-
-    Args:
-        dataset: The data.
-        args: Which columns.
-
-    Raises:
-        ValueError: With the option, and the columns that there are.
-    """
-    texts = {"text_column": args.text_column, "text_pair_column": args.text_pair_column}
-    for option, column in (*texts.items(), ("label_column", args.label_column)):
+    """Check that the columns exist, have no gaps and, for texts, hold strings."""
+    for name in ("text_column", "text_pair_column", "label_column"):
+        column, columns = vars(args)[name], dataset.column_names
         if column is None:
             continue
-        if column not in dataset.features:
-            close = difflib.get_close_matches(column, dataset.column_names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            known = ", ".join(map(repr, dataset.column_names))
-            raise ValueError(f"{option}={column!r} is no column of the data; {hint}There are {known}.")
+        if column not in columns:
+            hint = suggestion(column, columns) or "choose one of them."
+            raise ValueError(f"{name}={column!r} is not one of the columns {', '.join(map(repr, columns))}; {hint}")
         for row, value in enumerate(dataset[column], start=1):
             if value is None or value == "":
                 raise ValueError(f"Column {column!r} is empty in row {row}; fill it, or leave the row out.")
-        kind = dataset.features[column]
-        if option in texts and not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
-            raise ValueError(f"{option}={column!r} holds no text but {_described(kind)}; choose a column of texts.")
+        kind = _type_of(dataset, column)
+        if name != "label_column" and kind not in ("string", "large_string"):
+            raise ValueError(f"{name}={column!r} holds {kind}, not text; choose a text column.")
 
 
-def _described(kind: Any) -> str:
-    return kind.dtype if isinstance(kind, Value | ClassLabel) else type(kind).__name__
+def _type_of(dataset: Dataset, column: str) -> str:
+    feature = dataset.features[column]
+    return feature.dtype if isinstance(feature, Value | ClassLabel) else type(feature).__name__
 
 
 def labels_of(dataset: Dataset, column: str) -> Labels:
-    """The labels that a column distinguishes.
+    """Return the classes of a column: sorted, unless the dataset has its own order.
 
-    Args:
-        dataset: The training data.
-        column: The column.
-
-    Returns:
-        Its classes; names are sorted, unless the dataset has an order of its own.
-
-    Raises:
-        ValueError: If the column holds something else than names or whole numbers, or one of them only.
+    `class_encode_column` would sort numbers as texts, 10 before 2, and take any float for a class.
     """
-    kind = dataset.features[column]
-    if isinstance(kind, ClassLabel):
-        return Labels(kind.num_classes, tuple(kind.names))
-    values = sorted(set(dataset[column])) if isinstance(kind, Value) else []
-    if not all(isinstance(value, str | int) for value in values) or not values:
-        raise ValueError(
-            f"label_column={column!r} holds {_described(kind)}; classes have names or whole numbers. Train other "
-            "tasks with DistillationTrainer."
-        )
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    values = dataset.unique(column) if isinstance(feature, Value) else []
+    if not values or not isinstance(values[0], str | int):
+        kind = f"{_type_of(dataset, column)}, not names or whole numbers"
+        raise ValueError(f"label_column={column!r} holds {kind}; train other tasks with DistillationTrainer.")
     if len(values) == 1:
-        raise ValueError(
-            f"label_column={column!r} holds one label only, {values[0]!r}; there is nothing to tell apart."
-        )
-    numbers = all(type(value) is int for value in values) and values == list(range(len(values)))
-    return Labels(len(values), None if numbers else tuple(map(str, values)))
+        raise ValueError(f"label_column={column!r} holds only one label, {values[0]!r}; a head needs at least two.")
+    values, numbers = sorted(values), list(range(len(values)))
+    return numbers if type(values[0]) is int and values == numbers else list(map(str, values))
 
 
-def label_ids(dataset: Dataset, column: str, labels: Labels, who: str) -> list[int]:
-    """The numbers of the labels of some data.
+def label_ids(dataset: Dataset, column: str, labels: Labels, source: str) -> list[int]:
+    """Return the class of each row, matched by the name; `source` names the origin of the classes in messages.
 
-    Args:
-        dataset: The data.
-        column: The column.
-        labels: The labels of the head.
-        who: Whose labels these are, for messages.
-
-    Returns:
-        A number for each row.
-
-    Raises:
-        ValueError: If a label is unknown.
+    `ClassLabel.str2int` would take an unknown "0" for class 0, and `align_labels_with_mapping` ignores case.
     """
-    kind, names = dataset.features[column], labels.names or tuple(map(str, range(labels.number)))
-    ids = {name: number for number, name in enumerate(names)}
-    found = []
+    feature, ids = dataset.features[column], {str(label): number for number, label in enumerate(labels)}
+    by_name = isinstance(feature, ClassLabel) and isinstance(labels[0], str)
+    numbers = []
     for row, value in enumerate(dataset[column], start=1):
-        if isinstance(kind, ClassLabel) and value < 0:
+        if isinstance(feature, ClassLabel) and value < 0:
             raise ValueError(f"Column {column!r} has no label in row {row}; choose a split that has labels.")
-        name = kind.names[value] if isinstance(kind, ClassLabel) and labels.names else str(value)
+        name = feature.int2str(value) if by_name else str(value)
         if name not in ids:
-            known = ", ".join(map(repr, names[:20])) + (" ..." if len(names) > 20 else "")
-            raise ValueError(f"Column {column!r} has {name!r} in row {row}, which is no label of {who}: {known}.")
-        found.append(ids[name])
-    return found
+            known = ", ".join(map(repr, list(ids)[:20])) + (" ..." if len(ids) > 20 else "")
+            raise ValueError(f"Column {column!r} has {name!r} in row {row}, not a label of {source}: {known}.")
+        numbers.append(ids[name])
+    return numbers
 
 
 def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, ids: list[int]) -> Dataset:
-    """Turns texts into tokens.
-
-    Args:
-        dataset: The data.
-        tokenizer: The tokenizer.
-        args: Which columns.
-        ids: The labels.
-
-    Returns:
-        What a model takes, with `labels`.
-    """
+    """Return the tokens of the texts, with `ids` as `labels`."""
     columns = [column for column in (args.text_column, args.text_pair_column) if column is not None]
 
     def tokens(batch: dict[str, list]) -> Mapping[str, Any]:
         return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=args.max_length)
 
-    encoded = dataset.map(tokens, batched=True, remove_columns=dataset.column_names)
-    return encoded.add_column("labels", ids)
+    return dataset.map(tokens, batched=True, remove_columns=dataset.column_names).add_column("labels", ids)

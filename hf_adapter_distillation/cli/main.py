@@ -1,21 +1,21 @@
 """The command line `adapter-distill`: its options, config files, errors and exit codes."""
 
 import argparse
-import difflib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from .. import __version__
 from ..configuration import DistillationTrainingArguments
-from .evaluation import EvalArguments, evaluate
+from .data import suggestion
+from .evaluate import EvalArguments, evaluate
 from .saved import inspect, plot, push
 from .train import TrainArguments, train
 
@@ -44,208 +44,140 @@ EXAMPLES = {
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind the options, and the examples as they are written."""
+    """Formatter that shows defaults, and keeps the line breaks of the examples."""
 
 
 class Parser(HfArgumentParser):
-    """A parser whose errors are exceptions, and that knows its options by name."""
+    """Parser that raises its errors."""
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """Adds an option, as argparse does."""
-        action = super().add_argument(*args, **kwargs)
-        self.all_options.append(action)
-        return action
-
-    @property
-    def all_options(self) -> list[argparse.Action]:
-        """What was added, in that order."""
-        return vars(self).setdefault("_added", [])
-
-    @property
-    def options(self) -> dict[str, argparse.Action]:
-        """The options by the names of what they set; the first of those that set the same."""
-        return {action.dest: action for action in reversed(self.all_options)}
-
-    def error(self, message: str) -> Any:
-        """Raises what argparse would print below the usage."""
+    def error(self, message: str) -> NoReturn:
+        """Raise the message that argparse would print below the usage."""
         raise ValueError(f"{message}; see {self.prog} --help.")
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """The options by flag, such as `--learning_rate` and `--learning-rate`."""
+        return self._option_string_actions  # argparse has no public list of them
+
+    def closest(self, name: str) -> str:
+        """Return a hint at the option that an unknown name may mean."""
+        hint = suggestion(name, {action.dest for action in self.flags.values()} - {"config", "help"})
+        return f", {hint}" if hint else ""
+
+
+CONFIG = Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by name; the command line wins")
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """Makes the parser of all commands.
-
-    Returns:
-        The parser, and those of the commands by name.
-    """
+    """Return the parser of the program, and the parsers of its commands by name."""
+    shared: dict[str, Any] = {"formatter_class": _Formatter, "allow_abbrev": False}
     parser = Parser(
         prog=PROGRAM,
-        description="Distils adapters into an adapter for a new task, and tells, draws and pushes what came of it.",
+        description="Distil adapters into an adapter for a new task; evaluate, inspect, plot and push it.",
         epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C.",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
+        **shared,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error; goes anywhere")
+    parser.add_argument("--version", action="version", version=version("hf-adapter-distillation"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error; allowed anywhere")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
-    parsers: dict[str, Parser] = {}
 
     def add(name: str, run: Callable[..., str], description: str, *dataclasses: type) -> Parser:
-        epilog = f"examples:{EXAMPLES[name]}"
-        given: dict[str, Any] = {"description": description, "epilog": epilog, "allow_abbrev": False}
-        given |= {"dataclass_types": dataclasses, "formatter_class": _Formatter, "help": description.split(":")[0]}
-        parsers[name] = made = commands.add_parser(name, **given)
-        made.set_defaults(run=run)
-        if dataclasses:
-            made.add_argument(
-                "--config", metavar="FILE", help="YAML file of options by their names; those of the command line win"
-            )
-        return made
+        kwargs: dict[str, Any] = {"dataclass_types": dataclasses, "parents": [CONFIG] if dataclasses else []}
+        kwargs |= {"help": description, "description": description, "epilog": f"examples:{EXAMPLES[name]}"}
+        command = commands.add_parser(name, **kwargs, **shared)
+        command.set_defaults(run=run)
+        return command
 
-    add(
-        "train",
-        train,
-        "Distil teachers into a student for text classification: evaluates it, and saves it to OUTPUT_DIR/STUDENT.",
-        TrainArguments,
-        DistillationTrainingArguments,
-    )
+    description = "Distil teachers into a student for text classification, and save it to OUTPUT_DIR/STUDENT."
+    add("train", train, description, TrainArguments, DistillationTrainingArguments)
     add("eval", evaluate, "Evaluate a saved adapter for text classification, distilled or not.", EvalArguments)
-    made = add("inspect", inspect, "Tell what a saved student was distilled from: reads its config alone.")
-    made.add_argument("source", help="folder or Hub id, with @revision if wanted")
-    made.add_argument("--json", action="store_true", help="for machines")
-    made = add("plot", plot, "Draw the attention of a saved student over its teachers, layer by layer.")
-    made.add_argument("source", help="folder or Hub id, with @revision if wanted")
-    made.add_argument("-o", "--output", metavar="FILE", required=True, help="an image; its ending is the format")
-    made = add("push", push, "Push a saved student to the Hub: with a card, without loading the base model.")
-    made.add_argument("folder", help="the folder of the student")
-    made.add_argument("repo", help="the repository, which is created if it is missing")
-    made.add_argument("--private", action="store_true", default=None, help="for a repository that is created")
-    made.add_argument("--revision", help="the branch, which is created if it is missing")
-    made.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing")
-    made.add_argument("--token", help="a token, if not that of `hf auth login` or HF_TOKEN")
-    made.add_argument("--commit_message", help="the title of the commit")
-    return parser, parsers
+    command = add("inspect", inspect, "Show the teachers, settings and results of a saved student.")
+    command.add_argument("source", help="folder or Hub id, optionally with @revision")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command = add("plot", plot, "Draw the attention of a saved student over its teachers, layer by layer.")
+    command.add_argument("source", help="folder or Hub id, optionally with @revision")
+    command.add_argument("-o", "--output", metavar="FILE", required=True, help="image; the extension sets the format")
+    command = add("push", push, "Push a saved student with its card to the Hub, without loading the base model.")
+    command.add_argument("folder", help="folder of the student")
+    command.add_argument("repo", help="repository, created if it is missing")
+    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    command.add_argument("--revision", help="branch, created if it is missing")
+    command.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing")
+    command.add_argument("--token", help="token, by default the one of `hf auth login` or HF_TOKEN")
+    command.add_argument("--commit_message", help="title of the commit")
+    return parser, commands.choices
 
 
 def read_config(path: str, parser: Parser) -> list[str]:
-    """Turns a config file into options.
-
-    Args:
-        path: The YAML file.
-        parser: The parser of the command.
-
-    Returns:
-        The options, as they would stand on the command line.
-
-    Raises:
-        ValueError: If there is no such file, it is no YAML, or a key or the form of a value is wrong.
-    """
+    """Return the options in a YAML file, in the form that they have on the command line."""
     if not Path(path).is_file():
-        raise ValueError(f"--config {path} is no file; give one with options by their names.")
+        raise ValueError(f"--config {path} is not a file; give a YAML file of options by name.")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {one_line(error)}") from error
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no options; write them as `name: value`.")
     options = []
     for key, value in config.items():
         name = str(key).replace("-", "_")
-        action = parser.options.get(name)
-        if action is None or name in ("config", "help"):
-            raise ValueError(f"{path}: unknown option {key!r}{_closest(name, parser)}")
-        if isinstance(value, list) and action.nargs != "+":
-            raise ValueError(f"{path}: {key} takes one value, not the list {value!r}.")
-        if value is None and action.default is not None:
-            raise ValueError(f"{path}: {key} has no value; leave it out, or give one.")
+        action = parser.flags.get(f"--{name}")
+        if action is None or action.dest != name or name in ("config", "help"):
+            parser.error(f"{path}: unknown option {key!r}{parser.closest(name)}")
         if isinstance(value, list):
+            if action.nargs != "+":
+                raise ValueError(f"{path}: {key} takes one value, not the list {value!r}.")
             options += [f"--{name}", *map(str, value)]
         elif value is not None:
-            options.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
+            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        elif action.default is not None:
+            raise ValueError(f"{path}: {key} has no value; leave it out, or give one.")
     return options
 
 
-def _closest(name: str, parser: Parser) -> str:
-    known = [option for option in parser.options if option not in ("config", "help")]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _with_config(command: str, parser: Parser, argv: list[str]) -> list[str]:
-    """Puts the options of the config file before those of the command line; refuses unknown ones."""
-    known = {option for action in parser.all_options for option in action.option_strings}
-    for argument in argv:
-        name = argument.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            parser.error(f"unknown option {name}{_closest(name.lstrip('-'), parser)}")
-    if "config" not in parser.options:
-        return [command, *argv]
-    finder = Parser(add_help=False, allow_abbrev=False, prog=parser.prog)
-    finder.add_argument("--config")
-    found, rest = finder.parse_known_args(argv)
-    return [command, *(read_config(found.config, parser) if found.config else []), *rest]
-
-
-def parse(argv: Sequence[str]) -> tuple[Callable[..., str], list[Any]]:
-    """Reads the command line.
-
-    Args:
-        argv: The arguments, without the name of the program.
-
-    Returns:
-        The function of the command, and its arguments.
-
-    Raises:
-        ValueError: If an option is unknown, missing or wrong.
-        SystemExit: For `--help` and `--version`.
-    """
-    parser, parsers = make_parser()
+def parse(argv: Sequence[str]) -> tuple[Callable[..., str], Sequence[Any]]:
+    """Return the function of the command, and its arguments."""
+    parser, commands = make_parser()
     argv = list(argv)
-    if argv and argv[0] in parsers:
-        argv = _with_config(argv[0], parsers[argv[0]], argv[1:])
-    namespace, rest = parser.parse_known_args(argv)
-    chosen = parsers[namespace.command]
+    if argv and (command := commands.get(argv[0])):
+        for flag in (argument.partition("=")[0] for argument in argv):  # argparse names missing options first
+            if flag.startswith("--") and flag not in command.flags:
+                command.error(f"unknown option {flag}{command.closest(flag)}")
+        path = CONFIG.parse_known_args(argv)[0].config
+        argv[1:1] = read_config(path, command) if path else []  # the last value of an option wins
+    given, rest = parser.parse_known_args(argv)
+    command = commands[given.command]
     if rest:
-        chosen.error(f"unknown argument {rest[0]!r}")
-    given = vars(namespace)
-    if not chosen.dataclass_types:
-        return namespace.run, [argparse.Namespace(**given)]
-    fields = [[f.name for f in cls.__dataclass_fields__.values() if f.init] for cls in chosen.dataclass_types]
-    made = [
-        cls(**{name: given[name] for name in names}) for cls, names in zip(chosen.dataclass_types, fields, strict=True)
-    ]
-    return namespace.run, made
+        command.error(f"unknown argument {rest[0]!r}")
+    return given.run, command.parse_dict(vars(given), allow_extra_keys=True) or [given]
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line, with its type where that tells more."""
+    """Return the message of an error on one line, with the type of the error where that says more."""
     text = " ".join(str(error).split())
-    return (
-        text if text and isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {text}"
-    )
+    is_clear = text and isinstance(error, OSError | RuntimeError | ValueError)
+    return text if is_clear else f"{type(error).__name__}: {text}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line: results go to the standard output, all else to the standard error.
+    """Run the command line, by default with the arguments of the process, and return the exit code.
 
-    Args:
-        argv: The arguments, those of the process by default.
-
-    Returns:
-        The exit code: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C.
+    Results go to the standard output, logs and errors to the standard error.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    # Trainer has an option --debug, too, which takes a value: it is --debug=VALUE.
+    # Trainer has an option --debug, too. It takes a value: --debug=VALUE.
     debug = "--debug" in given
     try:
         run, arguments = parse([argument for argument in given if argument != "--debug"])
-        with redirect_stdout(sys.stderr):  # Trainer writes its log there
+        with redirect_stdout(sys.stderr):  # Trainer prints its log
             result = run(*arguments)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        stopped = isinstance(error, KeyboardInterrupt)
-        sys.stderr.write(f"{PROGRAM}: error: {'stopped by Ctrl-C' if stopped else one_line(error)}\n")
-        return INTERRUPTED if stopped else WRONG_INPUT if isinstance(error, ValueError) else FAILED
+        interrupted = isinstance(error, KeyboardInterrupt)
+        sys.stderr.write(f"{PROGRAM}: error: {'stopped by Ctrl-C' if interrupted else one_line(error)}\n")
+        return INTERRUPTED if interrupted else WRONG_INPUT if isinstance(error, ValueError) else FAILED
     if result:
         sys.stdout.write(f"{result}\n")
     return 0

@@ -1,11 +1,10 @@
-"""What the command line does with saved students; none of it loads a model."""
+"""The commands `inspect`, `plot` and `push`, which read a saved student without its base model."""
 
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..analysis.plots import MISSING, plot_teacher_attention
@@ -15,16 +14,7 @@ from ..student.provenance import locate_saved, provenance_of, read_saved
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Rows in columns of equal widths.
-
-    Args:
-        rows: The rows.
-        header: The names of the columns.
-
-    Returns:
-        Lines of printable characters.
-    """
-    # What comes from somebody's repository shall not speak to the terminal.
+    """Return lines with aligned columns, in printable characters: strangers' texts must not control the terminal."""
     cells = [["".join(c if c.isprintable() else "?" for c in str(cell)) for cell in row] for row in rows]
     cells = [list(header), *cells] if header else cells
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -33,14 +23,7 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
 
 
 def check_writable(path: str) -> None:
-    """Refuses a file that could not be written in the end.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If its folder does not exist, or it is a folder.
-    """
+    """Check before a long run that its output can be written."""
     if not Path(path).parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {Path(path).parent}; make it first.")
     if Path(path).is_dir():
@@ -48,107 +31,64 @@ def check_writable(path: str) -> None:
 
 
 def inspect(args: Namespace) -> str:
-    """Tells what a saved student was distilled from.
-
-    Args:
-        args: `source`, and whether it shall be `json`.
-
-    Returns:
-        Tables, or the provenance as JSON.
-
-    Raises:
-        ValueError: If there is no adapter, or its config is damaged.
-        RuntimeError: If it was not distilled.
-        OSError: If the Hub does not give it.
-    """
+    """Return the provenance of a saved student, as tables or as JSON."""
     saved = read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME]))
     if "distillation" not in saved:
+        # This is an answer, not wrong input: a RuntimeError has the exit code 1.
         raise RuntimeError(f"{args.source} holds an adapter that was not distilled; it names no teachers.")
     run = provenance_of(saved, args.source)
     if args.json:
         return json.dumps({"name": saved["name"], "model_name": saved.get("model_name"), **run}, indent=2)
-    attention = list(run.get("attention", {}).values())
     rows = []
     for teacher in run["teachers"]:
-        weights = [row[teacher["name"]] for row in attention if teacher["name"] in row]
+        name, source, revision, digest = (teacher[key] or "-" for key in ("name", "source", "revision", "digest"))
+        weights = [layer[name] for layer in run.get("attention", {}).values() if name in layer]
         mean = f"{sum(weights) / len(weights):.2f}" if weights else "-"
-        shown = [(teacher[key] or "-") for key in ("name", "source", "revision", "digest")]
-        rows.append([*shown[:2], shown[2][:8], shown[3][:8], mean])
-    settings = [(key, value) for key, value in run.items() if key not in NO_SETTINGS and value is not None]
-    losses = [
-        (f"{term}, stage {stage}", value)
-        for stage, terms in run.get("losses", {}).items()
-        for term, value in terms.items()
-    ]
-    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-    about = [
-        ("base model", saved.get("model_name") or saved.get("model_type")),
-        ("data set", run.get("dataset")),
-        *settings,
-        *losses,
-        *run.get("evaluation", {}).items(),
-        ("versions", versions),
-    ]
+        rows.append([name, source, revision[:8], digest[:8], mean])
+    losses = {f"{name}, stage {n}": loss for n, terms in run.get("losses", {}).items() for name, loss in terms.items()}
+    about = {
+        "base model": saved.get("model_name") or saved.get("model_type"),
+        "data set": run.get("dataset"),
+        **{key: value for key, value in run.items() if key not in NO_SETTINGS},
+        **losses,
+        **run.get("evaluation", {}),
+        "versions": ", ".join(f"{package} {version}" for package, version in run["versions"].items()),
+    }
     parts = [
         table([(f"{saved['name']!r}, distilled from {len(rows)} teachers",)]),
         table(rows, ["teacher", "source", "revision", "digest", "attention"]) if rows else "",
-        table((key, value) for key, value in about if value is not None),
+        table((key, value) for key, value in about.items() if value is not None),
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def plot(args: Namespace) -> str:
-    """Draws the attention of a saved student over its teachers.
-
-    Args:
-        args: `source`, and `output`, the file of the image.
-
-    Returns:
-        Where the image is.
-
-    Raises:
-        ValueError: If there is no distilled student or no attention, or the file cannot be written.
-        ImportError: If matplotlib is not installed.
-        OSError: If the Hub does not give it.
-    """
+    """Draw the attention of a saved student over its teachers."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(MISSING) from error
     check_writable(args.output)
-    kind, kinds = Path(args.output).suffix.lower().removeprefix("."), Figure().canvas.get_supported_filetypes()
-    if kind not in kinds:
-        known = ", ".join(f".{each}" for each in sorted(kinds))
-        raise ValueError(f"--output {args.output} has no known ending; choose one of {known}.")
+    extension, supported = Path(args.output).suffix.lower()[1:], Figure().canvas.get_supported_filetypes()
+    if extension not in supported:
+        choices = ", ".join(f".{each}" for each in sorted(supported))
+        raise ValueError(f"--output {args.output} has no supported extension; choose one of {choices}.")
     run = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
     if not run.get("attention"):
         raise ValueError(
-            f"{args.source} says nothing about the attention over its teachers; train it with --analysis, or draw it "
-            "with plot_teacher_attention while the fusion is on the model."
+            f"{args.source} has no record of the attention over its teachers; train it with --analysis, or call "
+            "plot_teacher_attention while the fusion is on the model."
         )
-    image = BytesIO()  # nothing of the old file is lost where drawing fails
-    plot_teacher_attention(run["attention"]).savefig(image, format=kind)
+    image = BytesIO()  # if drawing fails, an old file stays as it is
+    plot_teacher_attention(run["attention"]).savefig(image, format=extension)
     Path(args.output).write_bytes(image.getvalue())
     return f"attention over {len(run['teachers'])} teachers drawn to {args.output}"
 
 
 def push(args: Namespace) -> str:
-    """Pushes a saved student.
-
-    Args:
-        args: `folder`, `repo`, and what else `push_saved` takes.
-
-    Returns:
-        The address of the commit or of the pull request.
-
-    Raises:
-        ValueError: If there is no distilled student, or the repository has no valid name.
-        OSError: If there is no token, or the Hub refuses.
-    """
+    """Push a saved student, and return the address of the commit or pull request."""
     if not Path(args.folder).is_dir():
-        raise ValueError(f"{args.folder!r} is no folder; give that of a saved student.")
-    options: dict[str, Any] = {
-        name: vars(args)[name] for name in ("private", "revision", "create_pr", "token", "commit_message")
-    }
-    made = push_saved(args.folder, args.repo, **options)
-    return f"pushed to {made.pr_url or made.commit_url}"
+        raise ValueError(f"{args.folder!r} is not a folder; give the folder of a saved student.")
+    options = ("private", "revision", "create_pr", "token", "commit_message")
+    commit = push_saved(args.folder, args.repo, **{name: vars(args)[name] for name in options})
+    return f"pushed to {commit.pr_url or commit.commit_url}"
