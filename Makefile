@@ -31,11 +31,11 @@ test-slow: install
 compat: compat-lowest compat-highest
 
 compat-lowest compat-highest: compat-%:
-	OMP_NUM_THREADS=1 $(PYTHON) tests/compat.py $*
+	OMP_NUM_THREADS=1 $(PYTHON) scripts/compat.py $*
 
-# Some 20 minutes on two cores; then tests/reliability.py writes the tables of docs/reliability.md.
+# Some 20 minutes on two cores; then scripts/reliability.py writes the tables of docs/reliability.md.
 reliability: install
-	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/reliability.py
 
 quality: install
 	$(BIN)/ruff check .
@@ -57,7 +57,7 @@ bench: install
 
 # The wheel and the sdist, built in a temporary folder, and the wheel installed in an environment of its own.
 release-check: install
-	$(BIN)/python tests/release.py
+	$(BIN)/python scripts/release.py
 
 clean:
 	rm -rf $(VENV) .venv-compat-* docs/_build outputs build *.egg-info

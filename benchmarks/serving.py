@@ -2,8 +2,8 @@
 
 A stream of questions, equally many of each tenant in random order, is there at the beginning; each way answers all of
 it in batches of at most `--max_batch` pairs of a question and an FAQ. The mixed batches are those of the service,
-`examples/tenant_batches.py`, without HTTP and waiting. Adapters and heads have random weights, and the models of the
-tenants are copies: the time does not depend on their values.
+`examples/serving/tenant_batches.py`, without HTTP and waiting. Adapters and heads have random weights, and the models
+of the tenants are copies: the time does not depend on their values.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --tenants 2 --requests 8 --rounds 1
@@ -32,7 +32,8 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 
 import hf_adapter_distillation as had  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "serving")]
 
 from faq_data import BUNDLED, load_tenants  # noqa: E402
 from faq_retrieval import ADAPTER  # noqa: E402

@@ -1,169 +1,21 @@
-"""Tiny models and data, made in code; nothing is downloaded."""
+"""Fixtures of all tests. Nothing is downloaded."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
-from dataclasses import replace
 from types import SimpleNamespace
 
-import adapters
 import huggingface_hub
 import pytest
-import torch
 from accelerate.state import AcceleratorState
-from adapters import AutoAdapterModel
-from datasets import Dataset
 from hub_server import Hub
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    T5Config,
-    set_seed,
-)
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation._compat import COMPILES
-
-LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the marks of the long form of a test
-
-VOCABULARY = 60
-TEACHERS = ["bank", "travel", "work"]
-
-needs_compiler = pytest.mark.skipif(not COMPILES, reason="the compiler of this torch cannot trace adapters")
-
-CONFIGS = {
-    "bert": lambda **kw: BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, **kw
-    ),
-    "roberta": lambda **kw: RobertaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, **kw
-    ),
-    "distilbert": lambda **kw: DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=37, **kw
-    ),
-    "gpt2": lambda **kw: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0, **kw
-    ),
-    "llama": lambda **kw: LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **kw,
-    ),
-    "t5": lambda **kw: T5Config(
-        vocab_size=VOCABULARY, d_model=32, num_layers=2, num_decoder_layers=2, num_heads=4, d_ff=37, d_kv=8,
-        decoder_start_token_id=0, **kw,
-    ),
-    "bart": lambda **kw: BartConfig(
-        vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=37, decoder_ffn_dim=37, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, **kw,
-    ),
-}  # fmt: skip
-
-STATIC = {
-    "classification": AutoModelForSequenceClassification,
-    "causal_lm": AutoModelForCausalLM,
-    "seq2seq_lm": AutoModelForSeq2SeqLM,
-    "base": AutoModel,
-}
-
-
-def make_model(family="bert", kind="flex", seed=0, dropout=False, dtype=torch.float32):
-    """A tiny model with adapters: `kind` is "flex" or one of STATIC."""
-    set_seed(seed)
-    config = CONFIGS[family]()
-    if not dropout:
-        for key, value in config.to_dict().items():
-            if "dropout" in key or "pdrop" in key:
-                setattr(config, key, None if value is None else 0.0)
-    if kind == "flex":
-        model = AutoAdapterModel.from_config(config)
-    else:
-        model = STATIC[kind].from_config(config)
-        adapters.init(model)
-    return model.to(dtype)
-
-
-def noisy(model, name, std=0.3):
-    """Gives an adapter weights that differ from those at its start, so that teachers are told apart."""
-    for place in model.get_adapter(name).values():
-        for module in place.values():
-            for parameter in module.parameters():
-                parameter.data += std * torch.randn_like(parameter)
-
-
-def copy_weights(model, source, targets):
-    """Gives adapters the weights of another one."""
-    for target in targets:
-        for place, modules in model.get_adapter(source).items():
-            for location, module in modules.items():
-                model.get_adapter(target)[place][location].load_state_dict(module.state_dict())
-
-
-def make_student(
-    model, student="insurance", teachers=TEACHERS, config="seq_bn", head="classification", train=True, **kw
-):
-    """Adds teachers (with heads on flex models) and a student distilled from them."""
-    for teacher in teachers:
-        model.add_adapter(teacher, config=config)
-        noisy(model, teacher)
-        if hasattr(model, "heads"):
-            getattr(model, f"add_{head}_head")(teacher)
-    model.add_adapter(student, config=config, distill_from=had.DistillationConfig(teachers=list(teachers), **kw))
-    if train:
-        model.train_adapter(student)
-        if hasattr(model, "heads") and student not in model.heads:
-            getattr(model, f"add_{head}_head")(student)
-            model.train_adapter(student)
-    return model
-
-
-def make_batch(batch=4, seq_len=8, seed=0, labels="classification"):
-    """A batch whose rows are padded to different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(3, VOCABULARY, (batch, seq_len), generator=generator)
-    lengths = torch.randint(3, seq_len + 1, (batch,), generator=generator)
-    attention_mask = (torch.arange(seq_len) < lengths[:, None]).long()
-    made = {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}
-    if labels == "classification":
-        made["labels"] = torch.randint(0, 2, (batch,), generator=generator)
-    elif labels == "tokens":
-        made["labels"] = torch.where(attention_mask == 1, input_ids, -100)
-    return made
-
-
-def make_dataset(n=16, labels="classification", seed=0):
-    """The same as a dataset."""
-    return Dataset.from_dict({key: value.tolist() for key, value in make_batch(n, seed=seed, labels=labels).items()})
-
-
-def configure(model, student="insurance", **settings):
-    """Changes settings of the next forward passes."""
-    distillation = had.distillation_of(model, student)
-    distillation.settings = replace(distillation.settings, **settings)
-
-
-def snapshot(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def changed(model, before):
-    """The names of the parameters that are not bitwise what they were."""
-    now = dict(model.named_parameters())
-    return {name for name, value in before.items() if name in now and not torch.equal(now[name], value)}
 
 
 @pytest.fixture

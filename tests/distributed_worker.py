@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_dataset, make_model, make_student
-from test_trainer import EachStep, StopAt
+from tiny_models import make_dataset, make_model, make_student
 from torch.nn.parallel import DistributedDataParallel
+from trainings import EachStep, StopAt
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations

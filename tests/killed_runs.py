@@ -14,7 +14,7 @@ from pathlib import Path
 
 import adapters.loading
 import torch
-from conftest import make_dataset, make_model, make_student
+from tiny_models import make_dataset, make_model, make_student
 from transformers import TrainerState
 from transformers.utils import logging
 

@@ -4,8 +4,8 @@ import pickle
 import pytest
 from adapters import Fuse, Parallel, Stack
 from adapters.composition import AdapterCompositionBlock, parse_composition
-from conftest import TEACHERS, make_model, make_student
-from test_student import everything, with_teachers
+from model_state import everything
+from tiny_models import TEACHERS, make_model, make_student, with_teachers
 
 from hf_adapter_distillation import AdapterDistillation
 from hf_adapter_distillation.composition import find_block

@@ -10,7 +10,7 @@ from adapters.composition import ALLOWED_NESTINGS
 from adapters.context import ForwardContext
 from adapters.hub_mixin import PushAdapterToHubMixin
 from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
-from conftest import make_batch, make_model, make_student
+from tiny_models import make_batch, make_model, make_student
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation import _compat

@@ -1,0 +1,172 @@
+"""Serve many tenants from one base model: an HTTP service that answers questions of different tenants in one batch.
+
+    python examples/serving/demo_students.py --quick
+    python examples/serving/serve_tenants.py --students outputs/students
+    curl -H "content-type: application/json" -d '{"tenant": "bank", "question": "lost my card"}' 127.0.0.1:8000/answer
+
+Open http://127.0.0.1:8000 for a page to ask. `--students` has a folder for each tenant, as `save_adapter` writes it,
+with the texts of its FAQs in `faqs.json`.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse
+    from pydantic import BaseModel
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"serve_tenants.py: {error.name} is missing; pip install hf-adapter-distillation[serve]"
+    ) from error
+
+from tenant_batches import Batcher, BatchFailedError, BusyError, Question, TenantModel, load_tenant_model
+
+PAGE = Path(__file__).with_suffix(".html")
+MAX_CHARACTERS = 1000  # of a question; the model reads only the first tokens of a longer one
+
+
+@dataclass
+class Arguments:
+    """The arguments of the service."""
+
+    students: str = field(metadata={"help": "Folder with one folder for each tenant's student."})
+    model: str | None = field(default=None, metadata={"help": "Base model. Default: the packaged MiniLM."})
+    max_batch: int = field(default=96, metadata={"help": "Pairs of a question and an FAQ in a batch, at most."})
+    wait_ms: float = field(default=5.0, metadata={"help": "Milliseconds that a question waits for others, at most."})
+    max_waiting: int = field(default=256, metadata={"help": "Questions that wait, at most; more get a 503."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("max_batch", 1), ("wait_ms", 0), ("max_waiting", 1)):
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {lowest}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
+
+
+class Asked(BaseModel):
+    """The body of `POST /answer`."""
+
+    tenant: str
+    question: str
+
+
+class RankedFaq(BaseModel):
+    """An FAQ with its score: the log-odds that it answers the question."""
+
+    faq: str
+    score: float
+
+
+class Answered(BaseModel):
+    """The answer: all FAQs of the tenant, the best one first."""
+
+    tenant: str
+    answers: list[RankedFaq]
+    milliseconds: float
+    batched: int
+
+
+class TenantInfo(BaseModel):
+    """A tenant in the list of `GET /tenants`."""
+
+    name: str
+    faqs: int
+
+
+def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
+    """Makes the service.
+
+    Args:
+        tenants: The model of all tenants.
+        args: The arguments.
+
+    Returns:
+        The application; its batches run while it lives.
+    """
+    batcher = Batcher(tenants.score, args.max_batch, args.wait_ms / 1000, args.max_waiting)
+    page = PAGE.read_text(encoding="utf-8")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(batcher.run())
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    # The pages of /docs and /redoc would load scripts from elsewhere.
+    app = FastAPI(title="FAQ tenants", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(RequestValidationError)
+    async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"detail": f"{place}: {first['msg']}"}, status_code=422)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def show_page() -> str:
+        return page
+
+    @app.get("/tenants")
+    async def list_tenants() -> list[TenantInfo]:
+        return [TenantInfo(name=name, faqs=len(faqs)) for name, faqs in tenants.faqs.items()]
+
+    @app.post("/answer")
+    async def answer(asked: Asked) -> Answered:
+        start = time.perf_counter()
+        if asked.tenant not in tenants.faqs:
+            raise HTTPException(404, f"Tenant {asked.tenant[:80]!r} is unknown; GET /tenants lists all.")
+        question = asked.question.strip()
+        if not question:
+            raise HTTPException(422, "The question is empty; type one.")
+        if len(question) > MAX_CHARACTERS:
+            raise HTTPException(422, f"The question has {len(question)} characters; ask in {MAX_CHARACTERS} at most.")
+        faqs = tenants.faqs[asked.tenant]
+        try:
+            scores, batched = await batcher.ask(Question(asked.tenant, question), len(faqs))
+        except BusyError as error:
+            raise HTTPException(503, "Too many questions wait; ask again in a moment.") from error
+        except BatchFailedError as error:
+            raise HTTPException(500, "The batch of this question failed; ask again.") from error
+        ranked = sorted(zip(faqs, scores, strict=True), key=lambda pair: -pair[1])
+        return Answered(
+            tenant=asked.tenant,
+            answers=[RankedFaq(faq=faq, score=score) for faq, score in ranked],
+            milliseconds=1000 * (time.perf_counter() - start),
+            batched=batched,
+        )
+
+    return app
+
+
+def main() -> None:
+    """Runs the service until it is interrupted."""
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("adapters").setLevel(logging.ERROR)
+    try:
+        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        app = make_app(load_tenant_model(args.students, args.model, args.device), args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"serve_tenants.py: {str(error).splitlines()[0]}") from error
+    uvicorn.run(app, host=args.host, port=args.port)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,94 @@
+"""Runs the tests with the lowest or the highest versions that setup.py allows, and writes what came of it.
+
+make compat                               # both
+make compat-lowest PYTHON=python3.10      # one of them, with another Python
+
+Each has a virtual environment of its own. "lowest" takes each requirement of the package and its tests at its floor,
+and all else as pip chooses it; "highest" takes what pip chooses for a new user today.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import subprocess
+import sys
+import venv
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "compat.json"
+PACKAGE = "hf-adapter-distillation"
+PACKAGES = ("torch", "transformers", "adapters", "accelerate", "datasets", "evaluate", "peft", "numpy")
+
+
+def ask(python: str, function: str, names: tuple[str, ...]) -> dict:
+    """What a function of `importlib.metadata` says of packages in another environment."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.{function}(n) for n in {names!r}}}))"
+    return json.loads(subprocess.check_output([python, "-c", code], text=True))
+
+
+def floors(requirements: list[str]) -> str:
+    """The lines of a constraints file that holds each requirement at its floor.
+
+    Args:
+        requirements: Requirements such as `adapters<2,>=1.3`, with or without a marker.
+
+    Returns:
+        Lines such as `adapters==1.3`. What is pinned already has none.
+    """
+    found = (re.match(r"([\w-]+)[^;]*[>~]=([\w.]+)", requirement) for requirement in requirements)
+    return "".join(f"{match[1]}=={match[2]}\n" for match in found if match)
+
+
+def install(which: str) -> str:
+    """Makes the environment anew; returns the path of its Python."""
+    folder = ROOT / f".venv-compat-{which}"
+    venv.create(folder, clear=True, with_pip=True)
+    python = str(folder / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--editable"]
+    subprocess.run([*pip, ".", "--no-deps"], check=True, cwd=ROOT)
+    constraints = folder / "constraints.txt"
+    requirements = ask(python, "requires", (PACKAGE,))[PACKAGE]
+    constraints.write_text(floors(requirements) if which == "lowest" else "")
+    subprocess.run([*pip, ".[demo,test]", "--constraint", str(constraints)], check=True, cwd=ROOT)
+    return python
+
+
+def main(which: str) -> int:
+    """Installs, runs the tests, writes the result.
+
+    Args:
+        which: "lowest" or "highest".
+
+    Returns:
+        The exit status of the tests.
+    """
+    python = install(which)
+    report = ROOT / f".venv-compat-{which}" / "report.xml"
+    skip = ("--ignore", "tests/project/test_reliability.py")  # it reads the results of the last run
+    command = [python, "-m", "pytest", "-n", "auto", *skip, "--junitxml", str(report)]
+    tests = subprocess.run(command, cwd=ROOT)
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    total, failed, errors, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped"))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[which] = {
+        "command": "make compat-{} PYTHON=python{}.{}".format(which, *sys.version_info),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": ask(python, "version", PACKAGES),
+        "passed": total - failed - errors - skipped,
+        "failed": failed + errors,
+        "skipped": skipped,
+    }
+    RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+    return tests.returncode
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=["lowest", "highest"])
+    sys.exit(main(parser.parse_args().which))

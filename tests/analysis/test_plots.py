@@ -1,0 +1,62 @@
+"""The figures."""
+
+import pytest
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.analysis.observe import Estimate
+
+
+def overlapping(labels, figure, axis):
+    """Pairs of neighbouring tick labels that overlap along an axis (0 is x)."""
+    boxes = [label.get_window_extent(figure.canvas.get_renderer()) for label in labels]
+    low, high = ("x0", "x1") if axis == 0 else ("y0", "y1")
+    boxes.sort(key=lambda box: getattr(box, low))
+    return [pair for pair in zip(boxes, boxes[1:], strict=False) if getattr(pair[0], high) > getattr(pair[1], low)]
+
+
+def drawn(figure):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def test_heat_map(tmp_path):
+    table = {"layer.0": {"bank": 0.25, "travel": 0.75}, "layer.1": {"bank": Estimate(0.5, 0.1), "travel": 0.5}}
+    figure = had.plot_teacher_attention(table, title="Attention")
+    (axes, bar) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["bank", "travel"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer.0", "layer.1"]
+    assert axes.images[0].get_array().tolist() == [[0.25, 0.75], [0.5, 0.5]]
+    assert [text.get_text() for text in axes.texts] == ["0.25", "0.75", "0.50", "0.50"]
+    assert bar.lines[-1].get_ydata()[0] == 0.5
+    figure.savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("n_teachers", [2, 64])
+def test_figures_are_readable_with_few_and_many_teachers(n_teachers):
+    names = [f"faq_tenant_{i}" for i in range(n_teachers)]
+    layers = [f"encoder.layer.{i}.output_adapters" for i in range(12)]
+    table = {layer: {name: Estimate(1 / n_teachers, 0.01) for name in names} for layer in layers}
+    figure = drawn(had.plot_teacher_attention(table))
+    width, height = figure.get_size_inches()
+    assert width <= 30 and height <= 30
+    if n_teachers == 64:  # two stand far apart, at an angle
+        assert not overlapping(figure.axes[0].get_xticklabels(), figure, 0)
+    assert not overlapping(figure.axes[0].get_yticklabels(), figure, 1)
+    assert bool(figure.axes[0].texts) == (n_teachers == 2)
+    differences = {name: Estimate(i / n_teachers - 0.5, 0.1) for i, name in enumerate(names)}
+    figure = drawn(had.plot_leave_one_teacher_out(differences))
+    assert not overlapping(figure.axes[0].get_yticklabels(), figure, 1)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names  # the most useful on top
+    distances = {layer: Estimate(0.1, float("nan")) for layer in layers}
+    figure = drawn(had.plot_student_distance(distances))
+    assert not overlapping(figure.axes[0].get_yticklabels(), figure, 1)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.1] * 12
+
+
+@pytest.mark.parametrize("plot", ["teacher_attention", "student_distance", "leave_one_teacher_out"])
+def test_nothing_is_no_figure(plot):
+    with pytest.raises(ValueError, match=rf"with {plot}\(model, dataset\)"):
+        getattr(had, f"plot_{plot}")({})

@@ -1,0 +1,61 @@
+"""Two processes against one, with the same global batch; each setting is named in `distributed_worker.py`."""
+
+import os
+import subprocess
+import sys
+
+import distributed_worker
+import pytest
+import torch
+from paths import ROOT
+
+CONFIGS = ROOT / "examples" / "accelerate"
+TERMS = (
+    "task_loss", "distillation_loss", "fusion_regularization", "fused_task_loss",
+    "grad_norm/student", "grad_norm/head", "grad_norm/fusion",
+)  # fmt: skip
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of the two processes has written, from one launch."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            ROOT / "tests" / "distributed_worker.py", folder,
+        ],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", distributed_worker.SETTINGS)
+def test_two_processes_equal_one(name, two_processes, tmp_path):
+    trained, logs, _ = distributed_worker.train(tmp_path, name)
+    tolerance = 1e-6 if name == "float32" else 1e-10
+    for of_rank in two_processes:
+        result = of_rank["results"][name]
+        assert result["trained"].keys() == trained.keys()
+        for key, weight in trained.items():
+            torch.testing.assert_close(result["trained"][key], weight, rtol=tolerance, atol=tolerance, msg=key)
+        assert len(result["logs"]) == len(logs)
+        for log, expected in zip(result["logs"], logs, strict=True):
+            for term in TERMS:
+                assert log.get(term) == (pytest.approx(expected[term], abs=2e-6) if term in expected else None), term
+
+
+def test_two_processes_are_equal_among_themselves(two_processes):
+    for name in distributed_worker.SETTINGS:
+        first, second = (of_rank["results"][name]["trained"] for of_rank in two_processes)
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+def test_two_processes_resume_and_end_together(two_processes):
+    for of_rank in two_processes:
+        assert of_rank["facts"] == {"resumed": True, "terminated": (143, 3, True)}

@@ -1,0 +1,571 @@
+"""The command line: what it does, what it refuses in one line, and that its documentation runs."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from adapters import AutoAdapterModel
+from datasets import ClassLabel, Dataset, DatasetDict
+from hub_server import check_card
+from paths import ROOT
+from safetensors.torch import load, load_file, save_file
+from tiny_models import noisy
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.cli import train as cli_training
+from hf_adapter_distillation.cli.main import EXAMPLES, main, make_parser, parse
+from hf_adapter_distillation.cli.train import TrainArguments
+from hf_adapter_distillation.hub import push as pushing
+from hf_adapter_distillation.hub.push import push_saved, student_files
+from hf_adapter_distillation.student.provenance import read_provenance
+
+TEXTS = ["my card is gone", "when does the train leave", "what do i pay", "how is the weather"]
+LABELS = ["card", "train", "card", "train"]
+QUICK = [
+    "--use_cpu", "--report_to=none", "--max_steps=2", "--save_strategy=no", "--per_device_train_batch_size=4",
+    "--dataloader_pin_memory=false",
+]  # fmt: skip
+
+
+def write_csv(path, columns, n=4):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(values for _ in range(n // 4) for values in zip(*columns.values(), strict=True))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_encoder):
+    """A folder with a base model, teachers, data, and a student that the command line has trained."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(tiny_encoder, folder / "bert-base-uncased")
+    model = AutoAdapterModel.from_pretrained(tiny_encoder)
+    for name in ("banking", "travel", "headless"):
+        model.add_adapter(name, config="seq_bn[reduction_factor=4]")
+        noisy(model, name)
+        if name != "headless":
+            model.add_classification_head(name, num_labels=2)
+        (folder / "adapters").mkdir(exist_ok=True)
+        model.save_adapter(str(folder / "adapters" / name), name)
+    write_csv(folder / "data" / "train.csv", {"text": TEXTS, "label": LABELS}, n=20)
+    write_csv(folder / "data" / "test.csv", {"text": TEXTS, "label": LABELS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*TRAIN, "--eval_split=0.25", "--output_dir=outputs", "--analysis", "--logging_steps=1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A copy of it, as the working directory."""
+    shutil.copytree(world, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+TRAIN = [
+    "train", "--model=bert-base-uncased", "--teachers", "adapters/banking", "adapters/travel", "--student=insurance",
+    "--adapter_config=seq_bn[reduction_factor=4]", "--dataset=data/train.csv", "--learning_rate=1e-2", *QUICK,
+]  # fmt: skip
+EVAL = ["eval", "--model=bert-base-uncased", "--adapter=outputs/insurance", "--dataset=data/test.csv"]
+
+
+def run(capsys, *argv):
+    """The exit code, what stands on the standard output, and the errors of the program."""
+    capsys.readouterr()
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("adapter-distill: error: ")]
+    assert "Traceback" not in err and len(errors) == (code != 0)
+    assert not errors or err.endswith(errors[0] + "\n")
+    return code, out, errors[0].removeprefix("adapter-distill: error: ") if errors else ""
+
+
+def says_why(capsys, code, message, *argv):
+    """The whole line, in which `*` stands for anything."""
+    all_say_why(capsys, [(code, argv, message)])
+
+
+def all_say_why(capsys, cases):
+    wrong = []
+    for code, argv, message in cases:
+        found = run(capsys, *argv)
+        if found[:2] != (code, "") or not re.fullmatch(re.escape(message).replace(r"\*", ".*"), found[2]):
+            wrong.append((argv, found))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+# What the commands do
+
+
+def test_a_trained_student_is_a_plain_adapter_with_its_head_and_names(world, tiny_encoder):
+    saved = world / "outputs" / "insurance"
+    model = AutoAdapterModel.from_pretrained(tiny_encoder)
+    model.load_adapter(str(saved), set_active=True, use_safetensors=True)
+    assert model.heads["insurance"].config["label2id"] == {"card": 0, "train": 1}
+    assert (world / "outputs" / "tokenizer.json").is_file() and (world / "outputs" / "analysis").is_dir()
+    run = read_provenance(str(saved))
+    assert [teacher["source"] for teacher in run["teachers"]] == ["adapters/banking", "adapters/travel"]
+    assert run["steps"] == 2 and {"eval_accuracy", "eval_loss"} <= run["evaluation"].keys()
+
+
+def test_train_prints_results_alone_and_can_be_repeated(here, capsys):
+    code, out, _ = run(capsys, *TRAIN, "--eval_split=0.25", "--output_dir=again", "--analysis", "--logging_steps=1")
+    assert code == 0
+    lines = dict(line.split(None, 1) for line in out.splitlines() if "  " in line)
+    assert {"train_loss", "eval_loss", "eval_accuracy"} <= lines.keys() and lines["teachers"] == "banking, travel"
+    assert re.search(r"^train examples +15$", out, flags=re.M) and re.search(r"^eval examples +5$", out, flags=re.M)
+    assert out.endswith("\n\n'insurance' is saved in again/insurance\n") and "{" not in out
+    first, second = (load_file(f"{folder}/insurance/adapter.safetensors") for folder in ("outputs", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_config_file_gives_options_and_the_command_line_wins(here, capsys):
+    names = [f.name for f in fields(had.DistillationConfig)]
+    assert set(names) <= {f.name for f in fields(TrainArguments)}
+    defaults = had.DistillationConfig(["a"])
+    made = TrainArguments(model="m", student="s", teachers=["a"], dataset="d")
+    assert made.distillation() == defaults
+    Path("train.yaml").write_text(
+        "teachers: [a, b]\nmodel: m\nstudent: s\ndataset: d\nobjective: {features: 1, logits: 0.5}\n"
+        "layer_weights: [1, 0]\nteacher_selection: 2\nlearning-rate: 1e-3\nstop_on_nan: false\nseed: 3\n"
+        "lr_scheduler_kwargs: {x: 1}\nfusion_learning_rate:\ndebug: underflow_overflow\nuse_cpu: true\n"
+    )
+    _, (args, training_args) = parse(["train", "--config", "train.yaml", "--seed", "4", "--teachers", "c"])
+    config = args.distillation()
+    assert config.teachers == ["c"] and config.objective == {"features": 1, "logits": 0.5}
+    assert config.teacher_selection == 2 and config.layer_weights == [1.0, 0.0]
+    assert (training_args.learning_rate, training_args.stop_on_nan, training_args.seed) == (1e-3, False, 4)
+    assert training_args.lr_scheduler_kwargs == {"x": 1} and training_args.fusion_learning_rate is None
+    assert len(training_args.debug) == 1
+
+
+def test_eval_prints_and_writes_what_a_stock_adapter_reaches(here, capsys):
+    code, out, _ = run(capsys, *EVAL, "--output", "result.json")
+    assert code == 0
+    result = json.loads(Path("result.json").read_text())
+    assert result["examples"] == 4 and result.keys() == {"adapter", "dataset", "examples", "accuracy", "loss"}
+    assert [line.split() for line in out.splitlines()] == [[key, str(value)] for key, value in result.items()]
+    model, tokenizer = cli_training.load_base("bert-base-uncased", 8)
+    model.load_adapter("outputs/insurance", set_active=True, use_safetensors=True)
+    labels = torch.tensor([0, 1, 0, 1])
+    with torch.no_grad():
+        output = model.eval()(**tokenizer(TEXTS, padding=True, return_tensors="pt"), labels=labels)
+    assert result["loss"] == pytest.approx(output.loss.item(), abs=1e-5)
+    assert result["accuracy"] == (output.logits.argmax(-1) == labels).float().mean().item()
+
+
+def test_datasets_of_all_kinds_and_labels(here, capsys):
+    rows = Dataset.from_dict({"text": TEXTS, "label": LABELS, "number": [0, 1, 0, 1], "year": [1999, 2001] * 2})
+    rows.to_json("rows.jsonl")
+    rows.to_parquet("rows.parquet")
+    rows.save_to_disk("one")
+    classes = rows.cast_column("label", ClassLabel(names=["train", "card"]))  # in another order than the head's
+    DatasetDict({"train": classes, "test": classes}).save_to_disk("several")
+    found = [run(capsys, *EVAL, f"--dataset={name}") for name in ("rows.jsonl", "rows.parquet", "one", "several")]
+    assert len({out.partition("examples")[2] for code, out, _ in found}) == 1 and not any(code for code, *_ in found)
+    for column, label2id in (
+        ("number", {"LABEL_0": 0, "LABEL_1": 1}),
+        ("year", {"1999": 0, "2001": 1}),
+        ("label", {"train": 0, "card": 1}),
+    ):
+        again = [*TRAIN, "--overwrite_output_dir", "--dataset=several", f"--label_column={column}", "--output_dir=x"]
+        code, out, _ = run(capsys, *again, "--eval_split=test", "--max_steps=1")
+        assert code == 0 and "eval_accuracy" in out
+        head = json.loads(Path("x/insurance/head_config.json").read_text())
+        assert head["config"]["label2id"] == label2id and head["config"]["num_labels"] == 2
+        assert run(capsys, *EVAL, "--adapter=x/insurance", "--dataset=several", f"--label_column={column}")[0] == 0
+
+
+def test_an_output_folder_is_kept_unless_it_is_to_be_replaced_or_gone_on_with(here, capsys):
+    before = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+    hint = "pass --overwrite_output_dir, another --output_dir, or --resume_from_checkpoint true to go on from there."
+    message = f"outputs/insurance already holds a student; {hint}"
+    says_why(capsys, 2, message, *TRAIN, "--output_dir=outputs")
+    assert before == {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+    says_why(capsys, 2, "new has no whole checkpoint; leave out resume_from_checkpoint.", *TRAIN, "--output_dir=new",
+             "--resume_from_checkpoint=true")  # fmt: skip
+    save = ["--save_strategy=steps", "--save_steps=1", "--eval_file=data/test.csv", "--output_dir=new"]
+    assert run(capsys, *TRAIN, *save)[0] == 0
+    shutil.rmtree("new/insurance")
+    says_why(capsys, 2, f"new holds checkpoints of an earlier training; {hint}", *TRAIN, *save)
+    whole = load_file("new/checkpoint-2/insurance/adapter.safetensors")
+    shutil.rmtree("new/checkpoint-2")
+    assert run(capsys, *TRAIN, *save, "--resume_from_checkpoint", "True")[0] == 0
+    resumed = load_file("new/insurance/adapter.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    Path("new/insurance/pytorch_adapter.bin").write_bytes(b"of another student")
+    assert run(capsys, *TRAIN, "--overwrite_output_dir", "--output_dir=new")[0] == 0
+    assert not Path("new/insurance/pytorch_adapter.bin").exists()
+
+
+def test_inspect_reads_the_config_alone(here, capsys, hub, monkeypatch):
+    monkeypatch.setattr(torch, "load", None)
+    code, out, _ = run(capsys, "inspect", "outputs/insurance")
+    provenance = read_provenance("outputs/insurance")
+    assert code == 0 and out.startswith("'insurance', distilled from 2 teachers\n\nteacher  source ")
+    for teacher in provenance["teachers"]:
+        mean = sum(row[teacher["name"]] for row in provenance["attention"].values()) / len(provenance["attention"])
+        assert re.search(
+            rf"^{teacher['name']} +{teacher['source']} +- +{teacher['digest'][:8]} +{mean:.2f}$", out, re.M
+        )
+    for key in ("objective", "distillation_start", "distillation_weight", "learning_rate", "steps", "seed"):
+        assert re.search(rf"^{key} +{provenance[key]}$", out, re.M), key
+    assert re.search(rf"^eval_accuracy +{provenance['evaluation']['eval_accuracy']}$", out, re.M)
+    assert re.search(r"^versions +.*\bhf-adapter-distillation [\d.]+", out, re.M) and "loss, stage 2" in out
+    config = Path("outputs/insurance/adapter_config.json").read_bytes()
+    hub.create("me/faq", {"adapter_config.json": config, "adapter.safetensors": b"x" * 99})
+    repo = hub.repos["me/faq"]
+    repo.refs["v1"] = repo.refs["main"]
+    code, out, _ = run(capsys, "inspect", "me/faq@v1", "--json")
+    assert code == 0 and json.loads(out) | provenance == json.loads(out) and json.loads(out)["name"] == "insurance"
+    assert not any("safetensors" in line for line in hub.requests)
+    escaped = config.replace(b"adapters/banking", b"\\u001b[31m\\nred")
+    Path("outputs/insurance/adapter_config.json").write_bytes(escaped)
+    assert "?[31m?red" in run(capsys, "inspect", "outputs/insurance")[1]
+
+
+def test_plot_draws_the_attention_into_the_named_file_alone(here, capsys):
+    before = sorted(Path().rglob("*"))
+    for name, first in (("a.png", b"\x89PNG"), ("b.SVG", b"<?xml")):
+        Path(name).write_text("old")
+        code, out, _ = run(capsys, "plot", "outputs/insurance", "-o", name)
+        assert (code, out) == (0, f"attention over 2 teachers drawn to {name}\n")
+        assert Path(name).read_bytes().startswith(first)
+    assert sorted({*Path().rglob("*")} - {*before}) == [Path("a.png"), Path("b.SVG")]
+
+
+def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
+    Path("outputs/insurance/training_args.bin").write_bytes(b"secret")
+    for saved in Path("outputs/insurance").glob("*_config.json"):  # as of a base model on the Hub
+        saved.write_text(saved.read_text().replace('"bert-base-uncased"', '"me/tiny"'))
+    code, out, _ = run(capsys, "push", "outputs/insurance", "faq", "--private", "--commit_message", "Mine")
+    repo = hub.repos["me/faq"]
+    assert (code, out) == (0, f"pushed to {hub.url}/me/faq/commit/{repo.refs['main']}\n")
+    assert repo.private and repo.messages[-1] == "Mine" and "training_args.bin" not in repo.files
+    assert not check_card(repo.files["README.md"].decode()) and b"base_model: me/tiny\n" in repo.files["README.md"]
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    model.add_adapter("insurance", "seq_bn[reduction_factor=4]", distill_from=["adapters/banking", "adapters/travel"])
+    model.load_adapter("outputs/insurance", load_as="insurance", use_safetensors=True)
+    run_of = had.student.provenance.read_provenance("outputs/insurance")
+    model.config.name_or_path = "me/tiny"
+    state = had.method.distillation.distillations(model.adapters_config)["insurance"]
+    state.training = {
+        key: value for key, value in run_of.items() if key not in had.student.provenance.provenance(model, state)
+    }
+    expected = student_files(model, "insurance", "me/faq")
+    assert {*repo.files} - {".gitattributes"} == {*expected}
+    for name in ("README.md", "head_config.json"):  # settings and versions stand in the order of the file
+        words = [sorted(re.findall(rb"[\w.-]*\w", files[name])) for files in (repo.files, expected)]
+        assert words[0] == words[1], name
+    for safe, pickled in pushing.WEIGHTS:
+        own, theirs = load(expected[safe]), load(repo.files[safe])
+        assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
+        Path(pickled).write_bytes(repo.files[pickled])
+        assert all(torch.equal(own[key], value) for key, value in torch.load(pickled, weights_only=True).items())
+    Path("outputs/insurance/README.md").write_text("---\nlicense: mit\n---\nmine")
+    code, out, _ = run(capsys, "push", "outputs/insurance", "me/faq", "--create_pr")
+    assert out == f"pushed to {hub.url}/me/faq/discussions/1\n" and len(repo.refs) == 2
+    assert run(capsys, "push", "outputs/insurance", "me/faq", "--revision", "v2", "--token", "hf_me")[0] == 0
+    assert repo.commits[repo.refs["v2"]]["README.md"].endswith(b"mine") and not repo.files["README.md"].endswith(
+        b"mine"
+    )
+
+
+def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
+    whole = torch.arange(12.0)
+    own = {"heads.a.1.weight": whole[:4], "b": whole[4:]}
+    save_file(own, tmp_path / "s")
+    monkeypatch.setattr(pushing, "load_file", lambda path: own)  # as older safetensors reads it
+    pushing._write_both(tmp_path / "s", tmp_path / "p", "a")
+    pickled = torch.load(tmp_path / "p", weights_only=True)
+    assert all(torch.equal(pickled[key], own[key]) for key in own)
+    assert all(value.untyped_storage().nbytes() == 4 * value.numel() for value in pickled.values())
+
+
+# What they refuse
+
+
+def test_wrong_usage_is_told_in_one_line(here, capsys):
+    see = "; see adapter-distill train --help."
+    cases = [
+        ([], "the following arguments are required: command; see adapter-distill --help."),
+        (["trian"], "argument command: invalid choice: 'trian'*"),
+        (["train"], f"the following arguments are required: --dataset, --model, --teachers, --student{see}"),
+        ([*TRAIN, "--lerning_rate=1"], f"unknown option --lerning_rate, did you mean 'learning_rate'?{see}"),
+        ([*TRAIN, "--learning", "1"], f"unknown option --learning, did you mean 'learning_rate'?{see}"),
+        ([*TRAIN, "--seed", "1", "2"], f"unknown argument '2'{see}"),
+        ([*TRAIN, "--carrier=x"], f"argument --carrier: invalid choice: 'x' (*'student'*){see}"),
+        ([*TRAIN, "--learning_rate=x"], f"argument --learning_rate/--learning-rate: invalid float value: 'x'{see}"),
+        ([*TRAIN, "--distillation_start=2"], "distillation_start=2.0 is out of range; it must be a fraction*"),
+        ([*TRAIN, "--objective=x"], "objective='x' is not supported; choose one of *"),
+        ([*TRAIN, "--objective={x"], "objective='{x' is neither a name nor a mapping such as {name: 1.0}."),
+        ([*TRAIN, "--teacher_selection=0"], "teacher_selection=0 is out of range; *"),
+        ([*TRAIN, "--max_length=0"], "max_length=0 is out of range; it must be at least 1."),
+        ([*TRAIN, "--student=a/b"], "student='a/b' is not a folder name; leave out '/'."),
+        ([*TRAIN, "--eval_file=a", "--eval_split=b"], "eval_split and eval_file exclude each other; leave one*"),
+        (["inspect", "a", "b"], "unknown argument 'b'; see adapter-distill inspect --help."),
+    ]
+    all_say_why(capsys, [(2, argv, message) for argv, message in cases])
+
+
+def test_wrong_config_files_are_told_in_one_line(here, capsys):
+    see = "; see adapter-distill train --help."
+    cases = [
+        ("lerning_rate: 1", f"c.yaml: unknown option 'lerning_rate', did you mean 'learning_rate'?{see}"),
+        ("config: a", "c.yaml: unknown option 'config', did you mean *"),
+        ("learning_rate: x", "argument --learning_rate/--learning-rate: invalid float value: 'x'; see *"),
+        ("learning_rate: {a: 1}", "argument --learning_rate/--learning-rate: invalid float value: *"),
+        ("seed: [1, 2]", "c.yaml: seed takes one value, not the list [1, 2]."),
+        ("learning_rate:", "c.yaml: learning_rate has no value; leave it out, or give one."),
+        ("- a", "c.yaml holds no options; write them as `name: value`."),
+        ("", "c.yaml holds no options; write them as `name: value`."),
+        ("a: [", "c.yaml is not valid YAML: *"),
+    ]
+    for text, message in cases:
+        Path("c.yaml").write_text(text)
+        says_why(capsys, 2, message, *TRAIN, "--config=c.yaml")
+    says_why(
+        capsys, 2, "--config no.yaml is not a file; give a YAML file of options by name.", *EVAL, "--config", "no.yaml"
+    )
+
+
+def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, monkeypatch):
+    monkeypatch.setattr(cli_training, "load_base", None)
+    columns = {
+        "text": TEXTS, "label": LABELS, "gaps": ["a", "", "b", "a"], "same": ["a"] * 4, "score": [0.5, 1.5, 2, 3],
+        "number": [0, 1, "", 0],
+    }  # fmt: skip
+    write_csv(Path("data.csv"), columns)
+    Path("broken.parquet").write_text("text,label")
+    Path("empty.csv").write_text("text,label\n")
+    Path("folder").mkdir()
+    rows = Dataset.from_dict({"text": TEXTS, "label": LABELS}).cast_column(
+        "label", ClassLabel(names=["card", "train"])
+    )
+    unlabelled = rows.map(lambda row: {"label": -1})
+    DatasetDict({"train": rows, "validation": unlabelled}).save_to_disk("glue")
+    write_csv(Path("other.csv"), {"text": TEXTS, "label": ["card", "boat"] * 2})
+    give = "give a .csv, .json, .jsonl, .parquet file, a folder made with save_to_disk, or a Hub id."
+    cases = [
+        (["--dataset=no.csv"], f"The dataset no.csv does not exist; {give}"),
+        (["--dataset=./no"], "The dataset './no' is not a file, a folder or a Hub id."),
+        (["--dataset=folder"], f"The dataset folder cannot be read (*); {give}"),
+        (["--dataset=broken.parquet"], f"The dataset broken.parquet cannot be read (*); {give}"),
+        (["--dataset=empty.csv"], f"The dataset empty.csv cannot be read (*no data*); {give}"),
+        (["--dataset_config=x"], "dataset_config='x' is for Hub datasets, not for data.csv; leave it out."),
+        (["--train_split=x"], "data.csv has no split 'x'; choose one of 'train'."),
+        (["--eval_split=x"], "data.csv has no split 'x'; choose one of 'train'."),
+        (["--eval_split=1.5"], "eval_split=1.5 is out of range; a fraction lies between 0 and 1."),
+        (["--text_column=texts"], "text_column='texts' is not one of the columns 'text', *; did you mean 'text'?"),
+        (["--text_pair_column=x"], "text_pair_column='x' is not one of the columns 'text', *; choose one of them."),
+        (["--label_column=x"], "label_column='x' is not one of the columns *"),
+        (["--text_column=score"], "text_column='score' holds float64, not text; choose a text column."),
+        (["--text_column=gaps"], "Column 'gaps' is empty in row 2; fill it, or leave the row out."),
+        (["--label_column=gaps"], "Column 'gaps' is empty in row 2; fill it, or leave the row out."),
+        (["--label_column=number"], "Column 'number' is empty in row 3; fill it, or leave the row out."),
+        (["--label_column=same"], "label_column='same' holds only one label, 'a'; a head needs at least two."),
+        (["--label_column=score"], "label_column='score' holds float64, not names or whole numbers; *"),
+        (["--dataset=glue"], "Column 'label' has no label in row 1; choose a split that has labels."),
+        (["--eval_file=other.csv"], "Column 'label' has 'boat' in row 2, not a label of the training data: *"),
+    ]  # fmt: skip
+    given = [*TRAIN, "--dataset=data.csv", "--output_dir=new"]
+    all_say_why(capsys, [(2, [*given, *argv], message) for argv, message in cases])
+    assert not Path("new").exists()
+
+
+def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
+    numbered = write_csv(Path("numbers.csv"), {"text": TEXTS, "label": [0, 1, 0, 2]})
+    Path("empty").mkdir()
+    new = [*TRAIN, "--output_dir=new"]
+    unknown = "Column 'label' has '0' in row 1, not a label"
+    cases = [
+        (2, [*new, "--model=./no"], "model='./no' is neither a folder nor a Hub id."),
+        (1, [*new, "--model=someone/no"], "model='someone/no' cannot be loaded: We couldn't connect to *"),
+        (2, [*new, "--model=empty"], "model='empty' holds no config.json; give the folder of a model."),
+        (2, [*new, "--max_length=999"], "max_length=999 is out of range; bert-base-uncased takes 512 tokens at most."),
+        (1, [*new, "--dataset=someone/no"], "The dataset 'someone/no' is not a local file, and the Hub did not*"),
+        (2, [*new, "--teachers", "adapters/bankin"], "*'adapters/bankin'*"),
+        (2, [*new, "--teachers", "nope"], "Unknown teacher 'nope': it is no local folder or Hub id either. *"),
+        (2, [*new, "--teachers", "empty"], "Teacher 'empty' holds no adapter_config.json; give a folder made by*"),
+        (2, [*new, "--adapter_config=nope"], "Student 'insurance' has no valid adapter config: *"),
+        (2, [*new, "--eval_strategy=epoch"], "*eval*"),
+        (2, [*EVAL, "--adapter=nope"], "'nope' is no local folder, and no Hub id either ('user/adapter')."),
+        (1, [*EVAL, "--adapter=me/no"], "'me/no' is no local folder, and the Hub did not give it: *"),
+        (2, [*EVAL, "--adapter=outputs"], "outputs holds no adapter_config.json; did you mean outputs/insurance?"),
+        (2, [*EVAL, "--adapter=empty"], "empty holds no adapter_config.json; give a folder made by save_adapter."),
+        (2, [*EVAL, "--adapter=adapters/headless"], "adapters/headless has no head, so there is nothing to*"),
+        (2, [*EVAL, f"--dataset={numbered}"], f"{unknown} of outputs/insurance: 'card', 'train'."),
+        (2, [*EVAL, f"--dataset={numbered}", "--adapter=adapters/banking"], "Column * has '2' in row 4, *: '0', '1'."),
+        (2, [*EVAL, "--output=no/result.json"], "--output no/result.json: there is no folder no; make it first."),
+        (2, [*EVAL, "--output=data"], "--output data is a folder; name a file."),
+        (2, [*EVAL, "--batch_size=0"], "batch_size=0 is out of range; it must be at least 1."),
+    ]  # fmt: skip
+    all_say_why(capsys, cases)
+    assert not Path("new", "insurance").exists()
+
+
+def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
+    shutil.copytree("outputs/insurance", "quiet")
+    config = json.loads(Path("quiet/adapter_config.json").read_text())
+    empty = {"teachers": [], "versions": {}}
+    uneven = {"layer.0": {"banking": 1.0}, "layer.1": {"travel": 1.0}}
+    broken = [
+        {"versions": {}}, 5, {"teachers": [{"name": 1}], "versions": {}}, {**empty, "attention": uneven},
+        {**empty, "evaluation": {"eval_loss": "x"}}, {**empty, "losses": [1]},
+    ]  # fmt: skip
+    not_distilled = "adapters/banking holds an adapter that was not distilled; it names no teachers."
+    for command in (["inspect"], ["plot", "-o", "a.png"]):
+        says_why(capsys, 2, "'nope' is no local folder, and no Hub id either ('user/adapter').", *command, "nope")
+        says_why(
+            capsys,
+            1,
+            "'me/no' is no local folder, and the Hub did not give it: it does not exist *",
+            *command,
+            "me/no",
+        )
+        says_why(
+            capsys, 2, "outputs holds no adapter_config.json; did you mean outputs/insurance?", *command, "outputs"
+        )
+        says_why(capsys, 1 if command == ["inspect"] else 2, not_distilled, *command, "adapters/banking")
+        for run_ in broken:
+            Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": run_}))
+            message = '"distillation" in the adapter_config.json of quiet is damaged; save the student anew.'
+            says_why(capsys, 2, message, *command, "quiet")
+        Path("quiet/adapter_config.json").write_text("{")
+        says_why(capsys, 2, "quiet/adapter_config.json is damaged (*); save the adapter anew.", *command, "quiet")
+    Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": empty}))
+    says_why(capsys, 2, "quiet has no record of the attention over its teachers; *", "plot", "quiet", "-o", "a.png")
+    message = "--output a.xyz has no supported extension; choose one of *"
+    says_why(capsys, 2, message, "plot", "outputs/insurance", "-o", "a.xyz")
+    says_why(capsys, 2, "--output no/a.png: there is no folder no; *", "plot", "outputs/insurance", "-o", "no/a.png")
+    assert not Path("a.png").exists()
+    Path("outputs/insurance/adapter.safetensors").write_bytes(b"x")
+    with hub.quiet():
+        says_why(capsys, 2, "'nope' is not a folder; give the folder of a saved student.", "push", "nope", "me/faq")
+        says_why(capsys, 2, not_distilled, "push", "adapters/banking", "me/faq")
+        says_why(capsys, 2, "Repo id must use alphanumeric chars*", "push", "outputs/insurance", "a b")
+        damaged = "outputs/insurance/adapter.safetensors is damaged; save the student anew."
+        says_why(capsys, 2, damaged, "push", "outputs/insurance", "me/faq")
+        Path("outputs/insurance/adapter.safetensors").unlink()
+        no_weights = "outputs/insurance holds no weights of an adapter; save the student anew."
+        says_why(capsys, 2, no_weights, "push", "outputs/insurance", "me/faq")
+        monkeypatch.delenv("HF_TOKEN")
+        message = (
+            "'insurance' was not pushed to 'me/faq': there is no token; log in with `hf auth login`, or pass one."
+        )
+        says_why(capsys, 1, message, "push", "outputs/insurance", "me/faq")
+
+
+def test_a_push_that_the_hub_does_not_take_says_why_and_commits_nothing(here, capsys, hub):
+    hub.fail("POST /api/models/me/faq/commit", 409)
+    message = "'insurance' was not pushed to 'me/faq': another push came between; push again."
+    says_why(capsys, 1, message, "push", "outputs/insurance", "me/faq")
+    assert {*hub.repos["me/faq"].files} == {".gitattributes"}
+    with pytest.raises(TypeError, match="licence"):
+        push_saved("outputs/insurance", "me/faq", adapter_card_kwargs={"licence": "mit"})
+
+
+def test_a_run_that_fails_or_is_stopped_has_its_exit_code(here, capsys, monkeypatch):
+    errors = [
+        (RuntimeError("No space\nleft"), 1, "No space left"),
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (FloatingPointError("loss"), 1, "FloatingPointError: loss"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ]
+    left = [error for error, _, _ in errors]
+
+    def fails(self, **kwargs):
+        raise left.pop(0)
+
+    monkeypatch.setattr(had.DistillationTrainer, "train", fails)
+    all_say_why(capsys, [(code, [*TRAIN, "--output_dir=new"], line) for _, code, line in errors])
+    assert main(["inspect", "nope", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def process(*argv):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "hf_adapter_distillation.cli", *argv],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background may ignore it
+    )  # fmt: skip
+
+
+def test_exit_codes_of_a_process_and_ctrl_c_in_a_training(here):
+    with process("inspect", "adapters/banking") as failed:
+        out, err = failed.communicate(timeout=120)
+    assert (failed.returncode, out) == (1, "") and len(err.splitlines()) == 1
+    endless = [*TRAIN, "--max_steps=1000000", "--logging_steps=1", "--disable_tqdm=true", "--output_dir=new"]
+    with process(*endless) as training:
+        for line in training.stderr:
+            if "'loss'" in line:
+                break
+        training.send_signal(signal.SIGINT)
+        out, err = training.communicate(timeout=120)
+    assert training.returncode == 130 and out == "" and "Traceback" not in err
+    assert err.endswith("adapter-distill: error: stopped by Ctrl-C\n")
+
+
+# What the documentation says
+
+
+def commands(text):
+    """The command lines in a text, continued lines in one."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.strip().startswith("adapter-distill ")]
+
+
+def test_help_ends_with_examples_that_are_right(here, capsys, monkeypatch):
+    Path("train.yaml").write_text("model: m\nteachers: [a]\nstudent: s\ndataset: d\n")
+    _, parsers = make_parser()
+    assert parsers.keys() == EXAMPLES.keys()
+    for name, examples in EXAMPLES.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        out = capsys.readouterr().out
+        assert stopped.value.code == 0 and out.rstrip().endswith(examples.rstrip())
+        found = commands(examples)
+        assert len(found) == 2 and all(argv[0] == name and parse(argv) for argv in found)
+    assert (
+        'console_scripts": ["adapter-distill = hf_adapter_distillation.cli:main"]' in (ROOT / "setup.py").read_text()
+    )
+
+
+def test_the_page_about_the_command_line_runs(here, capsys, hub):
+    page = (ROOT / "docs" / "how_to" / "command_line.md").read_text()
+    config = re.search(r"```yaml\n# train.yaml\n(.*?)```", page, flags=re.S)[1]
+    Path("train.yaml").write_text(config)
+    files = {path.name: path.read_bytes() for path in Path("adapters/travel").iterdir()}
+    repo = hub.create("someone/faq-work", files)
+    repo.refs["v1"] = repo.refs["main"]
+    shutil.rmtree("outputs")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page, flags=re.M | re.S)
+    found = [argv for block in blocks for argv in commands(block)]
+    assert [argv[0] for argv in found] == ["train", "train", "eval", "inspect", "inspect", "plot", "push"]
+    for argv in found:
+        assert run(capsys, *argv, *(QUICK if argv[0] == "train" else ()))[0] == 0, argv
+    assert Path("attention.png").is_file() and Path("result.json").is_file() and "me/faq-insurance" in hub.repos
+    sources = [teacher["source"] for teacher in read_provenance("outputs/insurance/insurance")["teachers"]]
+    assert len(sources) == 2  # by teacher_selection

@@ -1,0 +1,404 @@
+"""The benchmarks on a tiny model, and what they measure with."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from adapters import AutoAdapterModel
+from paths import ROOT
+from transformers import AutoTokenizer, BertConfig
+
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import inference  # noqa: E402
+import measure  # noqa: E402
+import quality  # noqa: E402
+import report  # noqa: E402
+import serving  # noqa: E402
+import stage2_step  # noqa: E402
+import streaming_tenants  # noqa: E402
+from onboarding import METHODS  # noqa: E402
+
+
+def tiny():
+    return BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, num_labels=2
+    )
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(measure.SHAPES, "tiny", tiny)
+
+    def main(module, *arguments):
+        output = tmp_path / f"{module.__name__}.json"
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments, "--output", str(output)])
+        module.main()
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    return main
+
+
+def test_stage2_step(run, tmp_path):
+    results, out = run(stage2_step, *"--shapes tiny --teachers 1 3 --batch 2 --seq_len 8 --rounds 2".split())
+    methods = ["plain", "student", "fused", "mixed", "per teacher", "Fuse"]
+    assert [(row["teachers"], row["method"]) for row in results["rows"]] == [(n, m) for n in (1, 3) for m in methods]
+    for row in results["rows"]:
+        assert row["ms"] > 0 and row["peak_mb"] > 0
+        assert (row["time_ratio"], row["peak_ratio"]) == (1, 1) or row["method"] != "plain"
+        assert f"{row['ms']:.1f}" in out
+    peak = {row["method"]: row["peak_ratio"] for row in results["rows"] if row["teachers"] == 3}
+    assert 1 < peak["student"] < peak["per teacher"] < peak["Fuse"]
+    assert results["environment"]["torch"] == torch.__version__
+    assert (tmp_path / "stage2_step.png").stat().st_size > 5000
+    table = report.stage2_step(results).splitlines()
+    assert len(table) == 4 and table[2].startswith("| tiny | 1 |") and table[0].count("|") == table[3].count("|")
+
+
+def test_methods_that_need_too_much_memory_are_left_out(run):
+    results, _ = run(
+        stage2_step, *"--shapes tiny --teachers 1 8 --batch 2 --seq_len 8 --rounds 1 --max_gb 0.0001".split()
+    )
+    left = [row["method"] for row in results["rows"] if row["teachers"] == 8]
+    assert left == ["plain", "student", "fused", "mixed"] and len(results["rows"]) == 10
+    assert report.stage2_step(results).splitlines()[3].count("–") == 3
+
+
+def test_inference(run, tmp_path):
+    results, out = run(inference, *"--shapes tiny --teachers 3 --batches 1 4 --seq_len 8 --rounds 2".split())
+    methods = ["base model", "plain adapter", "distilled student", "Fuse of 3 + own"]
+    assert [(row["batch"], row["method"]) for row in results["rows"]] == [(b, m) for b in (1, 4) for m in methods]
+    row = {row["method"]: row for row in results["rows"] if row["batch"] == 4}
+    for key in ("parameters", "peak_mb"):
+        assert row["distilled student"][key] == row["plain adapter"][key] < row["Fuse of 3 + own"][key]
+    assert row["distilled student"]["stored_mb"] == pytest.approx(row["plain adapter"]["stored_mb"], rel=0.3)
+    assert "bitwise the same logits" in out
+    assert (tmp_path / "inference.png").stat().st_size > 5000
+    assert len(report.inference(results).splitlines()) == 6
+
+
+def test_a_student_whose_logits_changed_fails_the_benchmark(run, monkeypatch):
+    logits = inference.Platform.logits
+    monkeypatch.setattr(inference.Platform, "logits", lambda self, batch: logits(self, batch) + 1)
+    with pytest.raises(SystemExit, match="the reloaded student of tiny has other logits"):
+        run(inference, *"--shapes tiny --teachers 1 --batches 1 --seq_len 8 --rounds 1".split())
+
+
+def test_serving(run, tmp_path, tiny_encoder):
+    short = "--tenants 1 3 --requests 6 --faqs 2 --max_batch 8 --rounds 2"
+    results, out = run(serving, *f"{short} --model {tiny_encoder}".split())
+    ways = [serving.MIXED, serving.COPIES, serving.FUSION]
+    assert [(row["tenants"], row["method"]) for row in results["rows"]] == [(n, way) for n in (1, 3) for way in ways]
+    rows = {row["method"]: row for row in results["rows"] if row["tenants"] == 3}
+    # 12 pairs of three tenants: 8 and 4 mixed, 4 of each tenant.
+    assert [rows[way]["batches"] for way in ways] == [2, 3, 3]
+    assert rows[serving.COPIES]["rate_ratio"] == 1
+    for row in results["rows"]:
+        assert row["queries_per_s"] > 0 and row["rate_ratio"] > 0 and f"{row['queries_per_s']:.1f}" in out
+    assert rows[serving.MIXED]["parameters_mb"] <= rows[serving.FUSION]["parameters_mb"]
+    assert results["environment"]["torch"] == torch.__version__
+    assert (tmp_path / "serving.png").stat().st_size > 10_000
+    table = report.serving(results).splitlines()
+    assert len(table) == 8 and table[2].startswith("| 1 | one base model, mixed batches |")
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_the_three_ways_to_serve_answer_alike_and_hold_what_they_say(tiny_encoder):
+    args = serving.Arguments(tenants=[3], requests=6, faqs=2, max_batch=8, model=tiny_encoder)
+    base, tokenizer = AutoAdapterModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
+    setting = serving.Setting(args, base, tokenizer, 3)
+    asked = {way: sorted(sum(batches, [])) for way, batches in setting.batches_of.items()}
+    assert asked[serving.MIXED] == asked[serving.COPIES] == asked[serving.FUSION] and len(asked[serving.MIXED]) == 6
+    tenants = [question.tenant for question in asked[serving.MIXED]]
+    assert tenants == ["tenant0"] * 2 + ["tenant1"] * 2 + ["tenant2"] * 2
+    models = setting.ways[serving.COPIES].models
+    seen = []
+    for model in [*models.values(), setting.ways[serving.MIXED].model]:
+        model.register_forward_hook(lambda module, args, output: seen.append(module))
+    setting.answer(serving.COPIES)
+    assert seen == list(models.values())
+    del seen[:]
+    setting.answer(serving.MIXED)
+    assert len(seen) == 2
+    size = serving.bytes_of([base])
+    a_head = serving.bytes_of([models["tenant0"]]) - size
+    shared = setting.ways[serving.MIXED].model
+    a_fusion = serving.bytes_of([layer for name, layer in shared.named_modules() if name.endswith("fusion_layer")])
+    adapters = serving.bytes_of([shared]) - size - a_fusion - 3 * a_head
+    assert a_head > 0 and adapters > 0 and a_fusion > 0
+    memory = setting.memory()
+    assert memory[serving.COPIES] == 3 * (size + a_head)
+    assert memory[serving.MIXED] == size + adapters + 3 * a_head
+    assert memory[serving.FUSION] == memory[serving.MIXED] + 3 * a_fusion
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tenants", "0"], r"--tenants \[0\] is out of range; each must be at least 1"),
+        (["--tenants", "2", "9", "--requests", "8"], "--requests 8 is out of range; it must be at least one for each"),
+        (["--rounds", "0"], "--rounds 0 is out of range; it must be at least 1"),
+        (["--model", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_wrong_arguments_of_serving_in_one_line(run, arguments, message, monkeypatch):
+    monkeypatch.setattr(serving, "measure_tenants", None)
+    with pytest.raises(SystemExit, match=f"^serving.py: .*{message}") as caught:
+        run(serving, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", [stage2_step, inference])
+def test_an_unknown_shape_is_refused(run, module):
+    with pytest.raises(SystemExit, match="--shapes huge is unknown; choose of minilm, bert-base, gpt2"):
+        run(module, "--shapes", "huge")
+
+
+def test_peak_memory():
+    def call():
+        first = torch.ones(1000, 250)  # 10^6 bytes
+        second = first + 1
+        del first
+        return second + 1
+
+    assert measure.peak_bytes(call, "cpu") == pytest.approx(2e6, rel=0.01)
+
+
+def test_methods_take_turns():
+    calls = []
+    tasks = {name: (lambda: None, lambda name=name: calls.append(name)) for name in "ab"}
+    times = measure.compare(tasks, rounds=3, device="cpu")
+    assert [sorted(calls[i : i + 2]) for i in range(0, 8, 2)] == [["a", "b"]] * 4
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+    assert measure.ratio([2.0, 9.0, 6.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_arithmetic_by_hand():
+    """One layer, no gradient below its adapter; T = 16 tokens, d = 32, two teachers of width 4, M = 10."""
+    config = BertConfig(hidden_size=32, num_hidden_layers=1)
+    plain = 16 * (12 * 32**2 + 2 * 8 * 32 + 6 * 4 * 32)
+    teachers = 16 * 32 * (8 + 4 * 10)
+    query_key = 5 * 10 * 32**2  # h (Q^T (K W))
+    value = 2 * 10 * 32**2 + 16 * 10 * 32  # (V W) (a z)
+    wanted = (plain + teachers + query_key + value) / plain
+    assert report.arithmetic(config, batch=2, seq_len=8, n_teachers=2, reduction_factor=8) == pytest.approx(wanted)
+
+
+# The streaming tenants
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
+    """Runs the benchmark on three tenants of two FAQs; returns its lines and what it printed."""
+    queries = [f"how is the {thing}" for thing in "card train parcel weather day pay".split()]
+    faqs = [{"question": f"what is {name}", "queries": queries} for name in ("my card", "the weather")]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"tenants": [{"name": name, "faqs": faqs} for name in ("bank", "rail", "post")]}))
+
+    def main(*arguments):
+        output = tmp_path / "lines.jsonl"
+        short = "--shots 1 --steps 2 --batch_size 2 --n_wrong 1 --test_queries 1 --search_queries 1 --seeds 1"
+        teachers = f"--teacher_queries 2 --teacher_epochs 1 --teachers_dir {tmp_path / 'teachers'}"
+        command = f"{short} {teachers} --data {data} --model {tiny_encoder} --output {output}".split()
+        monkeypatch.setattr(sys, "argv", ["streaming_tenants.py", *command, *arguments])
+        streaming_tenants.main()
+        return report.read(output), capsys.readouterr().out
+
+    return main
+
+
+def test_every_method_onboards_a_tenant(benchmark):
+    lines, out = benchmark("--tenants", "post", "--search_tenants", "1")
+    tests = [line for line in lines if line["queries"] == "test"]
+    assert [line["method"] for line in tests] == list(METHODS)
+    for line in tests:
+        assert (line["tenant"], line["seed"], line["teachers"]) == ("post", 1, 2)
+        assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "mrr"))
+        assert line["ms_ratio"] > 0 and line["MB"] > 0
+        assert (line["seconds"] > 0) == (line["method"] != "teachers' average, untrained")
+        assert line["environment"]["torch"] == torch.__version__ and line["arguments"]["shots"] == 1
+        attention = line.get("attention", {})
+        assert bool(attention) == (line["method"].startswith("AdapterDistillation"))
+        assert all(set(row) >= {"bank", "rail"} for row in attention.values())
+    searched = {(line["method"], line["learning_rate"]) for line in lines if line["queries"] == "validation"}
+    expected = {(name, rate) for name, m in METHODS.items() if not m.rate_of for rate in m.rates if rate}
+    assert searched == expected
+    sizes = {line["method"]: line["MB"] for line in tests}
+    assert sizes["full fine-tuning"] > sizes["AdapterFusion"] > sizes["plain adapter"]
+    assert sizes["AdapterDistillation"] == pytest.approx(sizes["plain adapter"], rel=0.3)
+    table = report.streaming_tenants(lines).splitlines()
+    assert len(table) == 2 + sum(":" not in name for name in METHODS)
+    assert len({line.count("|") for line in table}) == 1
+    of_objectives = set(quality.OBJECTIVES)
+    assert of_objectives < set(METHODS)
+    assert len(report.variants(lines).splitlines()) == 3 + sum(":" in name for name in set(METHODS) - of_objectives)
+    assert len(report.objectives(lines).splitlines()) == 4 + len(of_objectives)
+
+
+def test_a_rerun_goes_on_where_the_first_stopped(benchmark, tmp_path, monkeypatch):
+    methods = ["--methods", "plain adapter", "teachers' average, untrained", "--search_tenants", "0"]
+    first, _ = benchmark(*methods, "--tenants", "bank")
+    assert [(line["method"], line["tenant"]) for line in first] == [(m, "bank") for m in methods[1:3]]
+    with (tmp_path / "lines.jsonl").open("a") as file:
+        file.write('{"method": "plain adapter", "tena')  # killed while it wrote
+    monkeypatch.setattr(streaming_tenants, "train_teacher", None)  # they are kept
+    second, _ = benchmark(*methods)
+    assert second[:2] == first and len(second) == 6
+    third, _ = benchmark(*methods)
+    assert third == second
+
+
+def test_streaming_takes_the_tenants_before_as_teachers(benchmark):
+    methods = ("--methods", "teachers' average, untrained")
+    lines, _ = benchmark(*methods, "--streaming", "--search_tenants", "0", "--bf16")
+    assert [(line["tenant"], line["teachers"]) for line in lines] == [("rail", 1), ("post", 2)]
+
+
+def test_processes_change_nothing_but_the_time(benchmark, tmp_path):
+    arguments = ("--methods", "AdapterDistillation", "--search_tenants", "0", "--tenants", "bank", "rail")
+    alone, _ = benchmark(*arguments)
+    (tmp_path / "lines.jsonl").unlink()
+    together, _ = benchmark(*arguments, "--processes", "2")
+    together.sort(key=lambda line: line["tenant"])
+    for line, other in zip(alone, together, strict=True):
+        assert (line["tenant"], line["mrr"]) == (other["tenant"], other["mrr"])
+        assert line["auc"] == pytest.approx(other["auc"])
+        assert other["environment"]["threads"] == 1
+
+
+def test_each_method_takes_its_best_learning_rate():
+    def line(method, rate, mrr):
+        return {"method": method, "learning_rate": rate, "mrr": mrr, "queries": "validation"}
+
+    lines = [line("plain adapter", 1e-3, 0.5), line("plain adapter", 1e-3, 0.7), line("plain adapter", 2e-3, 0.61)]
+    lines.append({"method": "plain adapter", "learning_rate": 1e-3, "mrr": 0.0, "queries": "test"})
+    rates = streaming_tenants.chosen_rates(["plain adapter", "multi-task adapter", "AdapterFusion"], lines)
+    assert rates == {
+        "plain adapter": 2e-3,
+        "multi-task adapter": 2e-3,
+        "AdapterFusion": METHODS["AdapterFusion"].rates[0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "--methods 'magic' is unknown; choose of 'full fine-tuning', 'plain adapter'"),
+        (["--tenants", "zoo"], "--tenants zoo is not in the data; choose of bank, rail, post"),
+        (["--streaming", "--tenants", "bank"], "--tenants bank is the first to arrive and has no teachers"),
+        (["--shots", "-1"], "--shots -1 is out of range"),
+        (["--shots", "6"], "6 training queries are too many"),
+        (["--shots", "0"], "6 training queries are too many"),
+        (["--steps", "0"], "--steps 0 is out of range"),
+        (["--processes", "0"], "--processes 0 is out of range"),
+        (["--device", "cuda"], "--device cuda finds no GPU"),
+        (["--data", "missing.json"], "--data missing.json does not exist"),
+    ],
+)
+def test_bad_arguments_train_nothing(arguments, message, benchmark, monkeypatch):
+    monkeypatch.setattr(streaming_tenants, "run_all", None)
+    with pytest.raises(SystemExit, match=message) as caught:
+        benchmark(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_results_and_teachers_of_other_arguments_are_refused(benchmark, tmp_path):
+    methods = ["--methods", "teachers' average, untrained", "--tenants", "bank"]
+    benchmark(*methods)
+    with pytest.raises(SystemExit, match="lines.jsonl holds runs with --steps 2, not 3; choose another --output"):
+        benchmark(*methods, "--steps", "3")
+    (tmp_path / "lines.jsonl").unlink()
+    with pytest.raises(SystemExit, match="was made with --teacher_epochs 1, not 2; choose another --teachers_dir"):
+        benchmark(*methods, "--teacher_epochs", "2")
+
+
+def runs(method, accuracies, **kwargs):
+    """Lines of two tenants and two seeds."""
+    cells = [(tenant, seed) for tenant in ("bank", "rail") for seed in (1, 2)]
+    costs = {"ms": 80.0, "ms_ratio": 2.0, "MB": 1.5, "seconds": 7.0, "learning_rate": 0.001, "queries": "test"}
+    return [
+        {"method": method, "tenant": tenant, "seed": seed, "auc": a, "accuracy_at_1": a, "mrr": a, **costs, **kwargs}
+        for (tenant, seed), a in zip(cells, accuracies, strict=True)
+    ]
+
+
+def test_the_tables_by_hand():
+    lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7]) + runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6])
+    lines += runs("AdapterDistillation", [0, 0, 0, 0], queries="validation")
+    lines += runs("AdapterDistillation: mixed", [0.7, 0.6, 0.7, 0.6])[:2]
+    header, _, plain, student = report.streaming_tenants(lines).splitlines()
+    cells = [cell.strip() for cell in student.strip("|").split("|")]
+    assert cells[:3] == ["AdapterDistillation", "0.001", "4"] and cells[9:] == ["1 / 1", "80 (2.00)", "1.50", "7"]
+    assert cells[4].startswith("0.625 [0.6") and cells[6].startswith("+2.5 [")
+    assert cells[7] == "–" and cells[8] == cells[6], "there is no run of the average, and AUC is accuracy here"
+    low, high = (float(x) for x in cells[6].split("[")[1].rstrip("]").split(","))
+    assert -10 <= low < 2.5 < high <= 10
+    assert "| +0.0 [+0.0, +0.0] |" in plain and "0 / 0" in plain
+    _, _, defaults, mixed = report.variants(lines).splitlines()
+    assert defaults == "| the defaults | 0.001 | 2 | 0.600 | 0.600 | 0.600 | – | – | 7 |"
+    assert mixed.startswith("| mixed | 0.001 | 2 | 0.650 | 0.650 | 0.650 | +5.0 [")
+    assert report.tenants(lines).splitlines()[2:] == ["| bank | 0.500 | 0.600 |", "| rail | 0.700 | 0.650 |"]
+
+
+def test_the_tables_of_objectives_by_hand():
+    lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7], seconds=2.0)
+    lines += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6], seconds=3.0)
+    lines += runs("AdapterDistillation: weight 3", [1, 1, 1, 1])[:1]
+    lines += runs("AdapterDistillation: cosine", [0.7, 0.6, 0.8, 0.6], seconds=5.0)[:3]
+    plain, defaults, cosine = report.objectives(lines).splitlines()[2:]
+    assert plain.startswith("| plain adapter | 3 | 0.567 | 0.567 | 0.567 | -6.7 [-10.0, +0.0] |")
+    assert defaults == "| features (the defaults) | 3 | 0.633 | 0.633 | 0.633 | – | – | – |"
+    assert cosine.startswith("| cosine | 3 | 0.700 | 0.700 | 0.700 | +6.7 [+0.0, +10.0] |")
+    assert "| weight 3 | 0.001 | 1 |" in report.variants(lines) and "cosine" not in report.variants(lines)
+    assert report.training_costs(lines).splitlines()[-1] == "| AdapterDistillation: cosine | 3 | 5.0 | 2.50 |"
+
+
+def test_the_plots(tmp_path, monkeypatch, capsys):
+    table = {f"layer {layer}": {"rail": 0.3, "post": 0.7} for layer in range(3)}
+    lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7])
+    lines += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6], attention=table)
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["report.py", "streaming_tenants", str(path)])
+    report.main()
+    assert capsys.readouterr().out.strip() == report.streaming_tenants(lines)
+    for plot in ("cost", "attention"):
+        assert (tmp_path / f"lines_{plot}.png").stat().st_size > 10_000
+
+
+def test_the_table_and_the_plot_by_training_data(tmp_path, monkeypatch, capsys):
+    few, all_queries = {"shots": 3, "arguments": {"steps": 90}}, {"shots": 0, "arguments": {"steps": 375}}
+    files = {
+        "all": runs("plain adapter", [0.9, 0.9, 0.8, 0.8], **all_queries),
+        "few": runs("plain adapter", [0.5, 0.5, 0.7, 0.7], **few),
+    }
+    files["all"] += runs("AdapterDistillation", [0.9, 0.9, 0.8, 0.7], **all_queries)
+    files["few"] += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.8], **few)
+    files["few"] += runs("AdapterFusion", [0.6, 0.6, 0.7, 0.7], **few)
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in files]
+    monkeypatch.setattr(sys, "argv", ["report.py", "training_data", *paths])
+    report.main()
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["3", "90", "plain adapter"],
+        ["3", "90", "AdapterDistillation"],
+        ["all", "375", "plain adapter"],
+        ["all", "375", "AdapterDistillation"],
+    ], "the least data first, and only the methods that are compared by it"
+    assert [row[5] for row in rows] == ["0.600", "0.675", "0.850", "0.825"]
+    assert rows[1][8].startswith("+7.5 [") and rows[3][9].startswith("-2.5 [")
+    assert [row[-1] for row in rows] == ["+0.0", "+5.0", "+0.0", "-5.0"], "the lowest tenant, mean over its seeds"
+    assert (tmp_path / "training_data.png").stat().st_size > 10_000
+
+
+def test_the_interval_covers_the_mean_of_samples():
+    generator = np.random.default_rng(0)
+    covered = [low <= 0 <= high for _, low, high in (quality.interval(generator.normal(size=20)) for _ in range(100))]
+    assert 85 <= sum(covered) <= 100
+    mean, low, high = quality.interval([0.25])
+    assert mean == 0.25 and np.isnan(low) and np.isnan(high)

@@ -1,0 +1,256 @@
+"""README and docs: code blocks run, commands exist, names are documented, figures come from result files."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from adapters import AutoAdapterModel
+from paths import ROOT
+from tiny_models import make_dataset, noisy
+from transformers import AutoTokenizer, set_seed
+
+import hf_adapter_distillation as had
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "examples"))  # the tutorials append it as a relative path
+
+import quality  # noqa: E402
+import report  # noqa: E402
+
+
+def read(page):
+    return (ROOT / page).read_text()
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), flags=re.M | re.S)
+
+
+ALL_PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in ALL_PAGES if blocks(page, "python")]
+
+
+def has_files(*names):
+    return lambda names_of_page, hub: all(Path("outputs", name).is_file() for name in names)
+
+
+def pushed(names_of_page, hub):
+    return "adapter.safetensors" in hub.repos["me/faq-insurance"].files
+
+
+def pushed_as_documented(names_of_page, hub):
+    repo, page = hub.repos["me/faq-insurance"], read("docs/how_to/push.md")
+    documented = re.findall(r"`([\w.]+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", page, flags=re.M)))
+    return (
+        (repo.private and set(repo.refs) == {"main", "v2"} and repo.refs["v2"] != repo.refs["main"])
+        and set(repo.files) - {".gitattributes"} == {name for name in documented if "." in name}
+        and "a plain adapter" in repo.files["README.md"].decode()
+        and "insurance" in names_of_page["model"].adapters_config
+    )
+
+
+def students_of_all_before(names_of_page, hub):
+    files = [Path(f"platform/{tenant.name}/adapter_config.json") for tenant in names_of_page["tenants"]]
+    provenances = [json.loads(path.read_text()).get("distillation", {"teachers": []}) for path in files]
+    assert [len(provenance["teachers"]) for provenance in provenances] == [0, 1, 2, 3]
+    return len(provenances) == 4 and {"newcomer", "another"} <= set(names_of_page["fresh"].adapters_config)
+
+
+def learnt_and_merged(names_of_page, hub):
+    difference = (names_of_page["with_adapter"] - names_of_page["merged"]).abs().max()
+    learnt = names_of_page["after"] < 0.5 * names_of_page["before"]
+    return difference < 1e-4 and learnt and names_of_page["trainer"].distillation.level == "adapter"
+
+
+# What a page leaves behind.
+LEFT_BEHIND = {
+    "README.md": pushed,
+    "docs/index.md": has_files("faq-insurance/adapter_config.json"),
+    "docs/tutorials/first_distillation.md": has_files("attention.png", "faq-insurance/adapter_config.json"),
+    "docs/tutorials/tenants.md": students_of_all_before,
+    "docs/tutorials/lora_decoder.md": learnt_and_merged,
+    "docs/how_to/push.md": pushed_as_documented,
+    "docs/how_to/choose_teachers.md": lambda names, hub: len(names["trainer"].block.teachers) <= 2,
+    "docs/how_to/read_plots.md": has_files(
+        *(
+            f"{folder}/{name}.{suffix}"
+            for folder in ("insurance/analysis", "analysis")
+            for name in ("teacher_attention", "student_distance", "leave_one_teacher_out")
+            for suffix in ("csv", "png")
+        ),
+        "attention.png",
+        "distance.png",
+        "leave_one_out.png",
+    ),
+    "docs/how_to/resume.md": lambda names, hub: names["trainer"].state.global_step > 0,
+    "docs/how_to/from_adapterfusion.md": has_files(
+        "saved-fusion/adapter_fusion_config.json",
+        "saved-own/adapter_config.json",
+        "saved-insurance/adapter_config.json",
+    ),
+    "docs/how_to/training_loop.md": lambda names, hub: (
+        Path("faq-insurance/adapter_config.json").is_file() and 0 < names["explained"] <= 1
+    ),
+    "docs/how_to/serve.md": lambda names, hub: [len(scores) for scores in names["scores"]] == [2, 1],
+    "docs/objectives.md": lambda names, hub: names["trainer"].state.global_step == 2,
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
+    """In an empty folder with trained teachers, which are on the Hub, too, on a tiny model as the pretrained one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for auto in (AutoAdapterModel, AutoTokenizer):
+        original = auto.from_pretrained
+        monkeypatch.setattr(
+            auto, "from_pretrained", lambda name, original=original, **kw: original(tiny_encoder, **kw)
+        )
+    set_seed(0)
+    platform = AutoAdapterModel.from_pretrained("encoder")
+    for name in ("banking", "travel", "work"):
+        platform.add_adapter(name)
+        platform.add_classification_head(name)
+        noisy(platform, name)
+        (tmp_path / "adapters").mkdir(exist_ok=True)
+        platform.save_adapter(f"adapters/{name}", name)
+        files = {path.name: path.read_bytes() for path in (tmp_path / "adapters" / name).iterdir()}
+        repo = hub.create(f"someone/faq-{name}", files)
+        repo.refs["v1"] = repo.refs["main"]
+    monkeypatch.setenv("DISABLE_TQDM", "1")
+    # What the how-to guides say that there is.
+    args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
+    names = {"had": had, "model": platform, "args": args}
+    names |= {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1), "query_log": make_dataset(seed=2)}
+    for source in blocks(page, "python"):
+        source = re.sub(r"num_train_epochs=\d+", "num_train_epochs=1", source)
+        exec(compile(source, page, "exec"), names)
+    if page in LEFT_BEHIND:
+        assert LEFT_BEHIND[page](names, hub)
+
+
+def test_commands_of_the_readme_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [
+        line for block in blocks("README.md", "bash") for line in block.splitlines() if line.startswith("make ")
+    ]
+    assert commands[:2] == ["make demo", "make test"]
+    for command in commands:
+        assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.M), command
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    marker = readme.index("<!-- test-command -->")
+    assert readme[marker + 1 : marker + 4] == ["```bash", "make test", "```"]
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    assert [name for name in had.__all__ if name not in reference] == []
+    assert all(hasattr(had, name) for name in had.__all__)
+
+
+@pytest.mark.parametrize(("name", "n_equations"), [("concepts", 10), ("objectives", 9)])
+def test_each_equation_stands_beside_its_function(name, n_equations):
+    _, *behind = re.split(r"^\$\$.*?\$\$.*?$", read(f"docs/{name}.md"), flags=re.M | re.S)
+    assert len(behind) == n_equations
+    for text in behind:
+        assert "{py:" in re.split(r"^#+ ", text, flags=re.M)[0], text[:200]
+
+
+def test_the_table_of_the_readme_is_that_of_the_result_file():
+    results = json.loads((ROOT / "benchmarks" / "results" / "faq_retrieval.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert results["command"] in readme
+    assert results["rows"]
+    for method, row in results["rows"].items():
+        cells = (
+            f"{row['auc']:.3f}", f"{row['accuracy_at_1']:.3f}", f"{row['mrr']:.3f}", f"{row['ms']:.0f}",
+            f"{row['MB']:.2f}", f"{row['train_s']:.0f}",
+        )  # fmt: skip
+        assert f"| {method} | {' | '.join(cells)} |" in readme
+
+
+def test_the_costs_in_the_readme_are_those_of_the_result_files():
+    results = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("stage2_step", "inference")
+    }
+    step = {(row["method"], row["teachers"]): row["time_ratio"] for row in results["stage2_step"]["rows"]}
+    request = {
+        row["method"]: row["time_ratio"]
+        for row in results["inference"]["rows"]
+        if (row["shape"], row["batch"]) == ("minilm", 32)
+    }
+    sentences = (
+        f"A step of stage 2 takes {step['student', 8]:.1f} times as long as a plain adapter's with 8 teachers and "
+        f"{step['student', 32]:.1f} times with 32; a step of adapters' `Fuse` takes {step['Fuse', 8]:.1f} and "
+        f"{step['Fuse', 32]:.1f} times as long (MiniLM, 16 x 32 tokens, two CPU cores). A request takes as long as a "
+        f"plain adapter's ({request['distilled student']:.2f} times, batch 32), with `Fuse` of 8 teachers "
+        f"{request['Fuse of 8 + own']:.1f} times as long."
+    )
+    assert sentences in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_quality_in_the_readme_is_that_of_the_result_file():
+    lines = report.read(ROOT / "benchmarks" / "results" / "streaming_tenants_3.jsonl")
+    accuracy, times = quality.runs_of(lines, "accuracy_at_1"), quality.runs_of(lines, "ms_ratio")
+    student = accuracy["AdapterDistillation"]
+    against = {name: quality.points(student, runs) for name, runs in accuracy.items()}
+    average = against["teachers' average"]
+    untrained = quality.points(accuracy["AdapterDistillation, untrained"], accuracy["teachers' average, untrained"])
+    lines = report.read(ROOT / "benchmarks" / "results" / "streaming_tenants_all.jsonl")
+    of_all = {key: quality.runs_of(lines, key) for key in ("accuracy_at_1", "auc")}
+    all_data = {
+        key: quality.points(runs["AdapterDistillation"], runs["plain adapter"]) for key, runs in of_all.items()
+    }
+    sentences = (
+        f"the distilled student ranks the right FAQ first for {100 * np.mean(list(student.values())):.1f}% of the "
+        f"test queries. That is, in points with 95% intervals, {against['plain adapter']} against a plain adapter, "
+        f"{average} against one that starts at the teachers' average, and "
+        f"{against['AdapterFusion']} against AdapterFusion, whose queries take "
+        f"{np.median(list(times['AdapterFusion'].values())):.1f} times as long. Before its first step, without a "
+        f"label, it is at {untrained} against the average of the teachers' weights. With all of a tenant's training "
+        f"queries it is at {all_data['accuracy_at_1']} points of accuracy and {all_data['auc']} points of "
+        f"AUC against a plain adapter."
+    )
+    assert sentences in " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize(("name", "n_tables"), [("performance", 7), ("quality", 8), ("how_to/serve", 1)])
+def test_the_tables_of_a_page_are_those_of_the_result_files(name, n_tables):
+    path = ROOT / "docs" / f"{name}.md"
+    page = path.read_text()
+    markers = re.findall(r"<!-- table: (\w+) ([^>]+) -->\n\n((?:\|.*\n)+)", page)
+    assert len(markers) == page.count("<!-- table") == n_tables
+    for table_name, files, table in markers:
+        results = report.read(*(ROOT / "benchmarks" / "results" / file for file in files.split()))
+        assert table.strip() == report.TABLES[table_name](results)
+        if isinstance(results, dict):
+            assert f"`{results['environment']['command']}`" in page
+        else:
+            assert all(f"--output benchmarks/results/{file}" in page for file in files.split())
+    for image in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (path.parent / image).is_file(), image
+
+
+def test_the_accelerate_configs_of_the_docs_are_valid():
+    page = (ROOT / "docs" / "how_to" / "several_gpus.md").read_text()
+    configs = sorted((ROOT / "examples" / "accelerate").iterdir())
+    assert len(configs) == 2
+    for path in configs:
+        config = load_config_from_file(str(path))  # an unknown key is an error
+        assert (
+            config.distributed_type == DistributedType.MULTI_GPU
+            and f"--config_file examples/{path.parent.name}/{path.name}" in page
+        )
+        command = re.search(rf"accelerate launch --config_file examples/accelerate/{path.name}(.*) train.py", page)
+        assert launch_command_parser().parse_args([*command[1].split(), "train.py"]).training_script == "train.py"

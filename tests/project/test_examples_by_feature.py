@@ -1,0 +1,122 @@
+"""The examples by feature: each runs its demo offline, and says in one line what is wrong with its arguments."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+from paths import ROOT
+
+EXAMPLES = ROOT / "examples" / "by_feature"
+sys.path.insert(0, str(EXAMPLES))
+
+import demo  # noqa: E402
+import demo_data  # noqa: E402
+
+# What the demo measures, and what it is at least after the training (0: nothing is promised); perplexity falls.
+RESULTS = {
+    "text_classification": ("accuracy", 0.75),
+    "token_classification": ("entity F1", 0.7),
+    "question_answering": ("exact match / F1", 0.6),
+    "causal_lm": ("perplexity", None),
+    "summarization": ("ROUGE-1", 0.75),
+    "image_classification": ("accuracy", 0.5),
+    "madx_language_task": ("accuracy", 0.7),
+    "mixed_teachers": ("accuracy", 0.0),  # what it reaches depends on the seed
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("by_feature")
+
+
+def run_example(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    importlib.import_module(script).main()
+
+
+def test_each_script_is_tested_and_described():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")} - {"demo", "demo_data"}
+    assert scripts == set(RESULTS)
+    readme = (EXAMPLES / "README.md").read_text()
+    assert all(f"{script}.py --demo" in readme for script in scripts)
+
+
+@pytest.mark.parametrize("script", RESULTS)
+def test_demo(script, folder, monkeypatch, capsys):
+    run_example(monkeypatch, script, "--demo", "--output_dir", folder / script)
+    metric, least = RESULTS[script]
+    printed = capsys.readouterr().out.splitlines()[-1]
+    number = r"([\d.]+)(?: / [\d.]+)?"
+    found = re.fullmatch(
+        f"{metric} before training {number}, after {number}, loaded without teachers {number}", printed
+    )
+    assert found, printed
+    before, after, alone = map(float, found.groups())
+    assert after == alone, "the saved student does not need its teachers"
+    assert after < before if least is None else after > (least and max(before, least))
+    saved = json.loads((folder / script / demo.STUDENT / "adapter_config.json").read_text())
+    assert len(saved["distillation"]["teachers"]) >= 2
+
+
+def test_teachers_and_data_of_ones_own(folder, tmp_path, monkeypatch, capsys):
+    """Runs without --demo, on what the demo of before has left."""
+    import text_classification
+
+    made = folder / "text_classification"
+    if not (made / "films").exists():  # this test alone
+        run_example(monkeypatch, "text_classification", "--demo", "--output_dir", made, "--max_steps", 1)
+    data = demo_data.reviews(["sentence1", "sentence2"])["hotels"]
+    monkeypatch.setattr(text_classification, "load_dataset", lambda *asked: {("nyu-mll/glue", "rte"): data}[asked])
+    capsys.readouterr()
+    run_example(
+        monkeypatch, "text_classification", "--model_name_or_path", made / "base", "--max_steps", 1, "--use_cpu",
+        "--teachers", made / "books", made / "films", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert "loaded without teachers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", RESULTS)
+def test_no_teachers(script, monkeypatch):
+    with pytest.raises(SystemExit, match=rf"^{script}.py: --teachers is empty; give Hub ids .* or --demo") as caught:
+        run_example(monkeypatch, script)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("text_classification", ["--demo", "--task_name", "stsb"], "--task_name stsb is unknown; choose one of cola"),
+        ("causal_lm", ["--demo", "--rank", "0"], "--rank 0 is out of range; it must be at least 1"),
+        ("causal_lm", ["--demo", "--distillation_start", "2"], "distillation_start=2.0 is out of range"),
+        ("madx_language_task", ["--demo", "--text_columns", "a", "b", "c"], "--text_columns a b c are not one or two"),
+        ("mixed_teachers", ["--teachers", "a", "--model_name_or_path", "no/such"], "couldn't connect"),
+        (
+            "mixed_teachers",
+            ["--teachers", "a", "--text_column", "title"],
+            "no column 'title' in 'train', only text",
+        ),
+        ("mixed_teachers", ["--teachers", "nowhere"], "Unknown teacher 'nowhere'"),
+        ("token_classification", ["--teachers", "a"], "no column 'tokens' in 'train', only text, label"),
+        ("question_answering", ["--teachers", "a"], "no column 'question' in 'train'"),
+        ("summarization", ["--teachers", "a"], "no column 'dialogue' in 'train'"),
+        ("text_classification", ["--teachers", "a"], "no column 'sentence1' in 'train', only text, label"),
+        ("image_classification", ["--teachers", "a", "--eval_split", "dev"], "no split 'dev', only train, validation"),
+    ],
+)
+def test_bad_arguments_cost_no_training(script, arguments, message, tiny_encoder, tmp_path, monkeypatch):
+    rows = Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}).cast_column("label", ClassLabel(2))
+    monkeypatch.setattr(demo, "train", None)
+    monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", lambda path: None)
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "load_dataset", lambda *asked: DatasetDict(train=rows, validation=rows))
+    if "--model_name_or_path" not in arguments:
+        arguments = [*arguments, "--model_name_or_path", tiny_encoder]
+    if "nowhere" in arguments:
+        arguments = [*arguments, "--text_column", "text"]
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
+        run_example(monkeypatch, script, *arguments, "--output_dir", tmp_path)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{script}.py: ")

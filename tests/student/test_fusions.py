@@ -1,0 +1,39 @@
+"""Where the fusions of a student stand on its model, and that they go into no saved model."""
+
+import logging
+
+import adapters
+import torch
+from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student
+
+from hf_adapter_distillation.student.fusions import fusions_of
+
+
+def test_save_pretrained_leaves_the_fusion_out(tmp_path, caplog):
+    model = make_student(make_model())
+    logits = model.eval()(**{"input_ids": torch.tensor([[3, 4, 5]])}).logits
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(str(tmp_path / "model"))
+        loaded = adapters.AutoAdapterModel.from_pretrained(str(tmp_path / "model"))
+    assert "distillation_fusion" not in caplog.text
+    loaded.set_active_adapters("insurance")
+    assert torch.equal(loaded.eval()(**{"input_ids": torch.tensor([[3, 4, 5]])}).logits, logits)
+    assert any("distillation_fusion" in name for name in model.state_dict())
+
+
+def test_a_layer_that_the_student_leaves_out_has_no_fusion():
+    model = make_student(make_model(), train=False)
+    model.add_adapter("insurance", config="seq_bn[leave_out=[0]]", distill_from=TEACHERS, overwrite_ok=True)
+    model.train_adapter("insurance")
+    model.train()(**make_batch())
+    record = distillation_of(model).record
+    assert len(record.attention) == 1
+
+
+def test_a_layer_without_the_student_is_left_alone():
+    model = make_model(dtype=torch.float64)
+    for name in TEACHERS:
+        model.add_adapter(name, config="ia3")
+    model.add_adapter("insurance", config="seq_bn[leave_out=[0]]", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    assert [fusion.location for fusion in fusions_of(model, "insurance")] == ["encoder.layer.1"]

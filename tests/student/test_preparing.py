@@ -1,0 +1,125 @@
+"""`train_adapter` and `delete_adapter`."""
+
+import pytest
+import torch
+from adapters import Stack
+from model_state import everything, snapshot, trainable
+from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, with_teachers
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import distillations
+
+
+@pytest.mark.parametrize("kind", ["flex", "classification", "base"])
+def test_train_adapter_leaves_student_head_and_fusion_trainable(kind):
+    model = make_student(make_model(kind=kind))
+    names = trainable(model)
+    parts = (".adapters.insurance.", ".distillation_fusion.insurance.")
+    head = {"flex": "heads.insurance.", "classification": "classifier.", "base": "no head"}[kind]
+    assert all(any(part in name for part in parts) or name.startswith(head) for name in names)
+    for part in (*parts, *([head] if kind != "base" else [])):
+        wanted = {name for name, _ in model.named_parameters() if part in f".{name}" or name.startswith(part)}
+        assert wanted and wanted <= names
+    assert model.active_adapters == had.AdapterDistillation("insurance", TEACHERS)
+    if kind == "flex":
+        assert model.active_head == "insurance"
+
+
+def test_the_students_head_is_active_even_if_another_was_added_last():
+    model = with_teachers()
+    model.add_classification_head("insurance")
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.add_classification_head("last")
+    model.train_adapter("insurance")
+    assert model.active_head == "insurance"
+    assert not any(name.startswith("heads.last") for name in trainable(model))
+
+
+def test_a_missing_head_is_made_from_the_teachers_heads():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    heads = [dict(model.heads[name].named_parameters()) for name in TEACHERS]
+    for key, weight in model.heads["insurance"].named_parameters():
+        torch.testing.assert_close(weight, sum(head[key] for head in heads) / 3)
+
+
+@pytest.mark.parametrize("adapter_trained", [False, True])
+def test_the_start_is_not_repeated(adapter_trained):
+    model = make_student(make_model())
+    if adapter_trained:
+        noisy(model, "insurance")
+    model.heads["insurance"][1].weight.data += 1
+    before = snapshot(model)
+    model.train_adapter("insurance")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_student_that_was_trained_or_loaded_first_keeps_its_head():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.add_classification_head("insurance")
+    noisy(model, "insurance")
+    before = snapshot(model.heads["insurance"])
+    model.train_adapter("insurance")
+    assert all(torch.equal(before[key], weight) for key, weight in model.heads["insurance"].named_parameters())
+
+
+def test_heads_of_other_shapes_are_not_averaged():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.add_classification_head("insurance", num_labels=5)
+    before = snapshot(model.heads["insurance"])
+    model.train_adapter("insurance")
+    assert all(torch.equal(before[key], weight) for key, weight in model.heads["insurance"].named_parameters())
+
+
+def test_train_adapter_takes_a_list_and_a_block_and_a_plain_stack():
+    model = make_student(make_model())
+    model.train_adapter(["insurance"])
+    assert isinstance(model.active_adapters, had.AdapterDistillation)
+    model.train_adapter(Stack("insurance"))
+    assert type(model.active_adapters) is Stack
+    assert not any("distillation_fusion" in name for name in trainable(model))
+    model.train_adapter(had.AdapterDistillation("insurance", ["bank", "work"]))
+    assert model.active_adapters.teachers == ("bank", "work")
+    assert distillations(model.adapters_config)["insurance"].config.teachers == ["bank", "work"]
+
+
+def test_a_block_written_by_hand_distils_a_plain_adapter():
+    model = with_teachers()
+    model.add_adapter("insurance", config="seq_bn")
+    model.train_adapter(had.AdapterDistillation("insurance", TEACHERS))
+    assert any("distillation_fusion.insurance" in name for name in trainable(model))
+    with pytest.raises(ValueError, match="names 'x', which is not on the model"):
+        model.train_adapter(had.AdapterDistillation("insurance", ["x"]))
+
+
+def test_deleting_the_student_leaves_nothing():
+    model = with_teachers()
+    model.delete_head("bank")
+    before = everything(model)
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    model.delete_adapter("insurance")
+    after = everything(model)
+    assert after[:5] == (*before[:2], ("None", before[2][1]), *before[3:5])
+    model.train()
+    assert torch.isfinite(model(**make_batch()).loss)
+
+
+def test_deleting_a_teacher_leaves_the_others():
+    model = make_student(make_model())
+    with pytest.warns(
+        UserWarning, match="'bank' was a teacher of 'insurance', which is not trained yet and keeps 2 others"
+    ):
+        model.delete_adapter("bank")
+    assert model.active_adapters == had.AdapterDistillation("insurance", ["travel", "work"])
+    model.train()
+    model(**make_batch()).loss.backward()
+    with pytest.warns(UserWarning):
+        model.delete_adapter("travel")
+        model.delete_adapter("work")
+    assert model.active_adapters == Stack("insurance")
+    assert not any("distillation_fusion" in name for name, _ in model.named_modules())
+    model(**make_batch()).loss.backward()

@@ -1,0 +1,72 @@
+"""The provenance of a student, and the digests of adapters."""
+
+import json
+import warnings
+
+import adapters
+import pytest
+import torch
+from tiny_models import TEACHERS, make_model, make_student, noisy
+from trainings import trainer_for
+
+from hf_adapter_distillation.student.provenance import adapter_digest, read_provenance
+
+
+def test_digest_follows_the_weights_and_nothing_else(tmp_path):
+    model = make_model()
+    model.add_adapter("bank")
+    digest = adapter_digest(model, "bank")
+    assert len(digest) == 64 and digest == adapter_digest(model.base_model, "bank")
+    model.save_adapter(str(tmp_path / "bank"), "bank")
+    other = make_model(seed=1)
+    other.load_adapter(str(tmp_path / "bank"), load_as="renamed")
+    assert adapter_digest(other, "renamed") == digest
+    noisy(other, "renamed", std=1e-7)
+    assert adapter_digest(other, "renamed") != digest
+    model.add_adapter("travel")
+    assert adapter_digest(model, "travel") != digest
+    model.to(torch.bfloat16)
+    assert adapter_digest(model, "bank") != digest
+
+
+def test_provenance_of_a_plain_adapter_is_refused(tmp_path):
+    model = make_model()
+    model.add_adapter("bank")
+    model.save_adapter(str(tmp_path / "bank"), "bank")
+    with pytest.raises(ValueError, match="was not distilled; it names no teachers"):
+        read_provenance(str(tmp_path / "bank"))
+
+
+def test_provenance_of_a_trained_student(trainer_args, tmp_path):
+    model = make_student(make_model())
+    trainer_for(model, trainer_args()).train()
+    model.save_adapter(str(tmp_path / "insurance"), "insurance", meta_dict={"mine": 1})
+    saved = json.loads((tmp_path / "insurance" / "adapter_config.json").read_text())
+    assert saved["mine"] == 1
+    written = saved["distillation"]
+    assert [teacher["name"] for teacher in written["teachers"]] == TEACHERS
+    assert all(len(teacher["digest"]) == 64 for teacher in written["teachers"])
+    assert written["carrier"] == "student" and written["student_start"] == "teachers"
+    assert (written["distillation_start"], written["steps"], written["first_distillation_step"]) == (0.5, 8, 4)
+    assert written["versions"]["adapters"] == adapters.__version__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for teacher in TEACHERS:
+            model.delete_adapter(teacher)
+    model.save_adapter(str(tmp_path / "later"), "insurance")
+    assert json.loads((tmp_path / "later" / "adapter_config.json").read_text())["distillation"] == written
+    model.add_adapter("plain")
+    model.save_adapter(str(tmp_path / "plain"), "plain")
+    assert "distillation" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+
+
+def test_a_teacher_deleted_before_training_is_not_in_the_provenance(trainer_args, tmp_path):
+    model = make_student(make_model())
+    with pytest.warns(UserWarning, match="keeps 2 others"):
+        model.delete_adapter("bank")
+    for folder in ("before", "after"):
+        model.save_adapter(str(tmp_path / folder), "insurance")
+        saved = json.loads((tmp_path / folder / "adapter_config.json").read_text())["distillation"]
+        assert [teacher["name"] for teacher in saved["teachers"]] == TEACHERS[1:]
+        if folder == "before":
+            trainer_for(model, trainer_args()).train()

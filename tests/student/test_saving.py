@@ -1,0 +1,54 @@
+"""What leaves the package is a plain adapter."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import torch
+from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student
+from without_package import LOAD
+
+import hf_adapter_distillation as had
+
+
+def test_a_saved_student_loads_without_this_package(trainer_args, tmp_path):
+    batch = make_batch()
+    del batch["labels"]
+    torch.save(batch, tmp_path / "batch.pt")
+    cases, logits = [], []
+    for kind in ("flex", "classification"):
+        base = make_model(kind=kind)  # a model of its own: adapters cannot train one after save_pretrained
+        (base if kind == "classification" else base.base_model).save_pretrained(str(tmp_path / kind))
+        model = make_student(make_model(kind=kind))
+        had.DistillationTrainer(model, trainer_args(keep_fusion=True), train_dataset=make_dataset()).train()
+        for setup, safe in ((False, False), (False, True), (True, False))[: 3 if kind == "flex" else 1]:
+            folder = str(tmp_path / f"{kind}-{setup}-{safe}")
+            if setup:
+                block = had.AdapterDistillation("insurance", TEACHERS)
+                model.save_adapter_setup(folder, block, head_setup="insurance")
+            else:
+                model.save_adapter(folder, "insurance", use_safetensors=safe)
+            cases.append([str(tmp_path / kind), folder, kind != "flex", setup, safe])
+            with torch.no_grad():
+                logits.append(model.eval()(**batch).logits)
+    argument = json.dumps([str(tmp_path), cases])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), argument], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert len(loaded) == 4 and all(torch.equal(*each) for each in zip(loaded, logits, strict=True))
+
+
+def test_a_saved_student_has_the_files_and_keys_of_a_plain_adapter(trainer_args, tmp_path):
+    model = make_student(make_model())
+    had.DistillationTrainer(model, trainer_args(keep_fusion=True), train_dataset=make_dataset()).train()
+    model.add_adapter("plain")
+    model.add_classification_head("plain")
+    saved = {}
+    for name in ("insurance", "plain"):
+        folder = tmp_path / name
+        model.save_adapter(str(folder), name)
+        weights = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+        shapes = {key.replace(name, "NAME"): value.shape for key, value in weights.items()}
+        saved[name] = ({path.name for path in folder.iterdir()}, shapes)
+    assert saved["insurance"] == saved["plain"]

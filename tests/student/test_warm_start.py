@@ -1,0 +1,188 @@
+"""Where the student starts before the first step of the trainer."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+from adapters import SeqBnConfig
+from model_state import changed, snapshot
+from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
+from trainings import trainer_for
+
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.student.least_squares import UpProjectionFit
+from hf_adapter_distillation.student.provenance import adapter_digest
+from hf_adapter_distillation.student.warm_start import START_EXAMPLES, fit_start
+from hf_adapter_distillation.training.data import draw_examples
+
+
+def in_float64(model):
+    """The model cast, with a student that still counts as the average of its teachers."""
+    model.double()
+    distillations(model.adapters_config)["insurance"].start_digest = adapter_digest(model, "insurance")
+    return model
+
+
+def first_layer(model, batch):
+    """The input of the first layer's adapters, and its adapters."""
+    _, layer = adapter_layers(model, "insurance")[0]
+    seen = []
+    hook = layer.adapters["insurance"].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        model.eval()(**batch)
+    hook.remove()
+    return seen[0][batch["attention_mask"].bool()], layer.adapters
+
+
+@pytest.mark.parametrize("config", ["double_seq_bn", "seq_bn[scaling=2.0]", SeqBnConfig(scaling="learned")])
+def test_the_student_starts_at_the_teachers_mean_update(config, trainer_args):
+    """Against torch's own least squares, in the first layer, whose input does not depend on the student."""
+    model = in_float64(make_student(make_model(dtype=torch.float64).double(), config=config))
+    before, trainer = snapshot(model), trainer_for(model, trainer_args())
+    state = torch.get_rng_state()
+    batch = make_batch(16)
+    h, adapters = first_layer(model, batch)
+    mean = torch.stack([adapter_update(adapters[name], h, h) for name in TEACHERS]).mean(0)
+    student = adapters["insurance"]
+    z = torch.cat([student.adapter_down(h), torch.ones(len(h), 1, dtype=h.dtype)], dim=1)
+    expected = z @ torch.linalg.lstsq(z, mean, driver="gelsd").solution
+    average_error = (adapter_update(student, h, h) - mean).square().sum()
+    trainer.fit_start()
+    error = (adapter_update(student, h, h) - mean).square().sum()
+    assert (expected - mean).square().sum() <= error < 0.9 * average_error
+    assert error - (expected - mean).square().sum() < 1e-3 * average_error
+    assert changed(model, before) == {name for name in before if ".insurance.adapter_up." in name}
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+
+
+def test_a_layer_sees_what_the_layers_below_pass_on_of_the_mean(trainer_args):
+    """The last layer against a fit by hand, to its inputs where each layer passes on the mean update."""
+    model = in_float64(make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn"))
+    trainer, batch, hooks, seen = trainer_for(model, trainer_args()), make_batch(16), [], []
+    for _, layer in adapter_layers(model, "insurance"):
+
+        def pass_on_the_mean(module, inputs, kwargs, output, adapters=layer.adapters):
+            mean = torch.stack([adapter_update(adapters[name], inputs[0], inputs[0]) for name in TEACHERS]).mean(0)
+            seen.append((inputs[0], mean))
+            return kwargs["residual_input"] + mean, *output[1:]
+
+        hooks.append(layer.adapters["insurance"].register_forward_hook(pass_on_the_mean, with_kwargs=True))
+    with torch.no_grad():
+        model.eval()(**batch)
+    for hook in hooks:
+        hook.remove()
+    student, (h, mean) = layer.adapters["insurance"], seen[-1]
+    fit = UpProjectionFit()
+    fit.add(student.adapter_down(h), mean, batch["attention_mask"])
+    weight, bias, _ = fit.solve(student.adapter_up.weight.data, student.adapter_up.bias.data)
+    trainer.fit_start()
+    torch.testing.assert_close(student.adapter_up.weight.data, weight, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(student.adapter_up.bias.data, bias, rtol=1e-8, atol=1e-10)
+
+
+def test_dropout_plays_no_part(trainer_args):
+    results = []
+    for seed in (1, 2):
+        model = make_student(make_model(dropout=True))
+        trainer = trainer_for(model, trainer_args())
+        torch.manual_seed(seed)
+        trainer.fit_start()
+        results.append(snapshot(model))
+        assert model.training
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items() if ".insurance." in name)
+
+
+def test_all_layers_are_fitted_to_what_a_forward_pass_of_the_mean_sees(trainer_args, caplog):
+    """Teachers that are the same but for their up-projections: their mean is the average, nothing is left to fit."""
+    model = make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn", train=False)
+    for _, layer in adapter_layers(model, "bank"):
+        for name in TEACHERS[1:]:
+            layer.adapters[name].adapter_down.load_state_dict(layer.adapters["bank"].adapter_down.state_dict())
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=TEACHERS, overwrite_ok=True)
+    in_float64(model).train_adapter("insurance")
+    average = snapshot(model)
+    trainer = trainer_for(model, trainer_args())
+    with caplog.at_level(logging.INFO, logger="hf_adapter_distillation"):
+        trainer.fit_start()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, average[name], rtol=1e-6, atol=1e-8)
+    assert "'insurance' starts at the teachers' mean update, 100.0% of which it explains." in caplog.text
+
+
+@pytest.mark.parametrize("how", ["average", "random", "trained before", "resumed", "other config"])
+def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_args, monkeypatch):
+    if how == "other config":
+        model = make_student(make_model())
+        model.add_adapter("insurance", config="seq_bn[reduction_factor=8]", distill_from=TEACHERS, overwrite_ok=True)
+        model.train_adapter("insurance")
+    else:
+        model = make_student(make_model(), student_start=how if how in ("average", "random") else "teachers")
+    trainer = trainer_for(model, trainer_args(max_steps=2, save_steps=1, save_strategy="steps"))
+    if how == "trained before":
+        noisy(model, "insurance")
+    fitted, original = [], fit_start
+    monkeypatch.setattr(
+        "hf_adapter_distillation.training.preparation.fit_start", lambda *args: fitted.append(1) or original(*args)
+    )
+    if how == "resumed":
+        trainer.train()
+        assert fitted == [1], "a new training is fitted"
+        trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+        assert fitted == [1]
+        return
+    before = snapshot(model)
+    trainer.fit_start()
+    assert not fitted and not changed(model, before)
+
+
+def test_a_training_starts_with_it_once(trainer_args):
+    model = make_student(make_model())
+    trainer = trainer_for(model, trainer_args(learning_rate=0.0))
+    before = snapshot(model)
+    trainer.train()
+    moved = {name for name in changed(model, before) if "insurance" in name and "fusion" not in name}
+    assert moved == {name for name in before if ".insurance.adapter_up." in name}
+    before = snapshot(model)
+    trainer.train()
+    assert not changed(model, before)
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func", "autocast"])
+def test_the_loss_plays_no_part(how, trainer_args):
+    smoothing = 0.1 if how == "label_smoothing_factor" else 0.0
+    loss_func = (lambda outputs, labels, num_items_in_batch: 1 / 0) if how == "compute_loss_func" else None
+    dataset = make_dataset()
+    if how == "compute_loss_func":  # labels that mean nothing to the model
+        dataset = dataset.map(lambda row: {"labels": [row["labels"]] * 3})
+    args = trainer_args(label_smoothing_factor=smoothing, bf16=how == "autocast")
+    trainer = trainer_for(make_student(make_model()), args, compute_loss_func=loss_func, train_dataset=dataset)
+    before = snapshot(trainer.model)
+    trainer.fit_start()
+    assert changed(trainer.model, before)
+
+
+def test_examples_are_drawn_from_all_of_the_data():
+    data = datasets.Dataset.from_dict({"x": list(range(5000))})
+    chosen, others = (draw_examples(data, START_EXAMPLES, seed)["x"] for seed in (1, 2))
+    assert len(set(chosen)) == START_EXAMPLES and max(chosen) > 4000
+    assert (
+        draw_examples(data, START_EXAMPLES, seed=1)["x"] == chosen != draw_examples(data, START_EXAMPLES, seed=2)["x"]
+    )
+    assert sorted(draw_examples(list(range(5)), START_EXAMPLES, seed=1)) == list(range(5))
+    assert [row["x"] for row in draw_examples(data.to_iterable_dataset(), START_EXAMPLES, seed=1)] == list(
+        range(START_EXAMPLES)
+    )
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(make_dataset())
+
+
+def test_a_stream_leaves_the_average(trainer_args, caplog):
+    trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=1), train_dataset=Stream())
+    before = snapshot(trainer.model)
+    trainer.fit_start()
+    assert not changed(trainer.model, before) and "a stream of examples is not read twice" in caplog.text

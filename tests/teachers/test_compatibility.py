@@ -1,0 +1,67 @@
+"""Which teachers fit a student, and at which level they are fused."""
+
+import pytest
+from adapters import AdapterPlusConfig, LoRAConfig
+from model_state import changed, snapshot
+from tiny_models import make_model
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import distillations
+
+
+def test_a_block_written_by_hand_is_checked_too():
+    model = make_model()
+    model.add_adapter("bank", config="lora")
+    model.add_adapter("insurance", config="seq_bn")
+    model.train_adapter(had.AdapterDistillation("insurance", teachers=["bank"]))
+    assert distillations(model.adapters_config)["insurance"].level == "layer"
+    model.add_adapter("prompt", config="prompt_tuning")
+    with pytest.raises(ValueError, match="'prompt' is a PromptTuningConfig, which makes the sequence longer"):
+        model.train_adapter(had.AdapterDistillation("insurance", teachers=["prompt"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "teacher", "student", "message"),
+    [
+        ("bert", "dora", "lora", "Teacher 'bank' is a DoRAConfig, the student a LoRAConfig; inside the layers"),
+        ("bert", "ia3", "lora", "Teacher 'bank' is a IA3Config, the student a LoRAConfig; inside the layers"),
+        ("bert", "vera", "lora", "Teacher 'bank' is a VeraConfig, the student a LoRAConfig; inside the layers"),
+        ("bert", "lora", "seq_bn", "Teacher 'bank' is a LoRAConfig, the student a SeqBnConfig; inside the layers"),
+        ("bert", "seq_bn", "lora", "Teacher 'bank' is a SeqBnConfig, the student a LoRAConfig; inside the layers"),
+        (
+            "bert",
+            LoRAConfig(attn_matrices=["k"]),
+            "lora",
+            "Teacher 'bank' sits at k, where the student has no modules",
+        ),
+        ("gpt2", "lora", "lora", "Teacher 'bank' has no module that can be fused inside a layer (its LoRA sits in"),
+    ],
+)
+def test_what_cannot_be_fused_inside_the_layers_is_fused_in_their_outputs(family, teacher, student, message):
+    model = make_model(family)
+    model.add_adapter("bank", config=teacher)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as caught:
+        model.add_adapter("insurance", config=student, distill_from=had.DistillationConfig(["bank"], level="adapter"))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert not changed(model, before) and "insurance" not in model.adapters_config
+    model.add_adapter("insurance", config=student, distill_from=["bank"])
+    distillation = distillations(model.adapters_config)["insurance"]
+    assert distillation.level == "layer" and distillation.level_reason.startswith(message)
+
+
+def test_a_teacher_behind_the_norm_and_a_student_before_it_meet_in_the_layers_output():
+    model = make_model()
+    model.add_adapter("plus", config=AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0))
+    reason = (
+        "Teacher 'plus' adds its update at another place of the layer than the student: it has "
+        "residual_before_ln=False and not True, original_ln_after=False and not True"
+    )
+    forced = had.DistillationConfig(["plus"], level="adapter")
+    with pytest.raises(ValueError) as caught:
+        model.add_adapter("insurance", config="seq_bn", distill_from=forced)
+    assert str(caught.value) == f"{reason}; choose level='layer', or give all of them one method and place."
+    assert "insurance" not in model.adapters_config
+    model.add_adapter("insurance", config="seq_bn", distill_from=["plus"])
+    distillation = distillations(model.adapters_config)["insurance"]
+    assert (distillation.level, distillation.level_reason) == ("layer", reason)

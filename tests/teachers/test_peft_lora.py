@@ -1,0 +1,141 @@
+"""Teachers that PEFT saved."""
+
+import json
+
+import adapters
+import peft
+import pytest
+import torch
+from adapters import LoRAConfig
+from model_state import snapshot
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, make_batch, make_dataset, make_model, noisy
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, set_seed
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
+
+CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
+
+
+def base(family, task):
+    set_seed(0)
+    return CLASSES[task].from_config(CONFIGS[family]()).eval()
+
+
+def saved_by_peft(folder, family="bert", task="SEQ_CLS", **config):
+    """A LoRA with random weights that PEFT saved, and PEFT's model with it."""
+    config = peft.LoraConfig(task_type=task, **config)
+    model = peft.get_peft_model(base(family, task), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "config"),
+    [
+        ("bert", "SEQ_CLS", {"target_modules": ["query", "value"], "r": 4, "lora_alpha": 16}),
+        ("bert", "SEQ_CLS", {"target_modules": ["query"], "r": 4, "lora_alpha": 6, "use_rslora": True}),
+        ("bert", "SEQ_CLS", {"target_modules": ["key", "intermediate.dense"], "layers_to_transform": [1]}),
+        ("roberta", "SEQ_CLS", {"target_modules": ["query", "key", "value"], "lora_dropout": 0.1}),
+        ("distilbert", "SEQ_CLS", {"target_modules": ["q_lin", "v_lin", "lin1"]}),
+        ("llama", "CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
+        ("t5", "SEQ_2_SEQ_LM", {"target_modules": ["q", "v", "wo"]}),
+        ("bart", "SEQ_2_SEQ_LM", {"target_modules": ["q_proj", "v_proj"]}),
+    ],
+)
+def test_a_teacher_of_peft_computes_what_peft_does(family, task, config, tmp_path):
+    reference = saved_by_peft(tmp_path / "bank", family, task, **config).double()
+    model = base(family, task)
+    adapters.init(model)
+    everywhere = LoRAConfig(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
+    model.add_adapter("insurance", config=everywhere, distill_from=[str(tmp_path / "bank")])
+    model.double()
+    batch = make_batch(labels="classification" if task == "SEQ_CLS" else "tokens")
+    with torch.no_grad():
+        plain = model(**batch).logits
+        model.set_active_adapters("bank")
+        converted, expected = model.eval()(**batch).logits, reference(**batch).logits
+    assert (expected - plain).abs().max() > 1e-4, "the teacher must make a difference"
+    torch.testing.assert_close(converted, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_teachers_of_peft_and_of_adapters_are_distilled_together(tmp_path, trainer_args):
+    saved_by_peft(tmp_path / "bank", target_modules=["query", "value"], r=4)
+    model = make_model()
+    model.add_adapter("travel", config="lora")
+    noisy(model, "travel")
+    model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank"), "travel"])
+    model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    args = trainer_args(distillation_start=0.0, max_steps=10)
+    trainer = had.DistillationTrainer(model, args, train_dataset=make_dataset())
+    trainer.train()
+    logs = [log["distillation_loss"] for log in trainer.state.log_history if "distillation_loss" in log]
+    assert logs[-1] < logs[0]
+    assert {"attention/bank", "attention/travel"} <= trainer.state.log_history[0].keys()
+    assert len(adapter_layers(model, "bank")) == 4
+
+
+def damaged(folder, what):
+    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    config = json.loads(config_path.read_text())
+    if what == "no weights":
+        path.unlink()
+    elif what == "cut weights":
+        path.write_bytes(path.read_bytes()[:100])
+    elif what == "empty":
+        save_file({"base_model.model.classifier.weight": torch.zeros(1)}, path)
+    elif what == "half":
+        save_file({k: v for k, v in load_file(path).items() if "layer.1.attention.self.query.lora_B" not in k}, path)
+    elif what == "wide":
+        save_file({k: torch.zeros(8, 64) if "lora_A" in k else v for k, v in load_file(path).items()}, path)
+    config_path.write_text(json.dumps(config | what if isinstance(what, dict) else config))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"peft_type": "IA3"}, "is a PEFT adapter of type IA3; only LORA is converted."),
+        ({"use_dora": True}, "is a PEFT adapter with use_dora=True; it cannot be converted."),
+        ({"bias": "all"}, "is a PEFT adapter with bias='all'; it cannot be converted."),
+        ({"rank_pattern": {"query": 2}}, "is a PEFT adapter with rank_pattern={'query': 2}; it cannot be converted."),
+        ({"base_model_name_or_path": "someone/cased"}, "was made for model_name 'someone/cased', the model has"),
+        ("no weights", "cannot be loaded: "),
+        ("cut weights", "cannot be loaded: "),
+        ("empty", "has no LoRA weights in "),
+        ("half", "has LoRA in bert.encoder.layer.1.attention.self.query, which is no projection that takes LoRA"),
+        ("wide", "was made for a projection bert.encoder.layer.0.attention.self.query of another size"),
+    ],
+)
+def test_what_cannot_be_converted_leaves_the_model_as_it_was(what, message, tmp_path):
+    saved_by_peft(tmp_path / "bank", target_modules=["query", "value"])
+    damaged(tmp_path / "bank", what)
+    model = make_model()
+    model.config.name_or_path = "someone/uncased"
+    before = snapshot(model)
+    with pytest.raises(ValueError) as caught:
+        model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert snapshot(model).keys() == before.keys() and not list(model.adapters_config)
+
+
+def test_a_module_that_takes_no_lora_here_is_named(tmp_path):
+    saved_by_peft(tmp_path / "bank", target_modules=["attention.output.dense"])
+    with pytest.raises(ValueError, match="has LoRA in bert.encoder.layer.0.attention.output.dense, which is no proj"):
+        make_model().add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+
+
+def test_a_student_of_another_method_is_fused_with_it_by_layers(tmp_path):
+    saved_by_peft(tmp_path / "bank", target_modules=["query"])
+    model = make_model()
+    model.add_adapter("insurance", config="seq_bn", distill_from=[str(tmp_path / "bank")])
+    assert distillations(model.adapters_config)["insurance"].level == "layer"

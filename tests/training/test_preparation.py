@@ -1,0 +1,176 @@
+"""The choice of teachers and the calibration before a training."""
+
+import copy
+
+import pytest
+import torch
+from adapters import AdapterTrainer
+from datasets import Dataset
+from model_state import changed, snapshot
+from tiny_models import (
+    TEACHERS,
+    VOCABULARY,
+    distillation_of,
+    heard,
+    make_batch,
+    make_dataset,
+    make_model,
+    make_student,
+    noisy,
+    with_teachers_of_their_own_scores,
+)
+from torch.nn.functional import cross_entropy
+from trainings import trainer_for
+from transformers import TrainingArguments
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.student.preparing import keep_teachers
+from hf_adapter_distillation.student.provenance import read_provenance
+
+
+def sequences(n, seed, shuffled=False):
+    """Sequences, of which those are positive whose first token is in the lower half of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (n, 8), generator=generator)
+    labels = (input_ids[:, 0] < VOCABULARY // 2).long()
+    if shuffled:
+        labels = labels[torch.randperm(n, generator=generator)]
+    return Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": labels.tolist()})
+
+
+@pytest.fixture(scope="module")
+def good_and_harmful(tmp_path_factory):
+    """A model with a teacher of the task, one that has learnt shuffled labels, and one with random weights."""
+    model = make_model()
+    args = TrainingArguments(
+        str(tmp_path_factory.mktemp("teachers")), per_device_train_batch_size=16, num_train_epochs=6,
+        learning_rate=5e-3, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    for seed, name in enumerate(("shuffled", "good", "random")):
+        model.add_adapter(name, config="double_seq_bn")
+        model.add_classification_head(name)
+        if name == "random":
+            noisy(model, name)
+            continue
+        model.train_adapter(name)
+        AdapterTrainer(model, args, train_dataset=sequences(512, seed, shuffled=name == "shuffled")).train()
+    return model
+
+
+def distilled(model, teachers, trainer_args, **config):
+    model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=had.DistillationConfig(teachers, **config))
+    model.train_adapter("insurance")
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0), train_dataset=sequences(128, seed=7))
+    trainer.train()
+    return trainer
+
+
+def test_teachers_that_only_harm_get_no_attention(good_and_harmful, trainer_args):
+    """All three may be kept, and two are no better than chance: the rest is as if they had not been there."""
+    teachers = ["shuffled", "good", "random"]
+    trainer = distilled(good_and_harmful, teachers, trainer_args, teacher_selection=3)
+    assert list(trainer.distillation.ranking)[0] == "good"
+    assert trainer.distillation.ranking["good"] > 0.9
+    assert trainer.block.teachers == ("good",) and trainer.distillation.config.teachers == ["good"]
+    logs = [log for log in trainer.state.log_history if "distillation_loss" in log]
+    assert logs and all(log["attention/good"] == pytest.approx(1) for log in logs)
+    assert not any(f"attention/{name}" in log for log in logs for name in ("shuffled", "random"))
+    alone = distilled(good_and_harmful, ["good"], trainer_args)
+    now = dict(trainer.model.named_parameters())
+    for name, parameter in alone.model.named_parameters():
+        assert torch.equal(now[name], parameter), name
+    for name in teachers:  # they stay on the model
+        before, after = good_and_harmful.get_adapter(name), trainer.model.get_adapter(name)
+        for place, modules in before.items():
+            for location, module in modules.items():
+                for key, value in module.state_dict().items():
+                    assert torch.equal(after[place][location].state_dict()[key], value)
+
+
+def test_the_provenance_names_the_teachers_that_were_kept(good_and_harmful, trainer_args, tmp_path):
+    trainer = distilled(good_and_harmful, ["shuffled", "good", "random"], trainer_args, teacher_selection=1)
+    trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    saved = read_provenance(str(tmp_path / "insurance"))
+    assert [teacher["name"] for teacher in saved["teachers"]] == ["good"]
+    assert saved["ranking"] == trainer.distillation.ranking and saved["teacher_selection"] == 1
+
+
+def test_the_best_are_kept_where_none_is_above_chance(trainer_args, caplog):
+    model = with_teachers_of_their_own_scores(make_student(make_model(), teacher_selection=2))
+    trainer = trainer_for(model, trainer_args())
+    with caplog.at_level("WARNING", "hf_adapter_distillation"):
+        trainer.train()
+    ranking = list(trainer.distillation.ranking)
+    assert set(trainer.block.teachers) == set(ranking[:2]) and len(trainer.block.teachers) == 2
+    assert "No teacher of 'insurance' is above chance on its training data (AUC" in caplog.text
+
+
+def test_the_ranking_draws_nothing_that_the_training_would_have_drawn(trainer_args):
+    """With all teachers kept, the training is that without a ranking."""
+    models = []
+    for selection in ("all", 3):
+        model = make_student(make_model(dropout=True), teacher_selection=selection, head="tagging")
+        tagged = make_dataset().map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})
+        trainer_for(model, trainer_args(), train_dataset=tagged).train()
+        models.append(model)
+    assert not changed(models[1], snapshot(models[0]))
+
+
+def test_a_student_that_has_moved_keeps_its_weights():
+    model = make_student(make_model(), teacher_selection=1)
+    noisy(model, "insurance")
+    before = snapshot(model)
+    keep_teachers(model, active_block(model), ["travel"])
+    assert active_block(model).teachers == ("travel",)
+    assert not {name for name in changed(model, before) if "distillation_fusion" not in name}
+
+
+def test_a_student_at_its_start_starts_anew_at_those_that_are_kept():
+    model = with_teachers_of_their_own_scores(make_student(make_model()))
+    keep_teachers(model, active_block(model), ["work", "travel"])
+    assert active_block(model).teachers == ("travel", "work"), "in the order that they had"
+    other = make_student(make_model(), train=False)
+    other.delete_adapter("insurance")
+    other = with_teachers_of_their_own_scores(other)
+    other.add_adapter("insurance", config="seq_bn", distill_from=["travel", "work"])
+    other.train_adapter("insurance")
+    now = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        if ".insurance" in name and "fusion" not in name:
+            torch.testing.assert_close(now[name], parameter, rtol=0, atol=0)
+
+
+def test_predictions_of_the_calibration_are_those_of_the_teachers(trainer_args):
+    """Platt's lines of scores that the training data gives, with the loss that they make."""
+    model = with_teachers_of_their_own_scores(make_student(make_model(), objective="cross_task"))
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0, num_train_epochs=1, keep_fusion=True))
+    trainer.train()
+    calibration = trainer._prepared.calibration
+    assert calibration.shape == (3, 2)
+    batch = make_batch(16)
+    for (slope, offset), name in zip(calibration, TEACHERS, strict=True):
+        logits = heard(model, name, batch).logits.double()
+        line = slope * (logits[:, 1] - logits[:, 0]) + offset
+        own = cross_entropy(logits, batch["labels"])
+        calibrated = cross_entropy(torch.stack([torch.zeros_like(line), line], 1), batch["labels"])
+        assert calibrated < own and calibrated < 0.7
+
+
+@pytest.mark.parametrize("config", [{"teacher_selection": 2}, {"objective": "cross_task"}])
+def test_a_stream_that_cannot_be_read_twice_is_refused(config, trainer_args):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from make_dataset()
+
+    model = make_student(make_model(), student_start="random", **config)
+    trainer = trainer_for(model, trainer_args(max_steps=2), train_dataset=Stream())
+    what = "teacher_selection=2" if "teacher_selection" in config else "The objective 'cross_task'"
+    with pytest.raises(ValueError) as caught:
+        trainer.train()
+    assert str(caught.value) == (
+        f"{what} reads examples before the training; pass a train_dataset that can be read twice."
+    )
+    assert distillation_of(model).ranking is None

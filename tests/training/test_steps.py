@@ -1,0 +1,185 @@
+"""The steps of both stages: when stage 2 begins, what its loss is made of, and what is logged."""
+
+import pytest
+import torch
+from tiny_models import TEACHERS, make_dataset, make_model, make_student
+from trainings import EachStep, gradients, trainer_for
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.training.steps import PRIOR_EXAMPLES
+
+
+def test_the_stage_switches_at_the_right_step(trainer_args):
+    model = make_student(make_model(), carrier="mixed")
+    fusion = next(p for name, p in model.named_parameters() if "distillation_fusion" in name)
+    start, seen = fusion.detach().clone(), []
+
+    def note(args, state, control, **kwargs):
+        settings = distillations(model.adapters_config)["insurance"].settings
+        moved = not torch.equal(fusion, start)
+        seen.append((state.global_step - 1, settings.enabled, moved, round(settings.fused_probability.item(), 6)))
+
+    args = trainer_args(max_steps=10, distillation_start=0.55, keep_fusion=True, weight_decay=0.1, warmup_steps=0)
+    trainer_for(model, args, callbacks=[EachStep(note)]).train()
+    assert [step for step, enabled, _, _ in seen if enabled] == [6, 7, 8, 9]
+    assert [step for step, _, moved, _ in seen if moved] == [6, 7, 8, 9]
+    assert [p for step, enabled, _, p in seen if enabled] == pytest.approx([1, 2 / 3, 1 / 3, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("start", "first"), [(0.0, 0), (1.0, 8)])
+def test_the_ends_of_distillation_start(start, first, trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args(distillation_start=start))
+    trainer.train()
+    assert trainer.first_distillation_step == first
+    stages = {log["stage"] for log in trainer.state.log_history if "stage" in log}
+    assert stages == ({2} if start == 0 else {1})
+
+
+@pytest.mark.parametrize(
+    ("start", "config", "first"),
+    [("teachers", "seq_bn", 0), ("average", "seq_bn", 0), ("random", "seq_bn", 4), ("teachers", "double_seq_bn", 4)],
+)
+def test_a_student_that_starts_at_its_teachers_has_no_stage_1_by_default(start, config, first, trainer_args):
+    model = make_student(make_model(), train=False, student_start=start)
+    distill_from = had.DistillationConfig(TEACHERS, student_start=start)
+    model.add_adapter("insurance", config=config, distill_from=distill_from, overwrite_ok=True)
+    model.add_classification_head("insurance", overwrite_ok=True)
+    model.train_adapter("insurance")
+    trainer = trainer_for(model, trainer_args(distillation_start=None))
+    trainer.train()
+    assert trainer.state.max_steps == 8 and trainer.first_distillation_step == first
+    assert trainer.distillation.training["distillation_start"] == first / 8
+
+
+@pytest.mark.parametrize(("n", "weight"), [(16, 1.0), (PRIOR_EXAMPLES, 1.0), (400, 0.5), (2000, 0.1)])
+def test_the_default_weight_falls_with_the_number_of_examples(n, weight, trainer_args, tmp_path):
+    model, dataset = make_student(make_model()), make_dataset(n)
+    seen = []
+    note = EachStep(lambda *args, **kwargs: seen.append(had.distillation_of(model).settings.weight))
+    args = trainer_args(max_steps=2, distillation_start=0.0)
+    trainer = trainer_for(model, args, train_dataset=dataset, callbacks=[note])
+    trainer.train()
+    assert seen == [weight, weight]
+    model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    assert read_provenance(str(tmp_path / "insurance"))["distillation_weight"] == weight
+    log = trainer.state.log_history[0]
+    added = weight * log["distillation_loss"] + log["fusion_regularization"]
+    assert log["loss"] == pytest.approx(log["task_loss"] + added, abs=1e-4)
+
+
+def test_a_stream_counts_what_the_training_reads_of_it(trainer_args):
+    stream = make_dataset(16).to_iterable_dataset()
+    args = trainer_args(max_steps=100, gradient_accumulation_steps=2)  # batches of 4
+    trainer = trainer_for(make_student(make_model()), args, train_dataset=stream)
+    trainer.state.max_steps = 100
+    assert trainer.distillation_weight == 0.25
+    args.distillation_weight = 0.3
+    assert trainer.distillation_weight == 0.3
+
+
+@pytest.mark.parametrize("carrier", ["student", "dual"])
+def test_loss_terms_are_logged_and_add_up(carrier, trainer_args):
+    trainer = trainer_for(
+        make_student(make_model(), carrier=carrier),
+        trainer_args(distillation_weight=0.7, gradient_accumulation_steps=2),
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["stage"] for log in logs] == [1, 1, 2, 2]
+    for log in logs:
+        total = log["task_loss"]
+        if log["stage"] == 2:
+            total += 0.7 * log["distillation_loss"] + log["fusion_regularization"] + log.get("fused_task_loss", 0)
+            fused = TEACHERS if carrier == "student" else [*TEACHERS, "insurance"]
+            assert sum(log[f"attention/{name}"] for name in fused) == pytest.approx(1, abs=1e-5)
+        else:
+            assert "distillation_loss" not in log
+        assert log["loss"] == pytest.approx(total, abs=1e-4)  # Trainer rounds the loss to 4 places
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "labels"),
+    [
+        ("bert", "flex", "classification"),
+        ("bert", "classification", "classification"),
+        ("gpt2", "causal_lm", "tokens"),
+    ],
+)
+@pytest.mark.parametrize(("carrier", "smoothing"), [("fused", 0.0), ("fused", 0.1), ("dual", 0.0)])
+def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels, carrier, smoothing, trainer_args):
+    """8 x 1 equals 2 x 4. Labels are as many in each micro-batch, so that the task loss itself does not differ."""
+    dataset = make_dataset(8, labels)
+    if labels == "tokens":
+        dataset = dataset.map(lambda row: {"attention_mask": [1] * 8, "labels": row["input_ids"]})
+    results = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = make_student(make_model(family, kind, dtype=torch.float64).double(), carrier=carrier)
+        model.double()
+
+        def args(**kwargs):
+            return trainer_args(label_smoothing_factor=smoothing, **kwargs)
+
+        results.append(gradients(model, args, batch_size, accumulation, train_dataset=dataset))
+    (whole, log), (split, other) = results
+    assert whole.keys() == split.keys() and any("distillation_fusion" in name for name in whole)
+    for name, grad in whole.items():
+        torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
+    terms = {"task_loss", "distillation_loss", "fusion_regularization"} | {"fused_task_loss"} & log.keys()
+    assert ("fused_task_loss" in terms) == (carrier == "dual")
+    for key in terms:
+        assert log[key] == pytest.approx(other[key], abs=2e-6), key  # logged with 6 places
+
+
+def test_a_compute_loss_func_gets_the_terms_too(trainer_args):
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    results = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = make_student(make_model(dtype=torch.float64))
+        model.double()
+        results.append(gradients(model, trainer_args, batch_size, accumulation, train_dataset=make_dataset(8),
+                                 compute_loss_func=loss_func))  # fmt: skip
+    (whole, _), (split, _) = results
+    for name, grad in whole.items():
+        torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
+def test_distillation_reaches_losses_that_are_computed_outside_the_model(how, trainer_args):
+    """With the carrier "student" the fusion has no other gradient than that of the distillation loss."""
+    kwargs = {}
+    if how == "compute_loss_func":
+        kwargs[how] = lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()
+
+    def args(**given):
+        return trainer_args(label_smoothing_factor=0.1 if how == "label_smoothing_factor" else 0.0, **given)
+
+    model = make_student(make_model(), student_start="random")
+    found, log = gradients(model, args, 8, 1, train_dataset=make_dataset(8), **kwargs)
+    fusion = [grad for name, grad in found.items() if "distillation_fusion" in name]
+    assert fusion and any(grad.any() for grad in fusion)
+    assert log["distillation_loss"] > 0
+
+
+def test_the_optimizer_sees_the_fusion_in_stage_2_alone(trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=8, keep_fusion=True))
+    trainer.train()
+    states = trainer.optimizer.state
+    named = dict(trainer.model.named_parameters())
+    steps = {"distillation_fusion" in name: int(states[p]["step"]) for name, p in named.items() if p in states}
+    assert steps == {False: 8, True: 4}
+
+
+def test_teachers_stay_in_evaluation_mode(trainer_args):
+    model, modes = make_student(make_model()), []
+
+    def note(args, state, control, **kwargs):
+        modes.extend(layer.adapters[name].training for name in TEACHERS for _, layer in adapter_layers(model, name))
+        assert model.training
+
+    trainer_for(model, trainer_args(), callbacks=[EachStep(note)]).train()
+    assert modes and not any(modes)

@@ -1,0 +1,254 @@
+"""The two-stage training."""
+
+import pytest
+import torch
+from adapters import AdapterTrainer, Stack
+from marks import needs_compiler
+from model_state import changed, snapshot
+from tiny_models import TEACHERS, make_dataset, make_model, make_student, noisy
+from trainings import EachStep, StopAt, trainer_for
+from transformers import BertConfig, BertModel, TrainingArguments
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import distillations
+
+
+@pytest.mark.parametrize("kind", ["flex", "classification"])
+@pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
+def test_training_moves_the_student_and_nothing_of_the_teachers(kind, carrier, trainer_args):
+    model = make_student(make_model(kind=kind), carrier=carrier)
+    before = snapshot(model)
+    trainer_for(model, trainer_args(keep_fusion=True)).train()
+    moved = changed(model, before)
+    head = "heads.insurance." if kind == "flex" else "classifier."
+    parts = (".adapters.insurance.", ".distillation_fusion.insurance.", head)
+    assert all(any(part in f".{name}" or name.startswith(part) for part in parts) for name in moved)
+    for part in parts:
+        assert any(part in f".{name}" or name.startswith(part) for name in moved), part
+    assert all(f".adapters.{teacher}." not in name for teacher in TEACHERS for name in moved)
+
+
+def test_without_stage_2_it_is_plain_adapter_training(trainer_args):
+    model, plain = (make_student(make_model(), student_start="average") for _ in range(2))
+    trainer_for(model, trainer_args(distillation_start=1.0)).train()
+    plain.train_adapter(Stack("insurance"))
+    AdapterTrainer(model=plain, args=trainer_args(), train_dataset=make_dataset()).train()
+    ours, stock = dict(model.named_parameters()), dict(plain.named_parameters())
+    names = [name for name in ours if "insurance" in name and "distillation_fusion" not in name]
+    assert names and all(torch.equal(ours[name], stock[name]) for name in names)
+
+
+def test_the_end_leaves_a_plain_active_student(trainer_args):
+    model = make_student(make_model())
+    trainer_for(model, trainer_args()).train()
+    assert model.active_adapters == Stack("insurance") and model.active_head == "insurance"
+    assert not any("distillation_fusion" in name for name, _ in model.named_modules())
+    kept = make_student(make_model())
+    trainer_for(kept, trainer_args(keep_fusion=True)).train()
+    assert any("distillation_fusion" in name for name, _ in kept.named_modules())
+
+
+def test_a_second_train_starts_again(trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args())
+    first = trainer.train()
+    second = trainer.train()
+    assert second.training_loss < first.training_loss
+
+
+def test_evaluation_loss_is_the_students_task_loss(trainer_args):
+    model = make_student(make_model())
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0), eval_dataset=make_dataset(seed=1))
+    loss = trainer.evaluate()["eval_loss"]
+    model.set_active_adapters("insurance")
+    plain = AdapterTrainer(model=model, args=trainer_args(), eval_dataset=make_dataset(seed=1))
+    assert plain.evaluate()["eval_loss"] == loss
+
+
+def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
+    for given, wanted in ((None, 5e-3), (0.03, 0.03)):
+        trainer = trainer_for(make_student(make_model()), trainer_args(fusion_learning_rate=given, weight_decay=0.1))
+        *groups, fusion = trainer.create_optimizer().param_groups
+        assert fusion["lr"] == wanted and fusion["weight_decay"] == 0
+        assert sum(p.numel() for p in fusion["params"]) == 2 * (3 * 32 * 32 + 32)
+        assert {group["lr"] for group in groups} == {1e-2}
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        assert sum(len(group["params"]) for group in (*groups, fusion)) == len(trained)
+
+
+@needs_compiler
+@pytest.mark.parametrize("carrier", ["student", "mixed"])
+def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args):
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        arguments = trainer_args(torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None)
+        trainer = trainer_for(make_student(make_model(), carrier=carrier, student_start="random"), arguments)
+        losses.append(trainer.train().training_loss)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch._dynamo.reset()
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_holds_student_head_and_fusion_alone(trainer_args, tmp_path):
+    trainer_for(make_student(make_model()), trainer_args(max_steps=1, save_strategy="steps", save_steps=1)).train()
+    checkpoint = tmp_path / "training" / "checkpoint-1"
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert files == {
+        "insurance/adapter_config.json", "insurance/adapter.safetensors", "insurance/head_config.json",
+        "insurance/model_head.safetensors", "distillation_fusion.safetensors", "training_args.bin", "optimizer.pt",
+        "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint_digests.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+@pytest.mark.parametrize(("kind", "carrier"), [("flex", "mixed"), ("flex", "student"), ("classification", "fused")])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(kind, carrier, stop, trainer_args, tmp_path):
+    def run(folder, seed, resume=None, callbacks=()):
+        model = make_student(make_model(kind=kind, dropout=True), carrier=carrier)
+        torch.manual_seed(seed)
+        args = trainer_args(output_dir=str(tmp_path / folder), save_strategy="steps", save_steps=3, keep_fusion=True)
+        trainer = trainer_for(model, args, callbacks=list(callbacks))
+        if seed:  # another start of fusion and student than that of the checkpoint
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter += 1
+        trainer.train(resume_from_checkpoint=resume)
+        return dict(model.named_parameters())
+
+    unbroken = run("unbroken", 0)
+    run("killed", 0, callbacks=[StopAt(stop)])
+    assert not (tmp_path / "killed" / "checkpoint-8").exists()
+    resumed = run("killed", 1, resume=str(tmp_path / "killed" / f"checkpoint-{stop}"))
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_two_runs_with_the_same_seed_are_bitwise_equal(trainer_args):
+    models = [make_student(make_model(dropout=True), carrier="mixed") for _ in range(2)]
+    for model in models:
+        trainer_for(model, trainer_args()).train()
+    first, second = (snapshot(model) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_best_model_is_loaded_at_the_end(trainer_args, tmp_path):
+    model = make_student(make_model())
+    kept = {}
+
+    def worse_from_step_3(args, state, control, **kwargs):
+        if state.global_step == 2:
+            kept.update({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+    scores = iter([0.1, 0.9, 0.5, 0.2])
+    args = trainer_args(
+        max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, keep_fusion=True,
+        load_best_model_at_end=True, metric_for_best_model="score", distillation_start=0.25,
+    )  # fmt: skip
+    trainer = trainer_for(
+        model, args, eval_dataset=make_dataset(), compute_metrics=lambda prediction: {"score": next(scores)},
+        callbacks=[EachStep(worse_from_step_3)],
+    )  # fmt: skip
+    trainer.train()
+    now = dict(model.named_parameters())
+    assert kept and all(torch.equal(now[name], value) for name, value in kept.items())
+    assert model.active_head == "insurance"
+
+
+def checkpoint_of(trainer_args, model=None):
+    model = model or make_student(make_model())
+    args = trainer_args(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer_for(model, args).train()
+    return f"{args.output_dir}/checkpoint-1"
+
+
+def test_resuming_with_other_teachers_is_refused(trainer_args):
+    checkpoint = checkpoint_of(trainer_args)
+    model = make_student(make_model())
+    noisy(model, "travel")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="made with other teachers .* different or missing: travel"):
+        trainer_for(model, trainer_args()).train(resume_from_checkpoint=checkpoint)
+    assert not changed(model, before)
+    model = make_student(make_model(), teachers=TEACHERS[:2])
+    with pytest.raises(ValueError, match="different or missing: work"):
+        trainer_for(model, trainer_args()).train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_from_what_is_no_checkpoint_is_refused(trainer_args, tmp_path):
+    trainer = trainer_for(make_student(make_model()), trainer_args())
+    with pytest.raises(ValueError, match="is no whole checkpoint: checkpoint_digests.json does not exist"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+    checkpoint = checkpoint_of(trainer_args)
+    model = make_student(make_model(), config="seq_bn[reduction_factor=8]")
+    with pytest.raises(ValueError, match="made with other teachers"):
+        trainer_for(model, trainer_args()).train(resume_from_checkpoint=checkpoint)
+
+
+def test_resuming_a_student_of_another_shape_is_refused_and_changes_nothing(trainer_args):
+    def student(factor):
+        model = make_student(make_model(), student_start="random", train=False)
+        config = f"seq_bn[reduction_factor={factor}]"
+        model.add_adapter("insurance", config=config, distill_from=TEACHERS, overwrite_ok=True)
+        model.add_classification_head("insurance")
+        model.train_adapter("insurance")
+        return model
+
+    checkpoint = checkpoint_of(trainer_args, student(8))
+    model = student(4)
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match="does not fit 'insurance': 6 weights are missing, unknown or of another shape"
+    ):
+        trainer_for(model, trainer_args()).train(resume_from_checkpoint=checkpoint)
+    assert not changed(model, before)
+
+
+# Bad input
+
+
+def test_bad_trainers(trainer_args, tmp_path):
+    dataset = make_dataset()
+    with pytest.raises(TypeError, match="must be DistillationTrainingArguments, not TrainingArguments"):
+        had.DistillationTrainer(make_student(make_model()), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(TypeError, match="BertModel has no adapters; call adapters.init"):
+        trainer_for(BertModel(BertConfig(num_hidden_layers=1)), trainer_args())
+    model = make_model()
+    with pytest.raises(ValueError, match="No distilled student is active .the active setup is None"):
+        trainer_for(model, trainer_args())
+    model = make_student(make_model())
+    model.set_active_adapters("insurance")
+    with pytest.raises(ValueError, match="No distilled student is active"):
+        trainer_for(model, trainer_args())
+    model = make_student(make_model(), teachers=["bank"])
+    with pytest.warns(UserWarning):
+        model.delete_adapter("bank")
+    model.train_adapter("insurance")
+    with pytest.raises(ValueError, match="whose teachers were all deleted has nothing to learn from"):
+        trainer_for(model, trainer_args())
+    model = make_student(make_model())
+    model.train_adapter("insurance", train_embeddings=True)
+    with pytest.raises(
+        ValueError, match="embeddings.word_embeddings.weight is trainable, but .* call model.train_adapter"
+    ):
+        trainer_for(model, trainer_args())
+    for outside in ({"args": trainer_args(label_smoothing_factor=0.1)}, {"compute_loss_func": lambda *args: None}):
+        with pytest.raises(ValueError, match="The carrier 'dual' needs the model's own loss in both of its passes"):
+            trainer_for(make_student(make_model(), carrier="dual"), **{"args": trainer_args(), **outside})
+    model = make_student(make_model())
+    model.delete_head("insurance")
+    distillations(model.adapters_config)["insurance"].config.student_start = "random"
+    with pytest.raises(ValueError, match="'insurance' has no head; add one of that name"):
+        trainer_for(model, trainer_args(), train_dataset=dataset).train()
+    trainer = trainer_for(make_student(make_model()), trainer_args(), train_dataset=dataset.remove_columns("labels"))
+    with pytest.raises(ValueError, match=r"The training batches have no labels \(labels\), only input_ids"):
+        trainer.train()
+
+
+def test_alias():
+    assert had.AdapterDistillationTrainer is had.DistillationTrainer
