@@ -19,7 +19,7 @@ from .method.layer_pass import call_with_distillation
 from .method.layers import FusedLayer, compose_distillation
 from .student.adding import add_student, check_prepared, distillation_block, forget_adapter, prepare_head
 from .student.fusions import prepare_fusion, prepare_probes
-from .student.provenance import provenance
+from .student.provenance import Provenance
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
@@ -165,7 +165,7 @@ def _save_adapter(
     **kwargs: Any,
 ) -> None:
     if distillation := distillations(self.adapters_config).get(adapter_name):
-        meta_dict = {**(meta_dict or {}), "distillation": provenance(self, distillation)}
+        meta_dict = {**(meta_dict or {}), "distillation": Provenance.of(self, distillation).to_dict()}
     original(self, save_directory, adapter_name, meta_dict=meta_dict, **kwargs)
 
 

@@ -10,7 +10,8 @@ import torch
 from conftest import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.student.provenance import adapter_digest, is_hub_id, read_provenance
+from hf_adapter_distillation.downloads import is_hub_id
+from hf_adapter_distillation.student.provenance import adapter_digest, read_provenance
 
 LOAD = """
     import importlib.abc, json, sys

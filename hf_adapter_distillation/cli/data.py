@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
-from ..student.provenance import hub_reason
+from ..downloads import hub_reason
 
 READERS = {
     ".csv": Dataset.from_csv,

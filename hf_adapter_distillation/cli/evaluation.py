@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 from adapters import AdapterTrainer, ModelAdaptersMixin
 from transformers import DataCollatorWithPadding, TrainingArguments
 
+from ..downloads import locate_saved
 from ..method.heads import head_config, kind_of_labels
-from ..student.provenance import locate_saved, read_saved
-from ..student.summary import measured
+from ..student.provenance import read_saved
+from ..student.training_run import finite_metrics
 from ..teachers.loading import ADAPTER_FILES, check_folder, load_teacher
 from .data import DataArguments, Labels, check_columns, encode, label_ids, load, split_of
 from .saved import check_writable, table
@@ -65,7 +66,9 @@ def evaluate(args: EvalArguments) -> str:
         settings = TrainingArguments(unused, per_device_eval_batch_size=args.batch_size, report_to=[])
         collator = DataCollatorWithPadding(tokenizer)
         trainer = AdapterTrainer(model, settings, data_collator=collator, compute_metrics=accuracy)
-        metrics = {key.removeprefix("eval_"): value for key, value in measured(trainer.evaluate(encoded)).items()}
+        metrics = {
+            key.removeprefix("eval_"): value for key, value in finite_metrics(trainer.evaluate(encoded)).items()
+        }
     results = {"adapter": args.adapter, "dataset": args.dataset, "examples": len(examples), **metrics}
     if args.output is not None:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

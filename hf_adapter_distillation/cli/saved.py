@@ -9,9 +9,9 @@ from typing import Any
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..analysis.plots import MISSING, plot_teacher_attention
-from ..hub.card import NO_SETTINGS
+from ..downloads import locate_saved
 from ..hub.push import push_saved
-from ..student.provenance import locate_saved, provenance_of, read_saved
+from ..student.provenance import provenance_of, read_saved
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
@@ -64,29 +64,25 @@ def inspect(args: Namespace) -> str:
     saved = read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME]))
     if "distillation" not in saved:
         raise RuntimeError(f"{args.source} holds an adapter that was not distilled; it names no teachers.")
-    run = provenance_of(saved, args.source)
+    provenance = provenance_of(saved, args.source)
     if args.json:
-        return json.dumps({"name": saved["name"], "model_name": saved.get("model_name"), **run}, indent=2)
-    attention = list(run.get("attention", {}).values())
-    rows = []
-    for teacher in run["teachers"]:
-        weights = [row[teacher["name"]] for row in attention if teacher["name"] in row]
-        mean = f"{sum(weights) / len(weights):.2f}" if weights else "-"
-        shown = [(teacher[key] or "-") for key in ("name", "source", "revision", "digest")]
-        rows.append([*shown[:2], shown[2][:8], shown[3][:8], mean])
-    settings = [(key, value) for key, value in run.items() if key not in NO_SETTINGS and value is not None]
+        base = {"name": saved["name"], "model_name": saved.get("model_name")}
+        return json.dumps(base | provenance.to_dict(), indent=2)
+    run, rows = provenance.run, []
+    for teacher in provenance.teachers:
+        mean = run.mean_attention(teacher.name)
+        shown = (teacher.name, teacher.source, (teacher.revision or "-")[:8], (teacher.digest or "-")[:8])
+        rows.append([*shown, "-" if mean is None else f"{mean:.2f}"])
     losses = [
-        (f"{term}, stage {stage}", value)
-        for stage, terms in run.get("losses", {}).items()
-        for term, value in terms.items()
+        (f"{term}, stage {stage}", value) for stage, terms in run.losses.items() for term, value in terms.items()
     ]
-    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    versions = ", ".join(f"{package} {version}" for package, version in provenance.versions.items())
     about = [
         ("base model", saved.get("model_name") or saved.get("model_type")),
-        ("data set", run.get("dataset")),
-        *settings,
+        ("data set", run.dataset),
+        *provenance.known_settings.items(),
         *losses,
-        *run.get("evaluation", {}).items(),
+        *run.evaluation.items(),
         ("versions", versions),
     ]
     parts = [
@@ -120,16 +116,16 @@ def plot(args: Namespace) -> str:
     if kind not in kinds:
         known = ", ".join(f".{each}" for each in sorted(kinds))
         raise ValueError(f"--output {args.output} has no known ending; choose one of {known}.")
-    run = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
-    if not run.get("attention"):
+    provenance = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
+    if not provenance.run.attention:
         raise ValueError(
             f"{args.source} says nothing about the attention over its teachers; train it with --analysis, or draw it "
             "with plot_teacher_attention while the fusion is on the model."
         )
     image = BytesIO()  # nothing of the old file is lost where drawing fails
-    plot_teacher_attention(run["attention"]).savefig(image, format=kind)
+    plot_teacher_attention(provenance.run.attention).savefig(image, format=kind)
     Path(args.output).write_bytes(image.getvalue())
-    return f"attention over {len(run['teachers'])} teachers drawn to {args.output}"
+    return f"attention over {len(provenance.teachers)} teachers drawn to {args.output}"
 
 
 def push(args: Namespace) -> str:

@@ -22,9 +22,9 @@ from transformers.utils import CONFIG_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..configuration import Carrier, DistillationConfig, DistillationTrainingArguments, Level, StudentStart
-from ..hub.push import OF_A_STUDENT
-from ..student.summary import measured
-from ..teachers.loading import first_line
+from ..downloads import one_line
+from ..hub.push import STUDENT_FILES
+from ..student.training_run import finite_metrics
 from ..training.trainer import DistillationTrainer
 from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, split_of
 from .saved import table
@@ -139,13 +139,13 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     loss = trainer.train(resume_from_checkpoint=resume).training_loss
     metrics = {"train_loss": loss} | (trainer.evaluate() if "eval" in data else {})
     if trainer.is_world_process_zero():
-        for file in OF_A_STUDENT:  # those of another student would be read with it
+        for file in STUDENT_FILES:  # those of another student would be read with it
             (folder / file).unlink(missing_ok=True)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return ""
     counts = [(f"{name} examples", len(part)) for name, part in data.items()]
-    rows = [*measured(metrics).items(), *counts, ("teachers", ", ".join(trainer.block.teachers))]
+    rows = [*finite_metrics(metrics).items(), *counts, ("teachers", ", ".join(trainer.block.teachers))]
     return f"{table(rows)}\n\n{args.student!r} is saved in {folder}"
 
 
@@ -211,7 +211,7 @@ def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTraine
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoAdapterModel.from_pretrained(name)
     except Exception as error:  # whatever missing files make of the libraries that read them
-        raise OSError(f"model={name!r} cannot be loaded: {first_line(error)}") from error
+        raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
     positions = model.config.to_dict().get("max_position_embeddings") or tokenizer.model_max_length
     if max_length > (limit := min(positions, tokenizer.model_max_length)):
         raise ValueError(f"max_length={max_length} is out of range; {name} takes {limit} tokens at most.")

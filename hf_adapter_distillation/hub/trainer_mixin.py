@@ -1,9 +1,9 @@
 """The trainer's side of the Hub: `push_to_hub`, at the end and at each save."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,20 @@ from transformers.utils import logging
 from ..analysis.observe import teacher_attention, write_analysis
 from ..composition import AdapterDistillation
 from ..training.data import batches, drawn
-from .card import save_card
-from .push import Files, check_push, commit, student_files, told
+from .card import CardFacts, CardOptions, write_card
+from .push import PushOptions, check_push, push_errors, student_folder, upload
 
 logger = logging.get_logger(__name__)
 
 ANALYSED_EXAMPLES = 256
+
+CARD_OPTIONS = {  # by the arguments of `Trainer.create_model_card` that have other names
+    "finetuned_from": "base_model",
+    "tasks": "task",
+    "dataset_tags": "datasets_tag",
+    "dataset": "dataset_name",
+    "dataset_args": "dataset_config",
+}
 
 
 class StudentPushingTrainer(AdapterTrainer):
@@ -35,13 +43,13 @@ class StudentPushingTrainer(AdapterTrainer):
     _may_push = False
 
     def _allow_pushing(self) -> None:
-        """Called once all is checked: nothing is created on the Hub for a training that cannot start."""
+        """Create the repository from now on: none is created for a training that cannot start."""
         self._may_push = True
         if self.args.push_to_hub:
             self.init_hf_repo()
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """Creates the repository, if it is missing.
+        """Create the repository, if it is missing.
 
         Args:
             token: A token, if not `hub_token` or that of `hf auth login`.
@@ -50,67 +58,19 @@ class StudentPushingTrainer(AdapterTrainer):
             return
         name, token = self._hub_name(), token or self.args.hub_token
         check_push(self.block.student, name, token)
-        with told(self.block.student, name):
+        with push_errors(self.block.student, name):
             super().init_hf_repo(token)
 
-    def input_batches(self, examples: Dataset) -> Iterator[dict[str, torch.Tensor | Any]]:
-        """The batches that a pass for the layers alone reads, without labels where the model has no loss of its own.
-
-        Args:
-            examples: The examples.
-
-        Yields:
-            The inputs of the model on its device.
-        """
-        for inputs in batches(self, examples):
-            if self.label_smoother is not None or self.compute_loss_func is not None:
-                inputs.pop("labels", None)
-            yield inputs
-
-    def _observe_attention(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The attention over the teachers at the end of the training, for the provenance, if the data can be read.
-
-        With `analysis=True` the whole analysis is written.
-        """
-        one_evaluation = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
-        dataset = self.eval_dataset if one_evaluation else self.train_dataset
-        examples = drawn(dataset, ANALYSED_EXAMPLES, self.args.seed)
-        if examples is None:
-            if self.args.analysis:
-                logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
-            return {}
-        folder = Path(self.args.output_dir) / "analysis"
-        with torch.random.fork_rng(), self.compute_loss_context_manager():
-            loader: DataLoader = DataLoader(list(self.input_batches(examples)), batch_size=None)  # type: ignore[arg-type]
-            table = teacher_attention(self.model, loader)
-            if self.args.analysis and self.is_world_process_zero():
-                try:
-                    write_analysis(self.model, loader, folder)
-                except OSError as error:  # at the end of a training nothing may be lost
-                    logger.warning(f"The analysis could not be written: {error}.")
-        rounded = {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
-        return {"attention": rounded}
-
-    def _save_arguments(self, output_dir: str) -> None:
-        args = copy(self.args)
-        args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
-        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
-
-    def _hub_name(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-
-    def _files(self, repo_id: str, saved: str | None = None, **kwargs: Any) -> Files:
-        return student_files(self.model, self.block.student, repo_id, saved, **_as_card(**kwargs))
-
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes the card of the student, and the heat map of the attention if it is known, to `output_dir`.
+        """Write the card of the student, and the heat map of the attention if it is known, to `output_dir`.
 
         Args:
             **kwargs: As for `transformers.Trainer.create_model_card`, and `baseline`, the metrics of a plain adapter.
         """
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            save_card(self.model, self.block.student, self.args.output_dir, self._hub_name(), **_as_card(**kwargs))
+            facts = CardFacts.of_model(self.model, self.block.student)
+            write_card(facts, self.args.output_dir, self._hub_name(), _card_options(**kwargs))
 
     def push_to_hub(
         self,
@@ -120,7 +80,7 @@ class StudentPushingTrainer(AdapterTrainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
-        """Pushes the student with its head, its card and the heat map of the attention in one commit.
+        """Push the student with its head, its card and the heat map of the attention in one commit.
 
         The heat map is there with `push_to_hub=True` in the arguments, and where matplotlib is installed.
 
@@ -141,21 +101,24 @@ class StudentPushingTrainer(AdapterTrainer):
         """
         if not self.is_world_process_zero():
             return None
-        token = token or self.args.hub_token
-        files = self._files(check_push(self.block.student, self._hub_name(), token), **kwargs)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token)
-        self._finish_current_push()
-        message, revision = commit_message or "End of training", revision or self.args.hub_revision
+        student, token, revision = self.block.student, token or self.args.hub_token, revision or self.args.hub_revision
+        options = PushOptions(commit_message=commit_message or "End of training", token=token, revision=revision)
+        repo_id = check_push(student, self._hub_name(), token)
+        with ExitStack() as stack:
+            folder = stack.enter_context(student_folder(self.model, student, repo_id, _card_options(**kwargs)))
+            if self.hub_model_id is None:
+                self.init_hf_repo(token)
+            self._finish_current_push()
+            files = stack.pop_all()  # until they are pushed
 
         def push() -> CommitInfo:
-            with told(self.block.student, self.hub_model_id):
-                return commit(self.hub_model_id, files, message, token=token, revision=revision)
+            with files, push_errors(student, self.hub_model_id):
+                return upload(folder, student, self.hub_model_id, options)
 
         return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        args = self.args
+        args, student = self.args, self.block.student
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         running = [push for push in self._pushes if not push.done()]
@@ -165,23 +128,27 @@ class StudentPushingTrainer(AdapterTrainer):
         at = f"step {self.state.global_step}" if in_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {at}"
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-        to_hub = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        to_hub = {"token": args.hub_token, "revision": args.hub_revision}
 
-        def push(files: Files) -> None:
-            with self._failure_as_warning():
-                commit(files=files, message=message, **to_hub)
+        def push(files: ExitStack, folder: Path) -> None:
+            with files, self._failure_as_warning():
+                upload(folder, student, self.hub_model_id, PushOptions(commit_message=message, **to_hub))
                 if name := names.get(args.hub_strategy):
                     title = f"{message}, checkpoint"
-                    upload_folder(folder_path=checkpoint_folder, path_in_repo=name, commit_message=title, **to_hub)
+                    where = {"repo_id": self.hub_model_id, "folder_path": checkpoint_folder, "path_in_repo": name}
+                    upload_folder(commit_message=title, **where, **to_hub)
 
-        with self._failure_as_warning():
-            files = self._files(self.hub_model_id, str(Path(checkpoint_folder) / self.block.student))
-            self._pushes = [*running, run_as_future(push, files)]
+        with self._failure_as_warning(), ExitStack() as stack:
+            saved = Path(checkpoint_folder) / student
+            folder = stack.enter_context(
+                student_folder(self.model, student, self.hub_model_id, CardOptions(), checkpoint=saved)
+            )
+            self._pushes = [*running, run_as_future(push, stack.pop_all(), folder)]
 
     @contextmanager
     def _failure_as_warning(self) -> Iterator[None]:
         try:
-            with told(self.block.student, self.hub_model_id):
+            with push_errors(self.block.student, self.hub_model_id):
                 yield
         except OSError as error:
             logger.warning(f"{error} The training goes on, and the next save pushes again.")
@@ -190,32 +157,56 @@ class StudentPushingTrainer(AdapterTrainer):
         for push in self._pushes:
             push.result()
 
+    def _hub_name(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-def _as_card(
-    language: str | list[str] | None = None,
-    license: str | None = None,  # noqa: A002 - the name of Trainer's argument
-    tags: str | list[str] | None = None,
-    model_name: str | None = None,
-    finetuned_from: str | None = None,
-    tasks: str | list[str] | None = None,
-    dataset_tags: str | list[str] | None = None,
-    dataset: str | list[str] | None = None,
-    dataset_args: str | list[str] | None = None,
-    baseline: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """The arguments of Trainer's card in the words of `save_card`; the card is named like the repository."""
+    def input_batches(self, examples: Dataset) -> Iterator[dict[str, torch.Tensor | Any]]:
+        """The batches that a pass for the layers alone reads, without labels where the model has no loss of its own.
 
-    def first(value: str | list[str] | None) -> str | None:
-        return value if value is None or isinstance(value, str) else next(iter(value), None)
+        Args:
+            examples: The examples.
 
-    return {
-        "language": language,
-        "license": license,
-        "tags": tags,
-        "base_model": finetuned_from,
-        "task": first(tasks),
-        "datasets_tag": dataset_tags,
-        "dataset_name": first(dataset),
-        "dataset_config": first(dataset_args),
-        "baseline": baseline,
-    }
+        Yields:
+            The inputs of the model on its device.
+        """
+        for inputs in batches(self, examples):
+            if self.label_smoother is not None or self.compute_loss_func is not None:
+                inputs.pop("labels", None)
+            yield inputs
+
+    def _observe_attention(self) -> dict[str, dict[str, float]]:
+        """The attention over the teachers at the end of the training, for the provenance, if the data can be read.
+
+        With `analysis=True` the whole analysis is written.
+        """
+        one_evaluation = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+        dataset = self.eval_dataset if one_evaluation else self.train_dataset
+        examples = drawn(dataset, ANALYSED_EXAMPLES, self.args.seed)
+        if examples is None:
+            if self.args.analysis:
+                logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
+            return {}
+        folder = Path(self.args.output_dir) / "analysis"
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            loader: DataLoader = DataLoader(list(self.input_batches(examples)), batch_size=None)  # type: ignore[arg-type]
+            table = teacher_attention(self.model, loader)
+            if self.args.analysis and self.is_world_process_zero():
+                try:
+                    write_analysis(self.model, loader, folder)
+                except OSError as error:  # at the end of a training nothing may be lost
+                    logger.warning(f"The analysis could not be written: {error}.")
+        return {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
+
+    def _save_arguments(self, output_dir: str) -> None:
+        args = copy(self.args)
+        args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+
+def _card_options(model_name: str | None = None, **kwargs: Any) -> CardOptions:
+    """Return the options of a card from the arguments of Trainer's; the card is named like the repository."""
+    options = {CARD_OPTIONS.get(name, name): value for name, value in kwargs.items()}
+    for name in ("task", "dataset_name", "dataset_config"):  # Trainer takes several
+        if isinstance(value := options.get(name), list):
+            options[name] = next(iter(value), None)
+    return CardOptions(**options)

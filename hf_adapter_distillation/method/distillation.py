@@ -100,7 +100,7 @@ class Distillation:
         sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
         start_digest: The digest of the average of the teachers' weights where the student started; else None.
         head_started: Whether the head had its chance to start at the average of the teachers' heads.
-        training: What a finished training adds to the provenance (arguments, teachers' digests).
+        run: The record of a finished training, a `student.training_run.TrainingRun`; None before one has ended.
         enabled: Whether forward passes in training mode distil (stage 2) or not (stage 1).
         weight: The weight of the distillation loss.
         regularization: The weight of the value matrices' regularisation.
@@ -126,7 +126,7 @@ class Distillation:
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digest: str | None = None
     head_started: bool = False
-    training: dict[str, Any] | None = None
+    run: Any = None
     enabled: bool = True
     weight: float = 1.0
     regularization: float = DistillationTrainingArguments.fusion_regularization

@@ -10,9 +10,10 @@ from transformers.utils import logging
 
 from ..composition import AdapterDistillation, check_name, check_teachers, join_block
 from ..configuration import DistillationConfig
+from ..downloads import one_line
 from ..method.distillation import Distillation, add_distillation, distillations
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
-from ..teachers.loading import Source, check_folder, first_line, load_teacher, locate_teacher, read_config
+from ..teachers.loading import Source, check_folder, load_teacher, locate_teacher, read_config
 from .fusions import drop_fusion, fusions_of
 from .provenance import adapter_digest
 from .warm_start import start_at_average, start_head
@@ -100,7 +101,7 @@ def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: st
         if student in model.adapters_config:
             model.delete_adapter(student)
         raise ValueError(
-            f"Student {student!r} cannot be made from its config: {first_line(error)}; choose one that adapters can "
+            f"Student {student!r} cannot be made from its config: {one_line(error)}; choose one that adapters can "
             f"add to a {type(model).__name__}."
         ) from error
 
@@ -252,7 +253,7 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
             continue
         left = [teacher for teacher in distillation.config.teachers if teacher != name]
         distillation.config = replace(distillation.config, teachers=left)
-        if distillation.training is None:
+        if distillation.run is None:
             warnings.warn(
                 f"{name!r} was a teacher of {student!r}, which is not trained yet and keeps {len(left)} others; "
                 f"delete teachers after the training to silence this warning.",

@@ -1,6 +1,5 @@
 """Where teachers come from: the model, local folders, the Hub."""
 
-import difflib
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ from .._compat import (
     AdapterLoader,
 )
 from ..composition import check_name
-from ..student.provenance import download, hub_reason, is_hub_id
+from ..downloads import download, hub_reason, is_hub_id, one_line, suggestion
 from .peft_lora import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_lora import is_peft, load_peft_lora, peft_lora_config
 
@@ -66,8 +65,7 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
 
 def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
     if not is_hub_id(teacher):
-        close = difflib.get_close_matches(teacher, list(model.adapters_config), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "it is no local folder or Hub id either."
+        hint = suggestion(teacher, model.adapters_config) or "it is no local folder or Hub id either."
         known = ", ".join(map(repr, model.adapters_config)) or "none"
         raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {known}.")
     try:
@@ -150,7 +148,7 @@ def load_teacher(model: ModelAdaptersMixin, teacher: str, name: str, folder: Pat
         _check_own_weights(model, name, folder)
         model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
     except Exception as error:  # whatever a damaged file makes of the libraries that read it
-        raise ValueError(f"Teacher {teacher!r} cannot be loaded: {first_line(error)}") from error
+        raise ValueError(f"Teacher {teacher!r} cannot be loaded: {one_line(error)}") from error
     finally:
         if heads:
             model.heads.load_state_dict(heads, strict=False)
@@ -188,12 +186,6 @@ def _check_own_weights(model: ModelAdaptersMixin, name: str, folder: Path) -> No
             raise ValueError(f"{foreign[0]} in its files belongs to the model, not to the teacher; save it anew.")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line, with its type where that tells more."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {text}"
-
-
 def read_config(who: str, config: object) -> AdapterConfig:
     """Makes an adapter config of what a user passed, or a saved adapter has.
 
@@ -210,7 +202,7 @@ def read_config(who: str, config: object) -> AdapterConfig:
     try:
         made = AdapterConfig.load(config)
     except Exception as error:
-        raise ValueError(f"{who} has no valid adapter config: {first_line(error)}") from error
+        raise ValueError(f"{who} has no valid adapter config: {one_line(error)}") from error
     if made is None:
         raise ValueError(f"{who} has no adapter config; save it anew with save_adapter.")
     return made

@@ -7,8 +7,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..method.parameters import check_trainable
-from ..student.provenance import adapter_digest, provenance
-from ..student.summary import measured, summary
+from ..student.provenance import adapter_digest, teacher_sources
+from ..student.training_run import TrainingRun, finite_metrics
 from .prediction_cache import predict
 from .ranking import calibrate
 
@@ -39,7 +39,7 @@ class FrozenTeachersCallback(TrainerCallback):
         of_teachers = [trainer.model.get_adapter(name).values() for name in names]
         trainer._teacher_modules = [m for places in of_teachers for place in places for m in place.values()]
         trainer._terms.begin(trainer.model, trainer.block)
-        trainer.distillation.training = None  # what an earlier training left for the provenance
+        trainer.distillation.run = None  # that of an earlier training
         self.digests = {name: adapter_digest(trainer.model, name) for name in names}
         trainer.fit_start()
         calibrate(trainer)
@@ -55,29 +55,23 @@ class FrozenTeachersCallback(TrainerCallback):
         """Compares the digests and notes the run for the provenance of the saved student."""
         trainer = self.trainer
         check_trainable(trainer.model, trainer.block)
-        teachers = provenance(trainer.model, trainer.distillation)["teachers"]
+        teachers = teacher_sources(trainer.model, trainer.distillation)
         for teacher in teachers:
-            if teacher["digest"] != self.digests[teacher["name"]]:
+            if teacher.digest != self.digests[teacher.name]:
                 raise RuntimeError(
-                    f"The weights of teacher {teacher['name']!r} changed in training; reload it before you use it."
+                    f"The weights of teacher {teacher.name!r} changed in training; reload it before you use it."
                 )
-        settings = ("fusion_regularization", "learning_rate", "seed", "fusion_learning_rate")
-        best = state.best_global_step if args.load_best_model_at_end else None
-        trainer.distillation.training = {
-            "teachers": teachers,
+        derived: dict[str, Any] = {
             "distillation_start": trainer.distillation_start,
             "distillation_weight": trainer.distillation_weight,
-            **{name: getattr(args, name) for name in settings},
-            **({} if trainer.distillation.ranking is None else {"ranking": trainer.distillation.ranking}),
-            "steps": state.global_step,
             "first_distillation_step": trainer.first_distillation_step,
-            "epochs": round(state.epoch or 0, 2),
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            **summary(trainer.train_dataset, state.log_history, best or state.global_step),
         }
+        if trainer.distillation.ranking is not None:
+            derived["ranking"] = trainer.distillation.ranking
+        run = trainer.distillation.run = TrainingRun.of(trainer.args, state, trainer.train_dataset, teachers, derived)
         if args.push_to_hub or trainer.args.analysis:
             if state.global_step > trainer.first_distillation_step:
-                trainer.distillation.training |= trainer._observe_attention()
+                run.attention = trainer._observe_attention()
             elif trainer.args.analysis:
                 logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
 
@@ -85,5 +79,5 @@ class FrozenTeachersCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Notes the metrics of a trained student for its provenance."""
-        if (training := self.trainer.distillation.training) is not None:
-            training["evaluation"] = training.get("evaluation", {}) | measured(kwargs["metrics"])
+        if (run := self.trainer.distillation.run) is not None:
+            run.evaluation |= finite_metrics(kwargs["metrics"])
