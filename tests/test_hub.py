@@ -10,8 +10,9 @@ import torch
 from conftest import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.downloads import is_hub_id
-from hf_adapter_distillation.student.provenance import adapter_digest, read_provenance
+from hf_adapter_distillation.downloads import is_hub_id, one_line, suggestion
+from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.student.provenance import Provenance, adapter_digest, read_provenance
 
 LOAD = """
     import importlib.abc, json, sys
@@ -107,6 +108,39 @@ def test_provenance_of_a_plain_adapter_is_refused(tmp_path):
         read_provenance(str(tmp_path / "bank"))
 
 
+def test_a_provenance_is_read_back_as_it_was_written(trainer_args, tmp_path):
+    model = make_student(make_model())
+    for trained in (False, True):
+        if trained:
+            had.DistillationTrainer(model, trainer_args(), train_dataset=make_dataset()).train()
+        written = Provenance.of(model, distillations(model.adapters_config)["insurance"])
+        model.save_adapter(str(tmp_path / str(trained)), "insurance")
+        assert read_provenance(str(tmp_path / str(trained))) == written
+        assert bool(written.run.losses) == bool(written.run.settings) == trained
+
+
+def test_a_provenance_of_another_version_keeps_its_keys():
+    teacher = {"name": "bank", "source": "bank", "revision": None, "digest": None}
+    saved = {
+        "method": "of later",
+        "teachers": [teacher],
+        "versions": {"torch": "9"},
+        "seed": 1,
+        "new": [2],
+        "gone": None,
+    }
+    provenance = Provenance.from_dict(saved)
+    assert provenance.to_dict() == saved
+    assert provenance.known_settings == {"new": [2], "seed": 1} and provenance.run.settings == {"seed": 1}
+    assert provenance.run.mean_attention("bank") is None
+
+
 def test_what_has_the_form_of_a_hub_id():
     assert all(map(is_hub_id, ("me/faq", "me/faq@v1", "some-one/faq_2.0@0123abc")))
     assert not any(map(is_hub_id, ("faq", "faq@v1", "./faq", "a/b/c", "../faq", "me/", "@v1", "")))
+
+
+def test_messages_of_one_line():
+    assert one_line(OSError("No space\n\tleft.")) == "No space left."
+    assert one_line(KeyError("x")) == "KeyError: 'x'" and one_line(RuntimeError()) == "RuntimeError"
+    assert suggestion("bnak", ["travel", "bank"]) == "did you mean 'bank'?" and suggestion("xyz", ["bank"]) == ""

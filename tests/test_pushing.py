@@ -146,12 +146,14 @@ def test_a_push_replaces_an_adapter_and_leaves_its_history_and_all_other_files(h
         "pytorch_adapter.bin": b"old",
         "head_config.json": b"{}",
         "model_head.safetensors": b"old",
+        "other/model_head.safetensors": b"mine",
     }
     repo = hub.create("me/faq", before)
     model = make_student(make_model(kind="base"))
     model.push_adapter_to_hub("me/faq", "insurance")
     assert pushed(repo) == {
         "notes.txt", "adapter.safetensors", "pytorch_adapter.bin", "adapter_config.json", "README.md",
+        "other/model_head.safetensors",
     }  # fmt: skip
     assert repo.files["notes.txt"] == b"mine" and repo.files["pytorch_adapter.bin"] != b"old"
     assert len(repo.commits) == 2 and before.items() <= next(iter(repo.commits.values())).items()
@@ -319,6 +321,7 @@ def test_what_is_pushed_at_each_save(strategy, hub, trainer_args):
     trainer.push_to_hub()
     assert repo.messages[-1] == "End of training"
     assert {path for path in pushed(repo) if "/" not in path} == OF_A_PUSH | {"attention.png"}
+    assert {path.split("/")[0] for path in pushed(repo) if "/" in path} == set(folders)
     weights = load(repo.files["adapter.safetensors"])
     assert all(torch.equal(trainer.model.state_dict()[key], value) for key, value in weights.items())
 

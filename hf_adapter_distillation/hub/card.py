@@ -38,7 +38,7 @@ TASKS = {  # the names of the Hub, by the types of heads
 
 @dataclass(kw_only=True)
 class CardOptions:
-    """What a user adds to the card of a student, or replaces.
+    """Text and facts from the user for the card of a student.
 
     Args:
         datasets_tag: The id of its data set on the Hub, or ids; that of the training data by default.
@@ -73,7 +73,7 @@ class CardOptions:
 
 
 class CardFacts(NamedTuple):
-    """Facts about a student for its card; the names of model and head are those that adapters saves."""
+    """Facts about a student for its card, in the words that adapters saves."""
 
     student: str
     model_type: str
@@ -109,7 +109,7 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
         facts: The facts about the student.
         folder: The folder of the saved student.
         repo_id: The repository that the card is for.
-        options: What the user adds.
+        options: Text and facts from the user, which win over those of the student.
     """
     run, name = facts.provenance.run, facts.model_name
     is_on_hub = name is not None and is_repo_id(name) and not os.path.exists(name)

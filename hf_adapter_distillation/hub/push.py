@@ -1,4 +1,4 @@
-"""Pushes a student, and nothing but the student, to the Hub."""
+"""Pushes of a student, and nothing but the student, to the Hub."""
 
 import json
 from collections.abc import Iterator
@@ -76,17 +76,7 @@ def student_folder(
 
 @contextmanager
 def saved_student_folder(saved: str | Path, config: dict[str, Any], repo_id: str, card: CardOptions) -> Iterator[Path]:
-    """Copy the files of a saved student, and no others of its folder, to a temporary folder for a push.
-
-    Args:
-        saved: The folder of the student. A card in it is kept.
-        config: The adapter config, from `read_saved`.
-        repo_id: The repository.
-        card: What the user adds to the card.
-
-    Raises:
-        ValueError: If the folder holds no distilled student, or its files are damaged.
-    """
+    """Copy the files of a saved student, its card included, to a temporary folder for a push, and complete them."""
     provenance_of(config, saved)
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -149,15 +139,7 @@ def push_errors(student: str, repo_id: str) -> Iterator[None]:
 
 
 def check_push(student: str, repo_id: str, token: str | bool | None) -> str:
-    """Check the name of a repository and the token before anything is created.
-
-    Args:
-        student: The name of the student.
-        repo_id: The repository, with or without its owner.
-        token: A token, or None or True for the one that is logged in.
-
-    Returns:
-        The repository with its owner.
+    """Return the repository with its owner, after a check of its name and of the token.
 
     Raises:
         ValueError: If the name is not valid.

@@ -43,17 +43,13 @@ class StudentPushingTrainer(AdapterTrainer):
     _may_push = False
 
     def _allow_pushing(self) -> None:
-        """Create the repository from now on: none is created for a training that cannot start."""
+        """Let `init_hf_repo` create the repository, once the training is sure to start."""
         self._may_push = True
         if self.args.push_to_hub:
             self.init_hf_repo()
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """Create the repository, if it is missing.
-
-        Args:
-            token: A token, if not `hub_token` or that of `hf auth login`.
-        """
+        """Create the repository if it is missing, with a token or else `hub_token` or that of `hf auth login`."""
         if not self._may_push or not self.is_world_process_zero():
             return
         name, token = self._hub_name(), token or self.args.hub_token
@@ -65,7 +61,8 @@ class StudentPushingTrainer(AdapterTrainer):
         """Write the card of the student, and the heat map of the attention if it is known, to `output_dir`.
 
         Args:
-            **kwargs: As for `transformers.Trainer.create_model_card`, and `baseline`, the metrics of a plain adapter.
+            **kwargs: The arguments of `transformers.Trainer.create_model_card`, and those of `CardOptions` such as
+                `baseline`.
         """
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -82,20 +79,20 @@ class StudentPushingTrainer(AdapterTrainer):
     ) -> CommitInfo | Future | None:
         """Push the student with its head, its card and the heat map of the attention in one commit.
 
-        The heat map is there with `push_to_hub=True` in the arguments, and where matplotlib is installed.
+        The heat map needs `push_to_hub=True` or `analysis=True` in the training arguments, and matplotlib.
 
         Args:
             commit_message: The title of the commit.
             blocking: Whether to wait for the end.
             token: A token, if not `hub_token` or that of `hf auth login`.
             revision: The branch, which is created if it is missing; `hub_revision` by default.
-            **kwargs: What the card says, as for `create_model_card`.
+            **kwargs: The arguments of `create_model_card`.
 
         Returns:
             The address of the commit, or with `blocking=False` its future; None on processes other than the first.
 
         Raises:
-            ValueError: If the repository has no valid name.
+            ValueError: If the name of the repository is not valid.
             OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or all of
                 the push if its answer was lost; the same push again does no harm.
         """

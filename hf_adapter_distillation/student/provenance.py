@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,23 @@ class Provenance:
         teachers: The teachers.
         settings: The fields of `DistillationConfig` without the teachers, and the level that was chosen.
         versions: The versions of the libraries, by package.
-        run: The training; empty as long as none has ended.
+        run: The training, with the same teachers; without settings and results before a training has ended.
         method: The method and its paper.
     """
 
     teachers: Sequence[TeacherSource]
     settings: dict[str, Any]
     versions: dict[str, str]
-    run: TrainingRun = field(default_factory=TrainingRun)
+    run: TrainingRun
     method: str = METHOD
 
     @classmethod
     def of(cls, model: ModelAdaptersMixin, distillation: Distillation) -> "Provenance":
         """Return the provenance of a student on a model."""
-        run: TrainingRun | None = distillation.run
+        run: TrainingRun = distillation.run or TrainingRun(teacher_sources(model, distillation))
         settings = {name: value for name, value in asdict(distillation.config).items() if name != "teachers"}
-        return cls(
-            teacher_sources(model, distillation) if run is None else run.teachers,
-            settings | {"level": distillation.level},
-            {package: importlib.metadata.version(package) for package in PACKAGES},
-            run or TrainingRun(),
-        )
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        return cls(run.teachers, settings | {"level": distillation.level}, versions, run)
 
     @classmethod
     def from_dict(cls, saved: Any) -> "Provenance":

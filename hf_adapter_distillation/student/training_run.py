@@ -59,7 +59,7 @@ class TrainingRun:
         attention: The mean attention over the teachers at the end, `{layer: {teacher: weight}}`.
     """
 
-    teachers: Sequence[TeacherSource] = ()
+    teachers: Sequence[TeacherSource]
     settings: dict[str, Any] = field(default_factory=dict)
     dataset: str | None = None
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -77,14 +77,8 @@ class TrainingRun:
     ) -> "TrainingRun":
         """Record a training at its end, without the attention.
 
-        Args:
-            args: The arguments.
-            state: The state of the trainer, with its log.
-            dataset: The training data.
-            teachers: The teachers, as `teacher_sources` returns them.
-            derived: The settings of `RUN_SETTINGS` that do not follow from arguments and state alone:
-                `distillation_start`, `distillation_weight`, `first_distillation_step`, and the `ranking` if there
-                was one.
+        `derived` holds the settings that do not follow from the arguments and the state alone: `distillation_start`,
+        `distillation_weight`, `first_distillation_step`, and the `ranking` if there was one.
         """
         settings = {
             **derived,
