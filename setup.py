@@ -40,7 +40,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_adapter_distillation*"]),
-    package_data={"hf_adapter_distillation": ["py.typed"]},
+    package_data={"hf_adapter_distillation": ["py.typed", "hub/card_template.md"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.3",

@@ -20,7 +20,7 @@ from .method.layers import FusedLayer, compose_distillation
 from .student.adding import add_student
 from .student.fusions import fusions_of, prepare_fusion, prepare_probes
 from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head
-from .student.provenance import provenance
+from .student.provenance import Provenance
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
@@ -167,7 +167,7 @@ def _save_adapter(
     **kwargs: Any,
 ) -> None:
     if distillation := distillations(self.adapters_config).get(adapter_name):
-        meta_dict = {**(meta_dict or {}), "distillation": provenance(self, distillation)}
+        meta_dict = {**(meta_dict or {}), "distillation": Provenance.of(self, distillation).to_dict()}
     original(self, save_directory, adapter_name, meta_dict=meta_dict, **kwargs)
 
 

@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)/preupload/(?P<rev>.+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)/commit/(?P<rev>.+)", "commit"),
         ("POST", r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)/branch/(?P<rev>.+)", "branch"),
-        ("POST", r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)/paths-info/(?P<rev>.+)", "paths_info"),
+        ("GET", r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)/tree/(?P<rev>.+)", "tree"),
         ("POST", r"/(?P<repo>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/(?P<oid>\w+)", "put_large"),
         ("POST", r"/lfs/verify", "verify"),
@@ -294,11 +294,10 @@ class _Handler(BaseHTTPRequestHandler):
         found.refs[rev] = found.refs["main"]
         return ({},)
 
-    def paths_info(self, repo, rev):
+    def tree(self, repo, rev):
         found = self.readable(repo)
         files = found.commits[found.resolve(rev)]
-        asked = [path for path in parse_qs(self.body.decode()).get("paths", []) if path in files]
-        return ([{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in asked],)
+        return ([{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files],)
 
     def commit(self, repo, rev):
         found = self.writable(repo)

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from ..student.provenance import hub_reason, is_hub_id
+from ..downloads import hub_reason, is_hub_id
 
 Labels = list[int] | list[str]  # the classes of a head: the numbers from 0 on, or names
 READERS = {  # load_dataset("csv") would call the Hub's download counter for a local file

@@ -8,9 +8,10 @@ from tempfile import TemporaryDirectory
 from adapters import AdapterTrainer, ModelAdaptersMixin
 from transformers import DataCollatorWithPadding, TrainingArguments
 
+from ..downloads import locate_saved
 from ..method.heads import head_config, kind_of_labels
-from ..student.provenance import locate_saved, read_saved
-from ..student.summary import measured
+from ..student.provenance import read_saved
+from ..student.training_run import finite_metrics
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter
 from .data import DataArguments, Labels, check_columns, encode, label_ids, load, option, split_of
 from .saved import check_writable, table
@@ -49,8 +50,11 @@ def evaluate(args: EvalArguments) -> str:
         settings = TrainingArguments(unused, per_device_eval_batch_size=args.batch_size, report_to=[])
         collator = DataCollatorWithPadding(tokenizer)
         trainer = AdapterTrainer(model, settings, data_collator=collator, compute_metrics=accuracy)
-        metrics = {key.removeprefix("eval_"): value for key, value in measured(trainer.evaluate(encoded)).items()}
-    results = {"adapter": args.adapter, "dataset": args.dataset, "examples": len(examples), **metrics}
+        metrics = {
+            key.removeprefix("eval_"): value for key, value in finite_metrics(trainer.evaluate(encoded)).items()
+        }
+    results = {"adapter": args.adapter, "dataset": args.dataset, "examples": len(examples)}
+    results |= {name.removeprefix("eval_"): value for name, value in metrics.items()}
     if args.output is not None:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return table(results.items())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..analysis.plots import MISSING, plot_teacher_attention
-from ..hub.card import NO_SETTINGS
+from ..downloads import locate_saved
 from ..hub.push import push_saved
-from ..student.provenance import locate_saved, provenance_of, read_saved
+from ..student.provenance import provenance_of, read_saved
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
@@ -36,28 +36,31 @@ def inspect(args: Namespace) -> str:
     if "distillation" not in saved:
         # This is an answer, not wrong input: a RuntimeError has the exit code 1.
         raise RuntimeError(f"{args.source} holds an adapter that was not distilled; it names no teachers.")
-    run = provenance_of(saved, args.source)
+    provenance = provenance_of(saved, args.source)
     if args.json:
-        return json.dumps({"name": saved["name"], "model_name": saved.get("model_name"), **run}, indent=2)
-    rows = []
-    for teacher in run["teachers"]:
-        name, source, revision, digest = (teacher[key] or "-" for key in ("name", "source", "revision", "digest"))
-        weights = [layer[name] for layer in run.get("attention", {}).values() if name in layer]
-        mean = f"{sum(weights) / len(weights):.2f}" if weights else "-"
-        rows.append([name, source, revision[:8], digest[:8], mean])
-    losses = {f"{name}, stage {n}": loss for n, terms in run.get("losses", {}).items() for name, loss in terms.items()}
-    about = {
-        "base model": saved.get("model_name") or saved.get("model_type"),
-        "data set": run.get("dataset"),
-        **{key: value for key, value in run.items() if key not in NO_SETTINGS},
-        **losses,
-        **run.get("evaluation", {}),
-        "versions": ", ".join(f"{package} {version}" for package, version in run["versions"].items()),
-    }
+        base = {"name": saved["name"], "model_name": saved.get("model_name")}
+        return json.dumps(base | provenance.to_dict(), indent=2)
+    run, rows = provenance.run, []
+    for teacher in provenance.teachers:
+        mean = run.mean_attention(teacher.name)
+        shown = (teacher.name, teacher.source, (teacher.revision or "-")[:8], (teacher.digest or "-")[:8])
+        rows.append([*shown, "-" if mean is None else f"{mean:.2f}"])
+    losses = [
+        (f"{term}, stage {stage}", value) for stage, terms in run.losses.items() for term, value in terms.items()
+    ]
+    versions = ", ".join(f"{package} {version}" for package, version in provenance.versions.items())
+    about = [
+        ("base model", saved.get("model_name") or saved.get("model_type")),
+        ("data set", run.dataset),
+        *provenance.known_settings.items(),
+        *losses,
+        *run.evaluation.items(),
+        ("versions", versions),
+    ]
     parts = [
         table([(f"{saved['name']!r}, distilled from {len(rows)} teachers",)]),
         table(rows, ["teacher", "source", "revision", "digest", "attention"]) if rows else "",
-        table((key, value) for key, value in about.items() if value is not None),
+        table((key, value) for key, value in about if value is not None),
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -73,16 +76,16 @@ def plot(args: Namespace) -> str:
     if extension not in supported:
         choices = ", ".join(f".{each}" for each in sorted(supported))
         raise ValueError(f"--output {args.output} has no supported extension; choose one of {choices}.")
-    run = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
-    if not run.get("attention"):
+    provenance = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
+    if not provenance.run.attention:
         raise ValueError(
             f"{args.source} has no record of the attention over its teachers; train it with --analysis, or call "
             "plot_teacher_attention while the fusion is on the model."
         )
     image = BytesIO()  # if drawing fails, an old file stays as it is
-    plot_teacher_attention(run["attention"]).savefig(image, format=extension)
+    plot_teacher_attention(provenance.run.attention).savefig(image, format=extension)
     Path(args.output).write_bytes(image.getvalue())
-    return f"attention over {len(run['teachers'])} teachers drawn to {args.output}"
+    return f"attention over {len(provenance.teachers)} teachers drawn to {args.output}"
 
 
 def push(args: Namespace) -> str:

@@ -15,9 +15,9 @@ from transformers.utils import CONFIG_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..configuration import Carrier, DistillationConfig, DistillationTrainingArguments, Level, StudentStart
-from ..hub.push import OF_A_STUDENT
-from ..student.summary import measured
-from ..teachers.loading import first_line
+from ..downloads import one_line
+from ..hub.push import STUDENT_FILES
+from ..student.training_run import finite_metrics
 from ..training.trainer import DistillationTrainer
 from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, may_be_on_hub, option, split_of
 from .saved import table
@@ -100,13 +100,13 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     if "eval" in data:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        for file in OF_A_STUDENT:  # files of an earlier student would be loaded with this one
+        for file in STUDENT_FILES:  # files of an earlier student would be loaded with this one
             (folder / file).unlink(missing_ok=True)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return ""
     examples = {f"{name} examples": len(part) for name, part in data.items()}
-    results = measured(metrics) | examples | {"teachers": ", ".join(trainer.block.teachers)}
+    results = finite_metrics(metrics) | examples | {"teachers": ", ".join(trainer.block.teachers)}
     return f"{table(results.items())}\n\n{args.student!r} is saved in {folder}"
 
 
@@ -151,7 +151,7 @@ def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTraine
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoAdapterModel.from_pretrained(name)
     except Exception as error:  # on damaged files, tokenizers for one raises a plain Exception
-        raise OSError(f"model={name!r} cannot be loaded: {first_line(error)}") from error
+        raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
     positions = model.config.to_dict().get("max_position_embeddings") or tokenizer.model_max_length
     if max_length > (limit := min(positions, tokenizer.model_max_length)):
         raise ValueError(f"max_length={max_length} is out of range; {name} takes {limit} tokens at most.")

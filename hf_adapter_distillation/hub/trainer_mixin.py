@@ -1,8 +1,8 @@
 """The trainer's side of the Hub: `push_to_hub`, at the end and at each save."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,18 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..composition import AdapterDistillation
-from .card import save_card
-from .push import Files, check_push, commit, student_files, told
+from .card import CardFacts, CardOptions, write_card
+from .push import PushOptions, check_push, push_errors, student_folder, upload
 
 logger = logging.get_logger(__name__)
+
+CARD_OPTIONS = {  # by the arguments of `Trainer.create_model_card` that have other names
+    "finetuned_from": "base_model",
+    "tasks": "task",
+    "dataset_tags": "datasets_tag",
+    "dataset": "dataset_name",
+    "dataset_args": "dataset_config",
+}
 
 
 class StudentPushingTrainer(AdapterTrainer):
@@ -26,39 +34,31 @@ class StudentPushingTrainer(AdapterTrainer):
     _may_push = False
 
     def _allow_pushing(self) -> None:
-        """Called once all is checked: nothing is created on the Hub for a training that cannot start."""
+        """Let `init_hf_repo` create the repository, once the training is sure to start."""
         self._may_push = True
         if self.args.push_to_hub:
             self.init_hf_repo()
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """Creates the repository, if it is missing.
-
-        Args:
-            token: A token, if not `hub_token` or that of `hf auth login`.
-        """
+        """Create the repository if it is missing, with a token or else `hub_token` or that of `hf auth login`."""
         if not self._may_push or not self.is_world_process_zero():
             return
         name, token = self._hub_name(), token or self.args.hub_token
         check_push(self.block.student, name, token)
-        with told(self.block.student, name):
+        with push_errors(self.block.student, name):
             super().init_hf_repo(token)
 
-    def _hub_name(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-
-    def _files(self, repo_id: str, saved: str | None = None, **kwargs: Any) -> Files:
-        return student_files(self.model, self.block.student, repo_id, saved, **_as_card(**kwargs))
-
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes the card of the student, and the heat map of the attention if it is known, to `output_dir`.
+        """Write the card of the student, and the heat map of the attention if it is known, to `output_dir`.
 
         Args:
-            **kwargs: As for `transformers.Trainer.create_model_card`, and `baseline`, the metrics of a plain adapter.
+            **kwargs: The arguments of `transformers.Trainer.create_model_card`, and those of `CardOptions` such as
+                `baseline`.
         """
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            save_card(self.model, self.block.student, self.args.output_dir, self._hub_name(), **_as_card(**kwargs))
+            facts = CardFacts.of_model(self.model, self.block.student)
+            write_card(facts, self.args.output_dir, self._hub_name(), _card_options(**kwargs))
 
     def push_to_hub(
         self,
@@ -68,42 +68,45 @@ class StudentPushingTrainer(AdapterTrainer):
         revision: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
-        """Pushes the student with its head, its card and the heat map of the attention in one commit.
+        """Push the student with its head, its card and the heat map of the attention in one commit.
 
-        The heat map is there with `push_to_hub=True` in the arguments, and where matplotlib is installed.
+        The heat map needs `push_to_hub=True` or `analysis=True` in the training arguments, and matplotlib.
 
         Args:
             commit_message: The title of the commit.
             blocking: Whether to wait for the end.
             token: A token, if not `hub_token` or that of `hf auth login`.
             revision: The branch, which is created if it is missing; `hub_revision` by default.
-            **kwargs: What the card says, as for `create_model_card`.
+            **kwargs: The arguments of `create_model_card`.
 
         Returns:
             The address of the commit, or with `blocking=False` its future; None on processes other than the first.
 
         Raises:
-            ValueError: If the repository has no valid name.
+            ValueError: If the name of the repository is not valid.
             OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or all of
                 the push if its answer was lost; the same push again does no harm.
         """
         if not self.is_world_process_zero():
             return None
-        token = token or self.args.hub_token
-        files = self._files(check_push(self.block.student, self._hub_name(), token), **kwargs)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token)
-        self._finish_current_push()
-        message, revision = commit_message or "End of training", revision or self.args.hub_revision
+        student, token, revision = self.block.student, token or self.args.hub_token, revision or self.args.hub_revision
+        options = PushOptions(commit_message=commit_message or "End of training", token=token, revision=revision)
+        repo_id = check_push(student, self._hub_name(), token)
+        with ExitStack() as stack:
+            folder = stack.enter_context(student_folder(self.model, student, repo_id, _card_options(**kwargs)))
+            if self.hub_model_id is None:
+                self.init_hf_repo(token)
+            self._finish_current_push()
+            files = stack.pop_all()  # until they are pushed
 
         def push() -> CommitInfo:
-            with told(self.block.student, self.hub_model_id):
-                return commit(self.hub_model_id, files, message, token=token, revision=revision)
+            with files, push_errors(student, self.hub_model_id):
+                return upload(folder, student, self.hub_model_id, options)
 
         return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        args = self.args
+        args, student = self.args, self.block.student
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         running = [push for push in self._pushes if not push.done()]
@@ -113,23 +116,27 @@ class StudentPushingTrainer(AdapterTrainer):
         at = f"step {self.state.global_step}" if in_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {at}"
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-        to_hub = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        to_hub = {"token": args.hub_token, "revision": args.hub_revision}
 
-        def push(files: Files) -> None:
-            with self._failure_as_warning():
-                commit(files=files, message=message, **to_hub)
+        def push(files: ExitStack, folder: Path) -> None:
+            with files, self._failure_as_warning():
+                upload(folder, student, self.hub_model_id, PushOptions(commit_message=message, **to_hub))
                 if name := names.get(args.hub_strategy):
                     title = f"{message}, checkpoint"
-                    upload_folder(folder_path=checkpoint_folder, path_in_repo=name, commit_message=title, **to_hub)
+                    where = {"repo_id": self.hub_model_id, "folder_path": checkpoint_folder, "path_in_repo": name}
+                    upload_folder(commit_message=title, **where, **to_hub)
 
-        with self._failure_as_warning():
-            files = self._files(self.hub_model_id, str(Path(checkpoint_folder) / self.block.student))
-            self._pushes = [*running, run_as_future(push, files)]
+        with self._failure_as_warning(), ExitStack() as stack:
+            saved = Path(checkpoint_folder) / student
+            folder = stack.enter_context(
+                student_folder(self.model, student, self.hub_model_id, CardOptions(), checkpoint=saved)
+            )
+            self._pushes = [*running, run_as_future(push, stack.pop_all(), folder)]
 
     @contextmanager
     def _failure_as_warning(self) -> Iterator[None]:
         try:
-            with told(self.block.student, self.hub_model_id):
+            with push_errors(self.block.student, self.hub_model_id):
                 yield
         except OSError as error:
             logger.warning(f"{error} The training goes on, and the next save pushes again.")
@@ -138,32 +145,14 @@ class StudentPushingTrainer(AdapterTrainer):
         for push in self._pushes:
             push.result()
 
+    def _hub_name(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
-def _as_card(
-    language: str | list[str] | None = None,
-    license: str | None = None,  # noqa: A002 - the name of Trainer's argument
-    tags: str | list[str] | None = None,
-    model_name: str | None = None,
-    finetuned_from: str | None = None,
-    tasks: str | list[str] | None = None,
-    dataset_tags: str | list[str] | None = None,
-    dataset: str | list[str] | None = None,
-    dataset_args: str | list[str] | None = None,
-    baseline: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """The arguments of Trainer's card in the words of `save_card`; the card is named like the repository."""
 
-    def first(value: str | list[str] | None) -> str | None:
-        return value if value is None or isinstance(value, str) else next(iter(value), None)
-
-    return {
-        "language": language,
-        "license": license,
-        "tags": tags,
-        "base_model": finetuned_from,
-        "task": first(tasks),
-        "datasets_tag": dataset_tags,
-        "dataset_name": first(dataset),
-        "dataset_config": first(dataset_args),
-        "baseline": baseline,
-    }
+def _card_options(model_name: str | None = None, **kwargs: Any) -> CardOptions:
+    """Return the options of a card from the arguments of Trainer's; the card is named like the repository."""
+    options = {CARD_OPTIONS.get(name, name): value for name, value in kwargs.items()}
+    for name in ("task", "dataset_name", "dataset_config"):  # Trainer takes several
+        if isinstance(value := options.get(name), list):
+            options[name] = next(iter(value), None)
+    return CardOptions(**options)

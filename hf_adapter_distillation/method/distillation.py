@@ -94,7 +94,7 @@ class Distillation:
         sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
         start_digest: The digest of the student's weights at the average of its teachers, where it started; else None.
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
-        training: What a finished training adds to the provenance (arguments, teachers' digests).
+        run: The record of a finished training, a `student.training_run.TrainingRun`.
         settings: What the next training forward pass is told.
         record: What the last one added, until it is taken.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
@@ -108,7 +108,7 @@ class Distillation:
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digest: str | None = None
     ranking: dict[str, float] | None = None
-    training: dict[str, Any] | None = None
+    run: Any = None
     settings: StageSettings = field(default_factory=StageSettings)
     record: DistillationRecord | None = None
     inspection: LayerPass | None = None

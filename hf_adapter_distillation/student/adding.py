@@ -8,6 +8,7 @@ from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin
 
 from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
+from ..downloads import one_line
 from ..method.distillation import Distillation, add_distillation
 from ..teachers.compatibility import check_supported, check_weights, choose_level
 from ..teachers.loading import (
@@ -15,7 +16,6 @@ from ..teachers.loading import (
     Source,
     add_saved_adapter,
     check_saved_adapter,
-    first_line,
     locate_teacher,
     read_config,
 )
@@ -105,6 +105,6 @@ def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: st
         if student in model.adapters_config:
             model.delete_adapter(student)
         raise ValueError(
-            f"Student {student!r} cannot be made from its config: {first_line(error)}; choose one that adapters can "
+            f"Student {student!r} cannot be made from its config: {one_line(error)}; choose one that adapters can "
             f"add to a {type(model).__name__}."
         ) from error

@@ -148,7 +148,7 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
             continue
         left = [teacher for teacher in distillation.config.teachers if teacher != name]
         distillation.config = replace(distillation.config, teachers=left)
-        if distillation.training is None:
+        if distillation.run is None:
             warnings.warn(
                 f"{name!r} was a teacher of {student!r}, which is not trained yet and keeps {len(left)} others; "
                 f"delete teachers after the training to silence this warning.",

@@ -1,102 +1,89 @@
-"""What a saved student says about its origin, and what the Hub says when it refuses."""
+"""Provenance of a student: its teachers, settings and training, on a model and in `adapter_config.json`."""
 
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
-import requests
 import torch
 from adapters import ModelAdaptersMixin
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
 
 from .._compat import ADAPTER_CONFIG_NAME
+from ..downloads import one_line
 from ..method.distillation import Distillation
+from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, typed
+
+METHOD = "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)"
+PACKAGES = ("hf-adapter-distillation", "adapters", "transformers", "torch")
 
 
-def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
-    """The SHA-256 digest of an adapter's weights: their places in the base model, types, shapes and values.
+@dataclass
+class Provenance:
+    """Origin of a distilled student, which `save_adapter` writes under `"distillation"` into `adapter_config.json`.
 
     Args:
-        model: The model, with or without heads.
-        name: The name of the adapter.
-
-    Returns:
-        64 hexadecimal digits, the same for an adapter under another name or on another copy of the base model.
+        teachers: The teachers.
+        settings: The fields of `DistillationConfig` without the teachers, and the level that was chosen.
+        versions: The versions of the libraries, by package.
+        run: The training, with the same teachers; without settings and results before a training has ended.
+        method: The method and its paper.
     """
-    digest = hashlib.sha256()
-    for place, modules in sorted(model.get_adapter(name).items()):
-        for location, module in sorted(modules.items()):
-            for key, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{place}.{location}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+    teachers: Sequence[TeacherSource]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    run: TrainingRun
+    method: str = METHOD
+
+    @classmethod
+    def of(cls, model: ModelAdaptersMixin, distillation: Distillation) -> "Provenance":
+        """Return the provenance of a student on a model."""
+        run: TrainingRun = distillation.run or TrainingRun(teacher_sources(model, distillation))
+        settings = {name: value for name, value in asdict(distillation.config).items() if name != "teachers"}
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        return cls(run.teachers, settings | {"level": distillation.level}, versions, run)
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> "Provenance":
+        """Read back what `to_dict` wrote, perhaps by another version; raise ValueError for another form."""
+        if not isinstance(teachers := typed(saved, object).get("teachers"), list):
+            raise ValueError(f"there is no list of teachers: {teachers!r}")
+        sources = [TeacherSource.from_dict(teacher) for teacher in teachers]
+        others = ("method", "teachers", "versions", *RUN_SETTINGS, *RUN_RESULTS)
+        settings = {name: value for name, value in saved.items() if name not in others}
+        versions, run = typed(saved.get("versions"), str), TrainingRun.from_dict(saved, sources)
+        return cls(sources, settings, versions, run, saved.get("method", METHOD))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON holds."""
+        teachers = [asdict(teacher) for teacher in self.teachers]
+        first = {"method": self.method, "teachers": teachers, **self.settings, "versions": self.versions}
+        return first | self.run.to_dict()
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """The settings of the distillation and of the training that have a value."""
+        settings = self.settings | self.run.settings
+        return {name: value for name, value in settings.items() if value is not None}
 
 
-def provenance(model: ModelAdaptersMixin, distillation: Distillation) -> dict[str, Any]:
-    """What `save_adapter` writes under `"distillation"` into the student's `adapter_config.json`.
-
-    Args:
-        model: The model.
-        distillation: The student's distillation.
-
-    Returns:
-        A dict that JSON can hold: the config, teachers with sources, revisions and weight digests, the versions of
-        the libraries, and once the training has ended its settings, last losses and evaluation.
-    """
-    teachers = [
-        {"name": name, **distillation.sources[name], "digest": adapter_digest(model, name)}
-        for name in distillation.config.teachers
-    ]
-    settings = {key: value for key, value in asdict(distillation.config).items() if key != "teachers"}
-    settings["level"] = distillation.level
-    packages = ("hf-adapter-distillation", "adapters", "transformers", "torch")
-    return {
-        "method": "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)",
-        "teachers": teachers,
-        **settings,
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-        **(distillation.training or {}),
-    }
+# Saved students
 
 
-def read_provenance(folder: str) -> dict[str, Any]:
-    """What a saved student says about its distillation.
-
-    Args:
-        folder: A folder that `save_adapter` wrote for a distilled student.
-
-    Returns:
-        What `provenance` made.
+def read_provenance(folder: str | Path) -> Provenance:
+    """Return the provenance of a student in a folder that `save_adapter` wrote.
 
     Raises:
-        ValueError: If the folder holds a plain adapter, or none, or what it says is damaged.
+        ValueError: If the folder holds no adapter or a plain one, or its provenance is damaged.
     """
     return provenance_of(read_saved(folder), folder)
 
 
 def read_saved(folder: str | Path) -> dict[str, Any]:
-    """The config of a saved adapter.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        What `adapter_config.json` holds.
+    """Return the content of the `adapter_config.json` in a folder.
 
     Raises:
         ValueError: If the file is missing or damaged.
@@ -109,140 +96,58 @@ def read_saved(folder: str | Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_one_line(error)}); save the adapter anew.") from error
+        raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter anew.") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is no adapter config; save the adapter anew.")
     return saved
 
 
-def provenance_of(saved: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
-    """The provenance in the config of a saved adapter.
+def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
+    """Return the provenance in the config of a saved adapter.
 
     Args:
-        saved: What `read_saved` returned.
-        source: Where it was found, for messages.
-
-    Returns:
-        What `provenance` made.
+        saved: The config, from `read_saved`.
+        source: Where it was read, for messages.
 
     Raises:
-        ValueError: If the adapter was not distilled, or what it says about it is damaged.
+        ValueError: If the adapter was not distilled, or its provenance is damaged.
     """
     if "distillation" not in saved:
         raise ValueError(f"{source} holds an adapter that was not distilled; it names no teachers.")
-    run = saved["distillation"]
-    if not (_is_whole(run) and isinstance(saved.get("name"), str)):
-        raise ValueError(f'"distillation" in the {ADAPTER_CONFIG_NAME} of {source} is damaged; save the student anew.')
-    return run
-
-
-def _is_whole(run: Any) -> bool:
-    """Whether a provenance, which others may have written, has the form that `provenance` gives it."""
-
-    def is_dict(value: Any, of: type | UnionType) -> bool:
-        return isinstance(value, dict) and all(isinstance(each, of) for each in value.values())
-
-    if not isinstance(run, dict) or not isinstance(run.get("teachers"), list) or not is_dict(run.get("versions"), str):
-        return False
-    for teacher in run["teachers"]:
-        known = is_dict(teacher, str | None) and all(isinstance(teacher.get(key), str) for key in ("name", "source"))
-        if not known or not {"revision", "digest"} <= teacher.keys():
-            return False
-    attention = run.get("attention", {})
-    rows: list[Any] = list(attention.values()) if isinstance(attention, dict) else [None]
-    if not all(is_dict(row, int | float) and row.keys() == rows[0].keys() for row in rows):
-        return False
-    losses = run.get("losses", {})
-    results = [run.get("evaluation", {}), *(losses.values() if isinstance(losses, dict) else [None])]
-    return all(is_dict(result, int | float) for result in results)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a text has the form of a repository of somebody's, with or without `@revision`."""
-    repo = source.partition("@")[0]
     try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        return False
-    return "/" in repo and not repo.startswith(".")
+        if not isinstance(saved.get("name"), str):
+            raise ValueError(f"the adapter has no name: {saved.get('name')!r}")
+        return Provenance.from_dict(saved["distillation"])
+    except ValueError as error:
+        raise ValueError(
+            f'"distillation" in the {ADAPTER_CONFIG_NAME} of {source} is damaged; save the student anew.'
+        ) from error
 
 
-def download(source: str, files: Sequence[str]) -> Path:
-    """Downloads files of a repository, unless they are in the cache.
-
-    Args:
-        source: A Hub id, with `@revision` if wanted.
-        files: The names of the files.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        OSError: Of requests, of huggingface_hub, or of a full disk.
-    """
-    repo, _, revision = source.partition("@")
-    return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+# Students on a model
 
 
-def locate_saved(source: str, files: Sequence[str]) -> Path:
-    """The folder of a saved adapter, which is downloaded if it is on the Hub.
+def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
+    """Return the SHA-256 digest of the weights of an adapter: their places in the base model, types, shapes, values.
 
-    Args:
-        source: A local folder or a Hub id, with `@revision` if wanted.
-        files: The names of the files that are wanted.
+    The digest is the same for an adapter under another name, on another copy of the base model, with or without heads.
 
     Returns:
-        The local folder.
-
-    Raises:
-        ValueError: If it is neither.
-        OSError: If the Hub does not give it.
+        64 hexadecimal digits.
     """
-    if os.path.isdir(source):
-        return Path(source)
-    if not is_hub_id(source):
-        raise ValueError(f"{source!r} is no local folder, and no Hub id either ('user/adapter').")
-    try:
-        return download(source, files)
-    except OSError as error:
-        raise OSError(f"{source!r} is no local folder, and the Hub did not give it: {hub_reason(error)}.") from error
+    digest = hashlib.sha256()
+    for place, modules in sorted(model.get_adapter(name).items()):
+        for location, module in sorted(modules.items()):
+            for key, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{place}.{location}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def hub_reason(error: Exception) -> str:
-    """Why the Hub did not do what it was asked for, and what helps.
-
-    Args:
-        error: What `huggingface_hub` raised.
-
-    Returns:
-        One line, without a full stop.
-    """
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return f"it is not in the cache, and {hub_reason(error.__cause__)}"
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # a file of the large ones
-        return hub_reason(error.__cause__)
-    if isinstance(error, GatedRepoError):
-        return "it is gated; accept its terms on the Hub and log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return "it has no such revision"
-    if isinstance(error, RepositoryNotFoundError):
-        return "it does not exist or is private; check the name, or log in with `hf auth login`"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, requests.ConnectionError | requests.Timeout):
-        return f"{constants.ENDPOINT} cannot be reached or broke off; try again"
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return STATUS.get(error.response.status_code, f"the Hub answers {_one_line(error)}")
-    return _one_line(error)
-
-
-STATUS = {
-    401: "the token is missing or wrong; log in with `hf auth login`, or pass another token",
-    403: "the token does not allow it; use one that may write there, or pass create_pr=True",
-    409: "another push came between; push again",
-    **{status: f"the Hub failed with {status}; try again" for status in (500, 502, 503, 504)},
-}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+def teacher_sources(model: ModelAdaptersMixin, distillation: Distillation) -> list[TeacherSource]:
+    """Return the teachers of a student with the digests of their weights on the model."""
+    named = [(name, distillation.sources[name]) for name in distillation.config.teachers]
+    return [
+        TeacherSource(name, str(origin["source"]), origin["revision"], adapter_digest(model, name))
+        for name, origin in named
+    ]

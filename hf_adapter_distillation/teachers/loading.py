@@ -1,6 +1,5 @@
 """Adapters from local folders and the Hub: locate them, check them, load them."""
 
-import difflib
 import json
 import os
 import pickle
@@ -28,7 +27,7 @@ from .._compat import (
     heads_of,
 )
 from ..composition import check_name
-from ..student.provenance import download, hub_reason, is_hub_id
+from ..downloads import download, hub_reason, is_hub_id, one_line, suggestion
 from .peft_lora import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .peft_lora import is_peft, load_peft_lora, peft_lora_config
 
@@ -71,8 +70,7 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
 
 def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
     if not is_hub_id(teacher):
-        close = difflib.get_close_matches(teacher, list(model.adapters_config), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "it is no local folder or Hub id either."
+        hint = suggestion(teacher, model.adapters_config) or "it is no local folder or Hub id either."
         adapters = ", ".join(map(repr, model.adapters_config)) or "none"
         raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {adapters}.")
     try:
@@ -105,7 +103,7 @@ def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[st
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}); save the adapter again.") from error
+        raise ValueError(f"{path} is damaged ({one_line(error)}); save the adapter again.") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is no adapter config (it holds no object); save the adapter again.")
     return saved
@@ -188,8 +186,9 @@ def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: st
     try:
         _check_foreign_weights(model, folder, saved_name, name)
         model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
+
     except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
-        raise ValueError(f"{label} cannot be loaded: {first_line(error)}") from error
+        raise ValueError(f"{label} cannot be loaded: {one_line(error)}") from error
     finally:
         if heads:
             model.heads.load_state_dict(heads, strict=False)
@@ -228,18 +227,12 @@ def _saved_keys(folder: Path, safe_name: str, pickled_name: str) -> list[str]:
         raise ValueError(f"{pickled_name} is damaged, or holds other things than weights.") from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, with its type where that tells more."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__}: {text}"
-
-
 def read_config(label: str, config: object) -> AdapterConfig:
     """Make an adapter config of a dict or string; raise a `ValueError` about its owner (`label`) if it is none."""
     try:
         adapter_config = AdapterConfig.load(config)
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{label} has no valid adapter config: {first_line(error)}") from error
+        raise ValueError(f"{label} has no valid adapter config: {one_line(error)}") from error
     if adapter_config is None:
         raise ValueError(f"{label} has no adapter config; save it again with save_adapter.")
     return adapter_config

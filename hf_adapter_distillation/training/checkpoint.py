@@ -23,6 +23,7 @@ from .._compat import (
 from ..composition import AdapterDistillation
 from ..method.parameters import is_fusion
 from ..student.provenance import adapter_digest, read_provenance
+from ..student.saving import save_weights
 
 logger = logging.get_logger(__name__)
 
@@ -42,19 +43,6 @@ def save_student(model: ModelAdaptersMixin, student: str, folder: str) -> None:
     save_weights(model, student, os.path.join(folder, student))
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
         save_file(fusion, os.path.join(folder, FUSION_WEIGHTS_NAME))
-
-
-def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
-    """Writes the student with its head by `save_adapter`, as safetensors where adapters can.
-
-    Args:
-        model: The model.
-        student: The name of the student.
-        folder: The folder of the student.
-    """
-    # Adapters cannot write prefixes as safetensors: several layers share them.
-    has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
-    model.save_adapter(folder, student, use_safetensors=not has_prefix)
 
 
 def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:
@@ -98,7 +86,7 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
 
 
 def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:
-    saved = {teacher["name"]: teacher["digest"] for teacher in read_provenance(folder)["teachers"]}
+    saved = {teacher.name: teacher.digest for teacher in read_provenance(folder).teachers}
     here = {teacher: adapter_digest(model, teacher) for teacher in block.teachers}
     if different := sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)):
         raise ValueError(

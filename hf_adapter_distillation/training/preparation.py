@@ -114,7 +114,7 @@ def prepare_training(
     places = (place for name in block.teachers for place in model.get_adapter(name).values())
     teacher_modules = [module for place in places for module in place.values()]
     digests = {name: adapter_digest(model, name) for name in block.teachers}
-    distillation_of(model, block.student).training = None  # the provenance of an earlier training
+    distillation_of(model, block.student).run = None  # the record of an earlier training
     fit_student(model, block.student, examples, accelerator)
     calibration = calibrate(model, block, examples, accelerator)
     predictions = predict(model, block, examples, accelerator, n_read)

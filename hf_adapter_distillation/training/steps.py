@@ -74,8 +74,6 @@ class TwoStageTrainer(StudentPushingTrainer):
             calibration=self._prepared.calibration,
             predictions=self._prepared.predictions,
         )
-        for module in self._prepared.teacher_modules:  # Trainer puts the whole model into training mode at each step
-            module.eval()
 
     @property
     def _share(self) -> float:
@@ -106,6 +104,8 @@ class TwoStageTrainer(StudentPushingTrainer):
         """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        for module in self._prepared.teacher_modules if self._prepared else ():
+            module.eval()  # Trainer puts the whole model into training mode at each step
         if isinstance(inputs, UnlabelledBatch):
             outputs = model(**inputs)
             # Parameters that no gradient reaches in this pass (the head) stay in the graph of each process.

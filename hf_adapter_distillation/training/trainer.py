@@ -23,14 +23,15 @@ from ..configuration import DistillationTrainingArguments
 from ..method.distillation import StageSettings, active_block
 from ..method.parameters import check_trainable, is_fusion, parameter_table
 from ..student.fusions import drop_fusion
-from ..student.summary import measured
+from ..student.provenance import teacher_sources
+from ..student.training_run import TrainingRun, finite_metrics
 from .callbacks import SigtermCallback, StageCallback
 from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .checks import check_arguments, check_combinations
 from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .preparation import Examples, fit_student, prepare_training
-from .results import check_teachers_unchanged, observe_attention, training_run
+from .results import check_teachers_unchanged, observe_attention
 from .steps import TwoStageTrainer
 
 logger = logging.get_logger(__name__)
@@ -220,26 +221,26 @@ class DistillationTrainer(TwoStageTrainer):
         assert self._prepared is not None
         check_trainable(self.model, self.block)
         check_teachers_unchanged(self.model, self._prepared.digests)
-        args, state, first = self.args, self.state, self.first_distillation_step
-        stages = {
+        args, state, distillation = self.args, self.state, self.distillation
+        derived: dict[str, Any] = {
             "distillation_start": self.distillation_start,
             "distillation_weight": self.distillation_weight,
-            "first_distillation_step": first,
+            "first_distillation_step": self.first_distillation_step,
         }
-        self.distillation.training = training_run(
-            self.model, self.distillation, args, state, self.train_dataset, stages
-        )
+        if distillation.ranking is not None:
+            derived["ranking"] = distillation.ranking
+        sources = teacher_sources(self.model, distillation)
+        distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
         if not args.push_to_hub and not args.analysis:
             return
-        if state.global_step > first:
+        if state.global_step > self.first_distillation_step:
             has_one = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
             dataset = self.eval_dataset if has_one else self.train_dataset
             writes = args.analysis and self.is_world_process_zero()
             folder = Path(args.output_dir) / "analysis" if writes else None
             with torch.random.fork_rng(), self.compute_loss_context_manager():
-                attention = observe_attention(self.model, dataset, self._examples(), folder)
-            self.distillation.training |= attention
-            if args.analysis and not attention:
+                distillation.run.attention = observe_attention(self.model, dataset, self._examples(), folder)
+            if args.analysis and not distillation.run.attention:
                 logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
         elif args.analysis:
             logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
@@ -247,8 +248,8 @@ class DistillationTrainer(TwoStageTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `transformers.Trainer` does, and note the metrics of a trained student for its provenance."""
         metrics = super().evaluate(*args, **kwargs)
-        if (training := self.distillation.training) is not None:
-            training["evaluation"] = training.get("evaluation", {}) | measured(metrics)
+        if (run := self.distillation.run) is not None:
+            run.evaluation |= finite_metrics(metrics)
         return metrics
 
     # Checkpoints

@@ -195,7 +195,7 @@ def test_the_trainer_writes_what_the_functions_find(trainer_args, tmp_path):
     assert header == ["layer", "mean", "standard_error"] and len(rows) == len(attention)
     header, *rows = read(folder / "leave_one_teacher_out.csv")
     assert header == ["teacher", "mean", "standard_error"] and [row[0] for row in rows] == TEACHERS
-    noted = trainer.distillation.training["attention"]
+    noted = trainer.distillation.run.attention
     assert noted == {
         layer: {name: pytest.approx(cell.mean, abs=6e-5) for name, cell in row.items()}
         for layer, row in attention.items()
@@ -227,7 +227,7 @@ def test_a_disk_that_fails_takes_the_analysis_alone(trainer_args, tmp_path, capl
     (tmp_path / "training" / "analysis").write_text("a file")
     trainer = analysed(trainer_args, analysis=True)
     assert "The analysis could not be written:" in caplog.text
-    assert trainer.distillation.training["steps"] == trainer.state.max_steps
+    assert trainer.distillation.run.settings["steps"] == trainer.state.max_steps
 
 
 def test_matplotlib_is_missed_before_the_training(trainer_args, monkeypatch):

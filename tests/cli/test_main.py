@@ -27,7 +27,8 @@ from hf_adapter_distillation.cli import train as cli_training
 from hf_adapter_distillation.cli.main import EXAMPLES, main, make_parser, parse
 from hf_adapter_distillation.cli.train import TrainArguments
 from hf_adapter_distillation.hub import push as pushing
-from hf_adapter_distillation.hub.push import push_saved, student_files
+from hf_adapter_distillation.hub.card import CardOptions
+from hf_adapter_distillation.hub.push import push_saved, student_folder
 from hf_adapter_distillation.student.provenance import read_provenance
 
 TEXTS = ["my card is gone", "when does the train leave", "what do i pay", "how is the weather"]
@@ -124,9 +125,9 @@ def test_a_trained_student_is_a_plain_adapter_with_its_head_and_names(world, tin
     model.load_adapter(str(saved), set_active=True, use_safetensors=True)
     assert model.heads["insurance"].config["label2id"] == {"card": 0, "train": 1}
     assert (world / "outputs" / "tokenizer.json").is_file() and (world / "outputs" / "analysis").is_dir()
-    run = read_provenance(str(saved))
-    assert [teacher["source"] for teacher in run["teachers"]] == ["adapters/banking", "adapters/travel"]
-    assert run["steps"] == 2 and {"eval_accuracy", "eval_loss"} <= run["evaluation"].keys()
+    provenance = read_provenance(str(saved))
+    assert [teacher.source for teacher in provenance.teachers] == ["adapters/banking", "adapters/travel"]
+    assert provenance.run.settings["steps"] == 2 and {"eval_accuracy", "eval_loss"} <= provenance.run.evaluation.keys()
 
 
 def test_train_prints_results_alone_and_can_be_repeated(here, capsys):
@@ -222,7 +223,7 @@ def test_an_output_folder_is_kept_unless_it_is_to_be_replaced_or_gone_on_with(he
 def test_inspect_reads_the_config_alone(here, capsys, hub, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     code, out, _ = run(capsys, "inspect", "outputs/insurance")
-    provenance = read_provenance("outputs/insurance")
+    provenance = read_provenance("outputs/insurance").to_dict()
     assert code == 0 and out.startswith("'insurance', distilled from 2 teachers\n\nteacher  source ")
     for teacher in provenance["teachers"]:
         mean = sum(row[teacher["name"]] for row in provenance["attention"].values()) / len(provenance["attention"])
@@ -267,13 +268,11 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     model = AutoAdapterModel.from_pretrained("bert-base-uncased")
     model.add_adapter("insurance", "seq_bn[reduction_factor=4]", distill_from=["adapters/banking", "adapters/travel"])
     model.load_adapter("outputs/insurance", load_as="insurance", use_safetensors=True)
-    run_of = had.student.provenance.read_provenance("outputs/insurance")
     model.config.name_or_path = "me/tiny"
     state = had.method.distillation.distillations(model.adapters_config)["insurance"]
-    state.training = {
-        key: value for key, value in run_of.items() if key not in had.student.provenance.provenance(model, state)
-    }
-    expected = student_files(model, "insurance", "me/faq")
+    state.run = read_provenance("outputs/insurance").run
+    with student_folder(model, "insurance", "me/faq", CardOptions()) as folder:
+        expected = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {*repo.files} - {".gitattributes"} == {*expected}
     for name in ("README.md", "head_config.json"):  # settings and versions stand in the order of the file
         words = [sorted(re.findall(rb"[\w.-]*\w", files[name])) for files in (repo.files, expected)]
@@ -567,5 +566,5 @@ def test_the_page_about_the_command_line_runs(here, capsys, hub):
     for argv in found:
         assert run(capsys, *argv, *(QUICK if argv[0] == "train" else ()))[0] == 0, argv
     assert Path("attention.png").is_file() and Path("result.json").is_file() and "me/faq-insurance" in hub.repos
-    sources = [teacher["source"] for teacher in read_provenance("outputs/insurance/insurance")["teachers"]]
+    sources = [teacher.source for teacher in read_provenance("outputs/insurance/insurance").teachers]
     assert len(sources) == 2  # by teacher_selection

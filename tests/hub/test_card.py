@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from tiny_models import TEACHERS, make_dataset, make_model, make_student
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub.card import save_card
+from hf_adapter_distillation.hub.card import CardFacts, CardOptions, write_card
 from hf_adapter_distillation.method.distillation import distillations
-from hf_adapter_distillation.student.summary import hub_dataset, measured
+from hf_adapter_distillation.student.training_run import finite_metrics, hub_dataset
 
 COMMIT = "0123abcd" * 5
 
@@ -41,7 +41,7 @@ def trained(trainer_args, kind="flex", data=make_dataset, eval_dataset=None, **k
 
 
 def card_of(model, folder, **kwargs):
-    save_card(model, "insurance", folder, "me/faq-insurance", **kwargs)
+    write_card(CardFacts.of_model(model, "insurance"), folder, "me/faq-insurance", CardOptions(**kwargs))
     return (Path(folder) / "README.md").read_text()
 
 
@@ -76,7 +76,7 @@ def local_teachers_and_base(tmp_path, trainer_args):
 def all_that_there_is(tmp_path, trainer_args):
     trainer = trained(trainer_args, data=lambda: of_hub(make_dataset()), eval_dataset=make_dataset(seed=1))
     trainer.evaluate()
-    trainer.distillation.training["attention"] = {"layer.0": {"bank": 0.5, "travel": 0.25, "work": 0.25}}
+    trainer.distillation.run.attention = {"layer.0": {"bank": 0.5, "travel": 0.25, "work": 0.25}}
     return trainer.model, {"language": "en", "license": "mit", "dataset_name": "Queries", "dataset_config": "small"}
 
 
@@ -115,7 +115,8 @@ def test_a_card_says_what_the_run_was(tmp_path, trainer_args):
     trainer.model.config.name_or_path = "someone/uncased"
     sources = trainer.distillation.sources
     sources["bank"] = {"source": "me/faq-bank@v2", "revision": COMMIT}
-    trainer.distillation.training["teachers"][0] |= sources["bank"]
+    bank = trainer.distillation.run.teachers[0]
+    bank.source, bank.revision = "me/faq-bank@v2", COMMIT
     trainer.evaluate(make_dataset(seed=2), metric_key_prefix="test")
     text = card_of(trainer.model, tmp_path, language="en", license="mit", dataset_name="FAQ queries")
     card = ModelCard.load(tmp_path / "README.md")
@@ -159,10 +160,10 @@ def test_results_are_those_of_the_weights_that_were_kept(trainer_args):
     state = trainer.state
     assert state.best_global_step < state.global_step
     (entry,) = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.best_global_step]
-    training = trainer.distillation.training
-    assert training["evaluation"]["eval_loss"] == round(entry["eval_loss"], 6)
+    run = trainer.distillation.run
+    assert run.evaluation["eval_loss"] == round(entry["eval_loss"], 6)
     metrics = trainer.evaluate()
-    assert training["evaluation"] == {key: round(metrics[key], 6) for key in ("eval_loss", "eval_accuracy")}
+    assert run.evaluation == {key: round(metrics[key], 6) for key in ("eval_loss", "eval_accuracy")}
 
 
 def test_a_plain_adapter_stands_beside_the_results(tmp_path, trainer_args):
@@ -199,7 +200,7 @@ def test_a_base_model_in_a_folder_is_no_repository(tmp_path, monkeypatch):
 def test_the_heat_map(installed, hub, tmp_path, trainer_args, monkeypatch):
     pytest.importorskip("matplotlib")
     trainer = trained(trainer_args, push_to_hub=True, hub_model_id="me/faq")
-    table = trainer.distillation.training["attention"]
+    table = trainer.distillation.run.attention
     assert all(sum(row.values()) == pytest.approx(1, abs=1e-3) and list(row) == TEACHERS for row in table.values())
     if not installed:
         monkeypatch.setattr("hf_adapter_distillation.hub.card.find_spec", lambda name: None)
@@ -212,12 +213,12 @@ def test_the_heat_map(installed, hub, tmp_path, trainer_args, monkeypatch):
 
 @pytest.mark.parametrize("kwargs", [{}, {"push_to_hub": True, "hub_model_id": "me/faq", "distillation_start": 1.0}])
 def test_no_heat_map_that_nobody_asked_for_or_that_would_show_nothing(kwargs, hub, trainer_args):
-    assert "attention" not in trained(trainer_args, **kwargs).distillation.training
+    assert "attention" not in trained(trainer_args, **kwargs).distillation.run.to_dict()
 
 
 def test_what_is_a_metric():
     logged = {"eval_loss": 0.5, "eval_runtime": 1, "eval_samples_per_second": 3, "eval_ok": "x", "epoch": 1.0}
-    assert measured({**logged, "eval_f1": float("nan"), "eval_k": [1]}) == {"eval_loss": 0.5}
+    assert finite_metrics({**logged, "eval_f1": float("nan"), "eval_k": [1]}) == {"eval_loss": 0.5}
 
 
 def test_the_data_set_is_known_where_it_came_from_the_hub():
@@ -232,6 +233,6 @@ def test_the_data_set_is_known_where_it_came_from_the_hub():
 def test_a_saved_student_says_it_too(tmp_path, trainer_args):
     model = trained(trainer_args, data=lambda: of_hub(make_dataset())).model
     model.save_adapter(str(tmp_path / "saved"), "insurance")
-    saved = had.student.provenance.read_provenance(str(tmp_path / "saved"))
-    assert saved["dataset"] == "me/queries" and set(saved["losses"]) == {"1", "2"}
-    assert saved["losses"]["2"] == distillations(model.adapters_config)["insurance"].training["losses"]["2"]
+    saved = had.student.provenance.read_provenance(str(tmp_path / "saved")).run
+    assert saved.dataset == "me/queries" and set(saved.losses) == {"1", "2"}
+    assert saved.losses["2"] == distillations(model.adapters_config)["insurance"].run.losses["2"]

@@ -94,11 +94,11 @@ def test_folders_of_teachers_are_not_pushed(hub, tmp_path):
     model = make_model()
     model.add_adapter("insurance", distill_from=[str(tmp_path / "bank")])
     model.save_adapter(str(tmp_path / "saved"), "insurance")
-    assert read_provenance(str(tmp_path / "saved"))["teachers"][0]["source"] == str(tmp_path / "bank")
+    assert read_provenance(str(tmp_path / "saved")).teachers[0].source == str(tmp_path / "bank")
     model.push_adapter_to_hub("me/faq", "insurance")
     assert not any(str(tmp_path).encode() in content for content in hub.repos["me/faq"].files.values())
-    provenance = read_provenance(snapshot_download("me/faq"))
-    assert provenance["teachers"][0]["name"] == provenance["teachers"][0]["source"] == "bank"
+    (teacher,) = read_provenance(snapshot_download("me/faq")).teachers
+    assert teacher.name == teacher.source == "bank"
 
 
 def test_private_revision_pull_request_and_token(hub, monkeypatch):
@@ -127,12 +127,14 @@ def test_a_push_replaces_an_adapter_and_leaves_its_history_and_all_other_files(h
         "pytorch_adapter.bin": b"old",
         "head_config.json": b"{}",
         "model_head.safetensors": b"old",
+        "other/model_head.safetensors": b"mine",
     }
     repo = hub.create("me/faq", before)
     model = make_student(make_model(kind="base"))
     model.push_adapter_to_hub("me/faq", "insurance")
     assert pushed(repo) == {
         "notes.txt", "adapter.safetensors", "pytorch_adapter.bin", "adapter_config.json", "README.md",
+        "other/model_head.safetensors",
     }  # fmt: skip
     assert repo.files["notes.txt"] == b"mine" and repo.files["pytorch_adapter.bin"] != b"old"
     assert len(repo.commits) == 2 and before.items() <= next(iter(repo.commits.values())).items()
@@ -189,7 +191,7 @@ def test_nothing_is_asked_of_the_hub_for_what_cannot_be_pushed(hub, monkeypatch)
 FAILURES = [
     ("POST /api/repos/create", 401, WRONG_TOKEN),
     ("POST /api/repos/create", 500, "the Hub failed with 500; try again."),
-    ("POST /api/models/me/faq/paths-info", "cut", "{} cannot be reached or broke off; try again."),
+    ("GET /api/models/me/faq/tree", "cut", "{} cannot be reached or broke off; try again."),
     ("POST /api/models/me/faq/preupload", 403, NOT_ALLOWED),
     ("POST /me/faq.git/info/lfs/objects/batch", 502, "the Hub failed with 502; try again."),
     ("PUT /lfs/", "cut", "{} cannot be reached or broke off; try again."),
@@ -232,7 +234,7 @@ def test_other_refusals_of_the_hub(hub, monkeypatch):
     refused(OSError, "'insurance' was not pushed to 'faq': " + WRONG_TOKEN, push, model, "faq", token="hf_nobody")
     message = NOT_PUSHED + 'Invalid metadata in README.md. - "license" is not valid: My Own.'
     refused(OSError, message, push, model, adapter_card_kwargs={"license": "My Own"})
-    monkeypatch.setattr(had.student.provenance.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(had.downloads.constants, "HF_HUB_OFFLINE", True)
     reset_sessions()
     refused(OSError, NOT_PUSHED + "HF_HUB_OFFLINE is set.", push, model)
 

@@ -57,6 +57,7 @@ def test_what_is_pushed_at_each_save(strategy, hub, trainer_args):
     trainer.push_to_hub()
     assert repo.messages[-1] == "End of training"
     assert {path for path in pushed(repo) if "/" not in path} == OF_A_PUSH | {"attention.png"}
+    assert {path.split("/")[0] for path in pushed(repo) if "/" in path} == set(folders)
     weights = load(repo.files["adapter.safetensors"])
     assert all(torch.equal(trainer.model.state_dict()[key], value) for key, value in weights.items())
 

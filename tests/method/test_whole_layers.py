@@ -330,9 +330,8 @@ def test_attention_and_provenance_know_the_level(tmp_path):
     table = had.teacher_attention(model, make_dataset(4))
     assert list(table) == ["encoder.layer.0", "encoder.layer.1"]
     assert all(abs(sum(map(float, row.values())) - 1) < 1e-6 for row in table.values())
-    assert (
-        had.student.provenance.provenance(model, distillations(model.adapters_config)["insurance"])["level"] == "layer"
-    )
+    provenance = had.student.provenance.Provenance.of(model, distillations(model.adapters_config)["insurance"])
+    assert provenance.to_dict()["level"] == "layer"
 
 
 def test_lora_teachers_in_merged_projections(trainer_args):

@@ -17,12 +17,12 @@ COVERED_BY = {
     "method/distillation": "method/test_whole_layers.py",
     "method/layer_pass": "method/test_layers.py",
     "method/training_pass": "method/test_forward.py",
-    "student/summary": "hub/test_card.py",
+    "student/training_run": "hub/test_card.py",
 }
 
 # Files and functions that are still too long. No other may be, and one that is short enough is struck from the list.
 MAX_LINES, MAX_LINES_OF_A_FUNCTION, MAX_NAMES_AT_THE_TOP = 330, 60, 12
-LONG_FILES = {"hub/push.py"}
+LONG_FILES: set[str] = set()
 LONG_FUNCTIONS = {
     "hub/card.py::write_card",
     "student/adding.py::add_student",

@@ -9,7 +9,8 @@ import torch
 from tiny_models import TEACHERS, make_model, make_student, noisy
 from trainings import trainer_for
 
-from hf_adapter_distillation.student.provenance import adapter_digest, read_provenance
+from hf_adapter_distillation.method.distillation import distillation_of
+from hf_adapter_distillation.student.provenance import Provenance, adapter_digest, read_provenance
 
 
 def test_digest_follows_the_weights_and_nothing_else(tmp_path):
@@ -70,3 +71,31 @@ def test_a_teacher_deleted_before_training_is_not_in_the_provenance(trainer_args
         assert [teacher["name"] for teacher in saved["teachers"]] == TEACHERS[1:]
         if folder == "before":
             trainer_for(model, trainer_args()).train()
+
+
+def test_a_provenance_is_read_back_as_it_was_written(trainer_args, tmp_path):
+    model = make_student(make_model())
+    for trained in (False, True):
+        if trained:
+            trainer_for(model, trainer_args()).train()
+        written = Provenance.of(model, distillation_of(model, "insurance"))
+        model.save_adapter(str(tmp_path / str(trained)), "insurance")
+        assert read_provenance(str(tmp_path / str(trained))) == written
+        assert bool(written.run.losses) == bool(written.run.settings) == trained
+
+
+def test_a_provenance_of_another_version_keeps_its_keys():
+    teacher = {"name": "bank", "source": "bank", "revision": None, "digest": None}
+    saved = {
+        "method": "of later",
+        "teachers": [teacher],
+        "versions": {"torch": "9"},
+        "seed": 1,
+        "new": [2],
+        "gone": None,
+    }
+    provenance = Provenance.from_dict(saved)
+    assert provenance.to_dict() == saved
+    assert provenance.known_settings == {"new": [2], "seed": 1}
+    assert provenance.run.settings == {"seed": 1}
+    assert provenance.run.mean_attention("bank") is None

@@ -58,9 +58,9 @@ def test_a_teacher_is_pinned_to_its_commit(teacher, hub, tmp_path):
         model, pinned = pull(f"me/faq-bank{source}")
         assert pinned == {"source": f"me/faq-bank{source}", "revision": commit}
         model.save_adapter(str(tmp_path / "saved"), "insurance")
-        (saved,) = read_provenance(str(tmp_path / "saved"))["teachers"]
-        assert saved.items() >= {"name": "faq-bank", **pinned}.items()
-        weights.setdefault(commit, set()).add(saved["digest"])
+        (saved,) = read_provenance(str(tmp_path / "saved")).teachers
+        assert vars(saved).items() >= {"name": "faq-bank", **pinned}.items()
+        weights.setdefault(commit, set()).add(saved.digest)
     assert len(weights[first]) == len(weights[second]) == 1 and weights[first] != weights[second]
     assert model.heads["faq-bank"] is not None
 

@@ -94,8 +94,8 @@ def test_the_provenance_names_the_teachers_that_were_kept(good_and_harmful, trai
     trainer = distilled(good_and_harmful, ["shuffled", "good", "random"], trainer_args, teacher_selection=1)
     trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
     saved = read_provenance(str(tmp_path / "insurance"))
-    assert [teacher["name"] for teacher in saved["teachers"]] == ["good"]
-    assert saved["ranking"] == trainer.distillation.ranking and saved["teacher_selection"] == 1
+    assert [teacher.name for teacher in saved.teachers] == ["good"]
+    assert saved.run.settings["ranking"] == trainer.distillation.ranking and saved.settings["teacher_selection"] == 1
 
 
 def test_the_best_are_kept_where_none_is_above_chance(trainer_args, caplog):

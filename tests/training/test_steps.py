@@ -51,7 +51,7 @@ def test_a_student_that_starts_at_its_teachers_has_no_stage_1_by_default(start, 
     trainer = trainer_for(model, trainer_args(distillation_start=None))
     trainer.train()
     assert trainer.state.max_steps == 8 and trainer.first_distillation_step == first
-    assert trainer.distillation.training["distillation_start"] == first / 8
+    assert trainer.distillation.run.settings["distillation_start"] == first / 8
 
 
 @pytest.mark.parametrize(("n", "weight"), [(16, 1.0), (PRIOR_EXAMPLES, 1.0), (400, 0.5), (2000, 0.1)])
@@ -64,7 +64,7 @@ def test_the_default_weight_falls_with_the_number_of_examples(n, weight, trainer
     trainer.train()
     assert seen == [weight, weight]
     model.save_adapter(str(tmp_path / "insurance"), "insurance")
-    assert read_provenance(str(tmp_path / "insurance"))["distillation_weight"] == weight
+    assert read_provenance(str(tmp_path / "insurance")).run.settings["distillation_weight"] == weight
     log = trainer.state.log_history[0]
     added = weight * log["distillation_loss"] + log["fusion_regularization"]
     assert log["loss"] == pytest.approx(log["task_loss"] + added, abs=1e-4)

@@ -1,0 +1,110 @@
+"""Hub ids, downloads of saved adapters, and messages of one line for what goes wrong."""
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import requests
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+STATUS = {
+    401: "the token is missing or wrong; log in with `hf auth login`, or pass another token",
+    403: "the token does not allow it; use one that may write there, or pass create_pr=True",
+    409: "another push came between; push again",
+    **{status: f"the Hub failed with {status}; try again" for status in (500, 502, 503, 504)},
+}
+
+
+def is_repo_id(name: str) -> bool:
+    """Check whether a name has the form of a repository, with or without an owner."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_hub_id(source: str) -> bool:
+    """Check whether a text has the form `owner/repository` or `owner/repository@revision`."""
+    repo = source.partition("@")[0]
+    return is_repo_id(repo) and "/" in repo and not repo.startswith(".")
+
+
+def download(source: str, files: Sequence[str]) -> Path:
+    """Download the named files of a repository, unless the cache has them.
+
+    Args:
+        source: A Hub id, with `@revision` if wanted.
+        files: The names of the files.
+
+    Returns:
+        The local folder, whose name is the commit.
+
+    Raises:
+        OSError: From requests or huggingface_hub, or because the disk is full.
+    """
+    repo, _, revision = source.partition("@")
+    return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+
+
+def locate_saved(source: str, files: Sequence[str]) -> Path:
+    """Return the folder of a saved adapter, a local folder or a Hub id, and download its named files if need be.
+
+    Raises:
+        ValueError: If the source has neither form.
+        OSError: If the Hub does not give the files.
+    """
+    if os.path.isdir(source):
+        return Path(source)
+    if not is_hub_id(source):
+        raise ValueError(f"{source!r} is no local folder, and no Hub id either ('user/adapter').")
+    try:
+        return download(source, files)
+    except OSError as error:
+        raise OSError(f"{source!r} is no local folder, and the Hub did not give it: {hub_reason(error)}.") from error
+
+
+def hub_reason(error: Exception) -> str:
+    """Return why the Hub refused and what helps, from an error of `huggingface_hub`, without a full stop."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return f"it is not in the cache, and {hub_reason(error.__cause__)}"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # from the upload of a large file
+        return hub_reason(error.__cause__)
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its terms on the Hub and log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it does not exist or is private; check the name, or log in with `hf auth login`"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        return f"{constants.ENDPOINT} cannot be reached or broke off; try again"
+    reason = one_line(error).rstrip(".")
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return STATUS.get(error.response.status_code, f"the Hub answers {reason}")
+    return reason
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line, with the type of the error where that tells more."""
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if not text:
+        return kind
+    return text if isinstance(error, OSError | RuntimeError | ValueError) else f"{kind}: {text}"
+
+
+def suggestion(name: str, candidates: Iterable[str]) -> str:
+    """Return `did you mean 'bank'?` with the candidate closest to a name; an empty text if none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else ""
