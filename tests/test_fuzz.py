@@ -63,7 +63,8 @@ def test_any_distill_from(n, record_property):
     def attempt(value):
         with pytest.raises((TypeError, ValueError)) as caught:
             model.add_adapter("insurance", distill_from=value)
-        assert "eacher" in str(caught.value) and one_line(caught.value)
+        assert "eacher" in str(caught.value)
+        assert one_line(caught.value)
         assert everything(model) == before
 
     record_property("cases", attempt)
@@ -90,7 +91,8 @@ def test_any_damaged_file(n, tmp_path_factory, record_property):
         try:
             model.add_adapter("insurance", distill_from=["work", str(folder)])
         except ValueError as error:
-            assert one_line(error) and str(folder) in str(error)
+            assert one_line(error)
+            assert str(folder) in str(error)
             assert everything(model) == before
         now = dict(model.named_parameters())
         assert all(torch.equal(now[key], value) for key, value in weights.items())
@@ -145,7 +147,8 @@ def test_any_block(n, record_property):
         except (TypeError, ValueError) as error:
             assert one_line(error)
         else:
-            assert block.teachers and isinstance(block.student, str)
+            assert block.teachers
+            assert isinstance(block.student, str)
 
     record_property("cases", attempt)
 

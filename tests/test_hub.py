@@ -63,7 +63,8 @@ def test_a_saved_student_loads_without_this_package(trainer_args, tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), argument], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert len(loaded) == 4 and all(torch.equal(*each) for each in zip(loaded, logits, strict=True))
+    assert len(loaded) == 4
+    assert all(torch.equal(*each) for each in zip(loaded, logits, strict=True))
 
 
 def test_a_saved_student_has_the_files_and_keys_of_a_plain_adapter(trainer_args, tmp_path):
@@ -85,7 +86,8 @@ def test_digest_follows_the_weights_and_nothing_else(tmp_path):
     model = make_model()
     model.add_adapter("bank")
     digest = adapter_digest(model, "bank")
-    assert len(digest) == 64 and digest == adapter_digest(model.base_model, "bank")
+    assert len(digest) == 64
+    assert digest == adapter_digest(model.base_model, "bank")
     model.save_adapter(str(tmp_path / "bank"), "bank")
     other = make_model(seed=1)
     other.load_adapter(str(tmp_path / "bank"), load_as="renamed")

@@ -201,7 +201,8 @@ def test_steps_that_the_scaler_of_float16_skips_are_no_error(trainer_args):
     before = snapshot(model)
     trainer.add_callback(EachStep(lambda args, state, control, **kwargs: still.append(not changed(model, before))))
     trainer.train()
-    assert still[0] and not still[-1]
+    assert still[0]
+    assert not still[-1]
     assert trainer.accelerator.scaler.get_scale() < 2.0**30
 
 
@@ -225,7 +226,8 @@ def test_the_number_of_live_tensors_is_flat_in_both_stages(steps, trainer_args):
     args = trainer_args(max_steps=all_steps, distillation_start=steps / all_steps, logging_steps=50)
     trainer_for(make_student(make_model(), carrier="dual"), args, callbacks=[EachStep(note)]).train()
     early, late, early_in_stage_2, late_in_stage_2 = counts
-    assert early == late and early_in_stage_2 == late_in_stage_2
+    assert early == late
+    assert early_in_stage_2 == late_in_stage_2
 
 
 def traces(model):
@@ -290,5 +292,6 @@ def test_models_trained_in_two_threads_do_not_mix_their_losses():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(alone[0]) == len(alone[1]) == 30 and alone[0] != alone[1]
+    assert len(alone[0]) == len(alone[1]) == 30
+    assert alone[0] != alone[1]
     assert together == alone

@@ -91,4 +91,5 @@ def test_the_table_of_a_notebook_is_what_it_was(trainer_args, capsys):
     trainer.train()
     assert trainer.state.global_step == 8
     printed = "".join(capsys.readouterr())
-    assert "HTML object" in printed and "stage 2: " not in printed
+    assert "HTML object" in printed
+    assert "stage 2: " not in printed

@@ -38,7 +38,8 @@ def test_two_classes_are_ranked_by_the_area_under_the_curve():
     model = with_teachers_of_their_own_scores(make_student(make_model()))
     batches = [make_batch(8, seed=0), make_batch(5, seed=1)]
     ranking = rank_teachers(model, active_block(model), batches)
-    assert ranking.what == "AUC" and model.training
+    assert ranking.what == "AUC"
+    assert model.training
     labels = torch.cat([batch["labels"] for batch in batches])
     for name in TEACHERS:
         logits = torch.cat([heard(model, name, batch).logits for batch in batches])
@@ -60,7 +61,8 @@ def test_several_classes_are_ranked_by_the_accuracy_and_others_by_the_loss():
             batch["labels"] = torch.zeros(4, dtype=torch.long)
         ranking = rank_teachers(model, active_block(model), [batch, batch])
         losses = {name: -heard(model, name, batch).loss.item() for name in TEACHERS}
-        assert ranking.what == "-loss" and ranking.scores == pytest.approx(losses)
+        assert ranking.what == "-loss"
+        assert ranking.scores == pytest.approx(losses)
 
 
 @pytest.mark.parametrize("why", ["no labels", "other labels", "one head for all"])
@@ -138,9 +140,11 @@ def test_teachers_that_only_harm_get_no_attention(good_and_harmful, trainer_args
     trainer = distilled(good_and_harmful, teachers, trainer_args, teacher_selection=3)
     assert list(trainer.distillation.ranking)[0] == "good"
     assert trainer.distillation.ranking["good"] > 0.9
-    assert trainer.block.teachers == ("good",) and trainer.distillation.config.teachers == ["good"]
+    assert trainer.block.teachers == ("good",)
+    assert trainer.distillation.config.teachers == ["good"]
     logs = [log for log in trainer.state.log_history if "distillation_loss" in log]
-    assert logs and all(log["attention/good"] == pytest.approx(1) for log in logs)
+    assert logs
+    assert all(log["attention/good"] == pytest.approx(1) for log in logs)
     assert not any(f"attention/{name}" in log for log in logs for name in ("shuffled", "random"))
     alone = distilled(good_and_harmful, ["good"], trainer_args)
     now = dict(trainer.model.named_parameters())
@@ -159,7 +163,8 @@ def test_the_provenance_names_the_teachers_that_were_kept(good_and_harmful, trai
     trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
     saved = read_provenance(str(tmp_path / "insurance"))
     assert [teacher["name"] for teacher in saved["teachers"]] == ["good"]
-    assert saved["ranking"] == trainer.distillation.ranking and saved["teacher_selection"] == 1
+    assert saved["ranking"] == trainer.distillation.ranking
+    assert saved["teacher_selection"] == 1
 
 
 def test_the_best_are_kept_where_none_is_above_chance(trainer_args, caplog):
@@ -168,7 +173,8 @@ def test_the_best_are_kept_where_none_is_above_chance(trainer_args, caplog):
     with caplog.at_level("WARNING", "hf_adapter_distillation"):
         trainer.train()
     ranking = list(trainer.distillation.ranking)
-    assert set(trainer.block.teachers) == set(ranking[:2]) and len(trainer.block.teachers) == 2
+    assert set(trainer.block.teachers) == set(ranking[:2])
+    assert len(trainer.block.teachers) == 2
     assert "No teacher of 'insurance' is above chance on its training data (AUC" in caplog.text
 
 
@@ -220,7 +226,8 @@ def test_predictions_of_the_calibration_are_those_of_the_teachers(trainer_args):
         line = slope * (logits[:, 1] - logits[:, 0]) + offset
         own = cross_entropy(logits, batch["labels"])
         calibrated = cross_entropy(torch.stack([torch.zeros_like(line), line], 1), batch["labels"])
-        assert calibrated < own and calibrated < 0.7
+        assert calibrated < own
+        assert calibrated < 0.7
 
 
 @pytest.mark.parametrize("config", [{"teacher_selection": 2}, {"objective": "cross_task"}])

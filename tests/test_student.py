@@ -49,7 +49,8 @@ def test_train_adapter_leaves_student_head_and_fusion_trainable(kind):
     assert all(any(part in name for part in parts) or name.startswith(head) for name in names)
     for part in (*parts, *([head] if kind != "base" else [])):
         wanted = {name for name, _ in model.named_parameters() if part in f".{name}" or name.startswith(part)}
-        assert wanted and wanted <= names
+        assert wanted
+        assert wanted <= names
     assert model.active_adapters == had.AdapterDistillation("insurance", TEACHERS)
     if kind == "flex":
         assert model.active_head == "insurance"
@@ -205,7 +206,8 @@ def test_teachers_from_folders(tmp_path):
             adapter_layers(other, name), adapter_layers(model, f"{name}_v1"), strict=True
         ):
             for a, b in zip(theirs.adapters[name].parameters(), ours.adapters[f"{name}_v1"].parameters(), strict=True):
-                assert torch.equal(a, b) and not b.requires_grad
+                assert torch.equal(a, b)
+                assert not b.requires_grad
     model.train_adapter("insurance")
     assert "insurance" in model.heads
 
@@ -275,7 +277,8 @@ def test_bad_teachers_leave_the_model_as_it_was(teachers, error, message):
     before = everything(model)
     with pytest.raises(error) as caught:
         model.add_adapter("insurance", config=SeqBnConfig(leave_out=[1]), distill_from=teachers)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert everything(model) == before
 
 
@@ -294,7 +297,8 @@ def test_bad_students(family, config, message):
     before = everything(model)
     with pytest.raises(ValueError) as caught:
         model.add_adapter("insurance", config=config, distill_from=TEACHERS)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
     assert everything(model) == before
 
 
@@ -352,5 +356,6 @@ def test_bad_folders_leave_the_model_as_it_was(what, message, tmp_path):
     before = everything(model)
     with pytest.raises(ValueError) as caught:
         model.add_adapter("insurance", distill_from=["work", str(tmp_path / "good"), str(folder)])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert everything(model) == before

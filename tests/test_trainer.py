@@ -98,7 +98,8 @@ def test_a_student_that_starts_at_its_teachers_has_no_stage_1_by_default(start, 
     model.train_adapter("insurance")
     trainer = trainer_for(model, trainer_args(distillation_start=None))
     trainer.train()
-    assert trainer.state.max_steps == 8 and trainer.first_distillation_step == first
+    assert trainer.state.max_steps == 8
+    assert trainer.first_distillation_step == first
     assert trainer.distillation.training["distillation_start"] == first / 8
 
 
@@ -109,13 +110,15 @@ def test_without_stage_2_it_is_plain_adapter_training(trainer_args):
     AdapterTrainer(model=plain, args=trainer_args(), train_dataset=make_dataset()).train()
     ours, stock = dict(model.named_parameters()), dict(plain.named_parameters())
     names = [name for name in ours if "insurance" in name and "distillation_fusion" not in name]
-    assert names and all(torch.equal(ours[name], stock[name]) for name in names)
+    assert names
+    assert all(torch.equal(ours[name], stock[name]) for name in names)
 
 
 def test_the_end_leaves_a_plain_active_student(trainer_args):
     model = make_student(make_model())
     trainer_for(model, trainer_args()).train()
-    assert model.active_adapters == Stack("insurance") and model.active_head == "insurance"
+    assert model.active_adapters == Stack("insurance")
+    assert model.active_head == "insurance"
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     kept = make_student(make_model())
     trainer_for(kept, trainer_args(keep_fusion=True)).train()
@@ -222,7 +225,8 @@ def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels,
 
         results.append(gradients(model, args, batch_size, accumulation, train_dataset=dataset))
     (whole, log), (split, other) = results
-    assert whole.keys() == split.keys() and any("distillation_fusion" in name for name in whole)
+    assert whole.keys() == split.keys()
+    assert any("distillation_fusion" in name for name in whole)
     for name, grad in whole.items():
         torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
     terms = {"task_loss", "distillation_loss", "fusion_regularization"} | {"fused_task_loss"} & log.keys()
@@ -259,7 +263,8 @@ def test_distillation_reaches_losses_that_are_computed_outside_the_model(how, tr
     model = make_student(make_model(), student_start="random")
     found, log = gradients(model, args, 8, 1, train_dataset=make_dataset(8), **kwargs)
     fusion = [grad for name, grad in found.items() if "distillation_fusion" in name]
-    assert fusion and any(grad.any() for grad in fusion)
+    assert fusion
+    assert any(grad.any() for grad in fusion)
     assert log["distillation_loss"] > 0
 
 
@@ -280,7 +285,8 @@ def test_teachers_stay_in_evaluation_mode(trainer_args):
         assert model.training
 
     trainer_for(model, trainer_args(), callbacks=[EachStep(note)]).train()
-    assert modes and not any(modes)
+    assert modes
+    assert not any(modes)
 
 
 def test_a_changed_teacher_is_an_error(trainer_args):
@@ -297,7 +303,8 @@ def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
     for given, wanted in ((None, 5e-3), (0.03, 0.03)):
         trainer = trainer_for(make_student(make_model()), trainer_args(fusion_learning_rate=given, weight_decay=0.1))
         *groups, fusion = trainer.create_optimizer().param_groups
-        assert fusion["lr"] == wanted and fusion["weight_decay"] == 0
+        assert fusion["lr"] == wanted
+        assert fusion["weight_decay"] == 0
         assert sum(p.numel() for p in fusion["params"]) == 2 * (3 * 32 * 32 + 32)
         assert {group["lr"] for group in groups} == {1e-2}
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -335,7 +342,8 @@ def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args)
         trainer = trainer_for(make_student(make_model(), carrier=carrier, student_start="random"), arguments)
         losses.append(trainer.train().training_loss)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     torch._dynamo.reset()
 
@@ -405,7 +413,8 @@ def test_the_best_model_is_loaded_at_the_end(trainer_args, tmp_path):
     )  # fmt: skip
     trainer.train()
     now = dict(model.named_parameters())
-    assert kept and all(torch.equal(now[name], value) for name, value in kept.items())
+    assert kept
+    assert all(torch.equal(now[name], value) for name, value in kept.items())
     assert model.active_head == "insurance"
 
 
@@ -515,7 +524,8 @@ def test_provenance_of_a_trained_student(trainer_args, tmp_path):
     written = saved["distillation"]
     assert [teacher["name"] for teacher in written["teachers"]] == TEACHERS
     assert all(len(teacher["digest"]) == 64 for teacher in written["teachers"])
-    assert written["carrier"] == "student" and written["student_start"] == "teachers"
+    assert written["carrier"] == "student"
+    assert written["student_start"] == "teachers"
     assert (written["distillation_start"], written["steps"], written["first_distillation_step"]) == (0.5, 8, 4)
     assert written["versions"]["adapters"] == adapters.__version__
     with warnings.catch_warnings():
