@@ -1,6 +1,7 @@
 """Tiny models and data, made in code; nothing is downloaded."""
 
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -94,6 +95,11 @@ def make_model(family="bert", kind="flex", seed=0, dropout=False, dtype=torch.fl
         model = STATIC[kind].from_config(config)
         adapters.init(model)
     return model.to(dtype)
+
+
+def exactly(message):
+    """Return the pattern for `match` that only the whole message fits."""
+    return rf"\A{re.escape(message)}\Z"
 
 
 def noisy(model, name, std=0.3):

@@ -82,7 +82,8 @@ def test_notebook_runs(name, tmp_path):
     _, cells = read(path)
     for cell, before in zip(cells, committed, strict=True):
         ours, theirs = (" ".join(re.sub(VARIES, "#", printed(each)).split()) for each in (cell, before))
-        assert ours == theirs and len(figures(cell)) == len(figures(before)), "".join(cell["source"])
+        assert ours == theirs, "".join(cell["source"])
+        assert len(figures(cell)) == len(figures(before)), "".join(cell["source"])
     if name == "quick_start":
         assert "hf_adapter_distillation cannot be imported\nidentical logits: True" in printed(cells[-1])
     folder = path.parent / "outputs" / name

@@ -90,7 +90,8 @@ def test_a_pushed_student_loads_in_stock_adapters_by_the_code_of_its_card(hub, t
     loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert set(loaded) == set(logits)
     for repo, both in loaded.items():
-        assert len(both) == 2 and all(torch.equal(each, logits[repo]) for each in both), repo
+        assert len(both) == 2, repo
+        assert all(torch.equal(each, logits[repo]) for each in both), repo
 
 
 def test_the_weights_of_a_push_are_the_students_and_no_others(hub, trainer_args):
@@ -371,8 +372,8 @@ def test_a_push_that_fails_in_training_is_a_warning(where, hub, trainer_args, ca
 def test_no_repository_is_made_for_a_training_that_cannot_start(hub, trainer_args, monkeypatch):
     model = make_student(make_model())
     args = trainer_args(push_to_hub=True, hub_model_id="me/faq")
+    dual = make_student(make_model(), carrier="dual")
     with hub.quiet(), pytest.raises(ValueError, match="carrier 'dual' needs the model's own loss"):
-        dual = make_student(make_model(), carrier="dual")
         had.DistillationTrainer(dual, args, train_dataset=make_dataset(), compute_loss_func=lambda *a, **k: 0)
     monkeypatch.delenv("HF_TOKEN")
     with hub.quiet():

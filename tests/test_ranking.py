@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 from adapters import AdapterSetup, AdapterTrainer, Stack
-from conftest import TEACHERS, VOCABULARY, changed, make_batch, make_dataset, make_model, make_student, noisy, snapshot
+from conftest import (
+    TEACHERS,
+    VOCABULARY,
+    changed,
+    exactly,
+    make_batch,
+    make_dataset,
+    make_model,
+    make_student,
+    noisy,
+    snapshot,
+)
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from test_objectives import distillation_of, of_head, with_teachers_of_their_own_scores
@@ -239,9 +250,7 @@ def test_a_stream_that_cannot_be_read_twice_is_refused(config, trainer_args):
     model = make_student(make_model(), student_start="random", **config)
     trainer = trainer_for(model, trainer_args(max_steps=2), train_dataset=Stream())
     what = "teacher_selection=2" if "teacher_selection" in config else "The objective 'cross_task'"
-    with pytest.raises(ValueError) as caught:
+    message = f"{what} reads examples before the training; pass a train_dataset that can be read twice."
+    with pytest.raises(ValueError, match=exactly(message)):
         trainer.train()
-    assert str(caught.value) == (
-        f"{what} reads examples before the training; pass a train_dataset that can be read twice."
-    )
     assert distillation_of(model).ranking is None

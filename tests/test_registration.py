@@ -99,7 +99,7 @@ def test_a_setup_with_a_stack_around_the_block_runs():
 
 def test_untested_versions_warn_with_the_range(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "9.9")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is tested with") as caught:
         _compat.warn_if_untested()
     first, second = (str(warning.message) for warning in caught)
     assert "tested with adapters>=1.3.0,<2, not with 9.9" in first

@@ -1,5 +1,7 @@
 """`add_adapter(..., distill_from=...)`, `train_adapter` and `delete_adapter`."""
 
+import re
+
 import adapters
 import pytest
 import torch
@@ -183,9 +185,9 @@ def test_deleting_a_teacher_leaves_the_others():
     assert model.active_adapters == had.AdapterDistillation("insurance", ["travel", "work"])
     model.train()
     model(**make_batch()).loss.backward()
-    with pytest.warns(UserWarning):
-        model.delete_adapter("travel")
-        model.delete_adapter("work")
+    for teacher in ("travel", "work"):
+        with pytest.warns(UserWarning, match=f"'{teacher}' was a teacher"):
+            model.delete_adapter(teacher)
     assert model.active_adapters == Stack("insurance")
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     model(**make_batch()).loss.backward()
@@ -295,9 +297,8 @@ def test_bad_students(family, config, message):
     for teacher in TEACHERS:
         model.add_adapter(teacher, config="seq_bn")
     before = everything(model)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         model.add_adapter("insurance", config=config, distill_from=TEACHERS)
-    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert everything(model) == before
 
@@ -354,8 +355,7 @@ def test_bad_folders_leave_the_model_as_it_was(what, message, tmp_path):
     with_teachers(other := make_model(), teachers=["good"])
     other.save_adapter(str(tmp_path / "good"), "good")
     before = everything(model)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model.add_adapter("insurance", distill_from=["work", str(tmp_path / "good"), str(folder)])
-    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert everything(model) == before
