@@ -5,7 +5,7 @@ import torch
 from conftest import TEACHERS, changed, make_batch, make_dataset, make_model, make_student, snapshot
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation._compat import loss_counts_items
+from hf_adapter_distillation._compat import heads_of, loss_counts_items
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers
 
@@ -69,6 +69,13 @@ def test_both_stages(family, kind, head, carrier, trainer_args, tmp_path):
     final = snapshot(model)
     trainer.train(resume_from_checkpoint=str(tmp_path / "training" / "checkpoint-18"))
     assert not changed(model, final), "the resumed run ends elsewhere"
+
+
+def test_flexible_heads_by_name():
+    model = make_student(make_model())
+    assert heads_of(model) is model.heads
+    assert "insurance" in heads_of(model)
+    assert heads_of(make_model(kind="classification")) == heads_of(make_model(kind="base")) == {}
 
 
 def test_which_losses_count_items():

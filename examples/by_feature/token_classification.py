@@ -55,7 +55,7 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
-    """Return the entities of a sentence, `(first word, end, type)`; they start at B-X, or at I-X after another type."""
+    """Return the entities of a sentence, `(first word, end, type)`; they start at B-X or at I-X after another type."""
     found: set[tuple[int, int, str]] = set()
     start, kind = 0, ""
     for position, tag in enumerate([*tags, "O"]):

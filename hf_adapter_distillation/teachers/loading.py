@@ -55,7 +55,7 @@ def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path |
         revision = folder.name
     # That of a symbolic link is its own, not that of the folder it leads to.
     name = os.path.basename(os.path.abspath(teacher.partition("@")[0] if revision else teacher))
-    check_name(f"Teacher {teacher!r}; rename the folder", name)
+    check_name(name, f"Teacher {teacher!r}", "rename the folder")
     if name in model.adapters_config or name in getattr(model, "heads", {}):
         raise ValueError(
             f"Teacher {teacher!r} would be named {name!r}, and the model has an adapter or head of that name; "
