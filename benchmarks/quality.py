@@ -79,7 +79,13 @@ def methods(lines: Lines) -> Table:
         rows.append([*row, f"{ms:.0f} ({ratio:.2f})", f"{megabytes:.2f}", f"{seconds:.0f}"])
     header = ["method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain", "above teachers' average"]
     header.append("points of AUC above plain")
-    return [*header, "tenants better / worse than plain", "ms a query (/ plain)", "MB a tenant", "training s"], rows
+    return [
+        *header,
+        "tenants better / worse than plain",
+        "ms per query (/ plain)",
+        "MB per tenant",
+        "training s",
+    ], rows
 
 
 def variants(lines: Lines) -> Table:
@@ -171,7 +177,7 @@ def training_data(lines: Lines) -> Table:
             row += [points(runs[key], metrics[key][PLAIN]) for key in ("accuracy_at_1", "auc")]
             lowest = min(by_tenant(differences(runs["auc"], metrics["auc"][PLAIN])).values())
             rows.append([*row, f"{100 * lowest:+.1f}"])
-    header = ["queries an FAQ", "steps", "method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain"]
+    header = ["queries per FAQ", "steps", "method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain"]
     return [*header, "points of AUC above plain", "the same, lowest tenant"], rows
 
 

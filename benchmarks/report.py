@@ -90,7 +90,7 @@ def profile_training(results: dict[str, Any]) -> str:
 
 def serving(results: dict[str, Any]) -> str:
     """Return a row per number of tenants and way to serve them."""
-    header = ["tenants", "way", "queries a second", "/ a model per tenant", "forward passes", "MB of parameters"]
+    header = ["tenants", "way", "queries per second", "/ a model per tenant", "forward passes", "MB of parameters"]
     rows = (
         [
             row["tenants"],

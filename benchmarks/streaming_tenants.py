@@ -54,7 +54,7 @@ class Arguments:
     steps: int = field(default=90, metadata={"help": "Optimizer steps of each method, all stages together."})
     batch_size: int = field(default=16, metadata={"help": "Pairs in a training batch."})
     n_wrong: int = field(default=3, metadata={"help": "Wrong FAQs that a training query is paired with."})
-    test_queries: int = field(default=10, metadata={"help": "Test queries a FAQ, at most; a query meets all FAQs."})
+    test_queries: int = field(default=10, metadata={"help": "Test queries per FAQ, at most; a query meets all FAQs."})
     search_tenants: int = field(default=2, metadata={"help": "Tenants whose validation queries choose the rates."})
     search_queries: int = field(default=10, metadata={"help": "Validation queries a FAQ."})
     teacher_queries: int = field(default=50, metadata={"help": "Training queries a FAQ of the other tenants."})
