@@ -40,6 +40,8 @@ reliability: install
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 docs: install

@@ -27,8 +27,11 @@ extras = {
 }
 extras["dev"] = [
     *(package for name in ("demo", "serve", "notebooks", "test", "docs", "release") for package in extras[name]),
+    "codespell==2.4.3",
+    "import-linter==2.17",
     "mypy==2.4.1",
     "pre-commit>=4",
+    "pre-commit-hooks==6.0.0",
     "ruff==0.17.6",
 ]
 

@@ -67,7 +67,7 @@ class Platform:
         }
 
     def distil(self) -> None:
-        """A few steps of stage 2."""
+        """Train a few steps of stage 2."""
         self.model.train_adapter("student")
         optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
         batch = make_batch(self.model, 4, self.args.seq_len)
@@ -77,7 +77,7 @@ class Platform:
             optimizer.zero_grad()
 
     def activate(self, method: str) -> None:
-        """Sets the model up for the requests of a tenant."""
+        """Set the model up for the requests of a tenant."""
         setup, head = self.methods[method]
         self.model.set_active_adapters(setup)
         self.model.active_head = head
@@ -90,7 +90,7 @@ class Platform:
             return self.model(**batch).logits
 
     def check_reloaded(self, batch: dict[str, torch.Tensor]) -> None:
-        """Compares the student's logits with those of the saved adapter in a fresh model."""
+        """Compare the student's logits with those of the saved adapter in a fresh model."""
         self.activate("distilled student")
         fresh = make_model(self.shape, self.args.device)
         with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ class Platform:
             raise SystemExit(f"inference.py: the reloaded student of {self.shape} has other logits.")
 
     def stored(self) -> dict[str, dict[str, float]]:
-        """What a tenant adds to the platform's disk: parameters, and 10^6 bytes of files."""
+        """Return what a tenant adds to the platform's disk: parameters, and files in 10^6 bytes."""
         savers: dict[str, Callable[[str], None]] = {
             "plain adapter": lambda folder: self.model.save_adapter(folder, "plain"),
             "distilled student": lambda folder: self.model.save_adapter(folder, "student"),
@@ -121,13 +121,13 @@ class Platform:
         return rows
 
     def parameters(self, *parts: str) -> int:
-        """The number of parameters whose names have one of the parts."""
+        """Count the parameters whose names contain one of the parts."""
         named = self.model.named_parameters()
         return sum(p.numel() for name, p in named if any(f".{part}" in f".{name}" for part in parts))
 
 
 def size(save: Callable[[str], None]) -> dict[str, float]:
-    """The size of what is saved, in 10^6 bytes."""
+    """Measure the size of the saved files, in 10^6 bytes."""
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         return {"stored_mb": sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6}
@@ -189,13 +189,13 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
 
 
 def header(args: Arguments) -> str:
-    """What is printed above the rows."""
+    """Return the header of the printed rows."""
     columns = f"{'shape':<11}{'batch':>6}  {'method':<20}{'ms':>9}{'time':>7}{'peak MB':>9}"
     return f"ratios to `plain adapter`\n{columns}{'parameters':>13}{'stored MB':>11}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """What is printed of a row."""
+    """Return the printed line of a row."""
     return (
         f"{row['shape']:<11}{row['batch']:>6}  {row['method']:<20}{row['ms']:>9.2f}{row['time_ratio']:>7.2f}"
         f"{row['peak_mb']:>9.1f}{row['parameters']:>13,}{row['stored_mb']:>11.2f}"
@@ -203,7 +203,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     measure.run(Arguments, compare_requests, header, line, draw)
     print("The saved students, loaded into fresh models, have bitwise the same logits.")
 

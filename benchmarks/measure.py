@@ -91,13 +91,13 @@ def run(
 
 
 def make_model(shape: str, device: str) -> torch.nn.Module:
-    """A model with random weights and no adapters."""
+    """Return a model with random weights and no adapters."""
     transformers.set_seed(0)
     return AutoAdapterModel.from_config(SHAPES[shape]()).to(device)
 
 
 def make_batch(model: torch.nn.Module, batch: int, seq_len: int) -> dict[str, torch.Tensor]:
-    """A batch without padding."""
+    """Return a batch without padding."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, model.config.vocab_size, (batch, seq_len), generator=generator)
     labels = torch.randint(0, 2, (batch,), generator=generator)
@@ -111,7 +111,7 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
-    """The time of one call; CUDA events on a GPU."""
+    """Measure the time of one call, on a GPU with CUDA events."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -125,7 +125,7 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most memory that torch holds during a call, above what it held before, in bytes."""
+    """Measure by how many bytes a call raises the memory of torch at its peak."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -145,7 +145,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 def compare(
     calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], rounds: int, device: str
 ) -> dict[str, list]:
-    """Times the calls in turns, each turn in another order: whatever slows the machine down slows all of them.
+    """Time the calls in turns, each turn in another order, so that a slow moment of the machine slows all of them.
 
     Args:
         calls: For each name a preparation, which is not timed, and the call.
@@ -169,12 +169,12 @@ def compare(
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """The median of the ratios round by round."""
+    """Return the median of the ratios round by round."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What ran, and where."""
+    """Describe the software and the machine."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -190,6 +190,6 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON."""
+    """Write results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ class Onboarding:
         self.seconds += self.platform.train(dataset or self.train, 1, trainer_cls, **options)
 
     def save(self, folder: str) -> None:
-        """Saves the new tenant's adapter and head."""
+        """Save the new tenant's adapter and head."""
         self.platform.model.save_adapter(f"{folder}/{NEW}", NEW)
 
 
@@ -71,14 +71,14 @@ def full_fine_tuning(run: Onboarding) -> Save:
 
 
 def plain_adapter(run: Onboarding) -> Save:
-    """An adapter from its own random start."""
+    """Train an adapter from its own random start."""
     run.platform.new_adapter(NEW)
     run.fit()
     return run.save
 
 
 def teachers_average(run: Onboarding, trained: bool) -> Save:
-    """An adapter and a head that start as the average of the others', with adapters' own functions."""
+    """Train an adapter and a head that start as the average of the others', with adapters' own functions."""
     run.platform.average(NEW, run.teachers)
     if trained:
         run.fit()
@@ -86,7 +86,7 @@ def teachers_average(run: Onboarding, trained: bool) -> Save:
 
 
 def adapter_fusion(run: Onboarding) -> Save:
-    """An adapter of its own for half of the steps, then adapters' fusion of all adapters for the other half."""
+    """Train an adapter for half of the steps, then adapters' fusion of all adapters for the other half."""
     run.platform.new_adapter(NEW)
     run.fit(0.5)
     fusion = run.platform.fuse(NEW, run.teachers)
@@ -109,14 +109,14 @@ def multi_task_adapter(run: Onboarding) -> Save:
 def adapter_distillation(
     run: Onboarding, config: Callable[..., had.DistillationConfig] = had.DistillationConfig, **arguments: Any
 ) -> Save:
-    """The student of `DistillationTrainer`; settings that are not given are the package's defaults."""
+    """Train the student with `DistillationTrainer`; all other settings are the package's defaults."""
     run.platform.new_adapter(NEW, config(run.teachers))
     run.fit(trainer_cls=had.DistillationTrainer, keep_fusion=True, **arguments)
     return run.save
 
 
 def with_query_log(run: Onboarding) -> Save:
-    """The student of `DistillationTrainer`, which also reads queries that nobody has labelled."""
+    """Train the student with `DistillationTrainer`, also on unlabelled queries."""
     run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers))
     platform = run.platform
     trainer = had.DistillationTrainer(
@@ -133,7 +133,7 @@ def with_query_log(run: Onboarding) -> Save:
 
 
 def untrained_student(run: Onboarding) -> Save:
-    """The student where `DistillationTrainer` starts it: without a step, and without a label of the new tenant."""
+    """Return the student at the start of `DistillationTrainer`, before any step, without labels of the new tenant."""
     run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers))
     platform = run.platform
     trainer = had.DistillationTrainer(

@@ -75,7 +75,7 @@ def take_times(trainer: Trainer) -> dict[str, float]:
 
 
 def epoch(platform: example.Platform, pairs: Dataset, method: str, teachers: list[str]) -> dict[str, float]:
-    """The times of one epoch of a new adapter, a plain one or one that is distilled from the first step."""
+    """Measure the times of one epoch of a new adapter, plain or distilled from the first step."""
     model, distils = platform.model, method != "plain adapter"
     config = had.DistillationConfig(teachers, method, student_start="average") if distils else None
     model.add_adapter("new", config=example.ADAPTER, distill_from=config)
@@ -96,7 +96,7 @@ def epoch(platform: example.Platform, pairs: Dataset, method: str, teachers: lis
 
 
 def main() -> None:
-    """Runs the profile."""
+    """Run the profile."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     transformers.utils.logging.set_verbosity_error()
     platform = example.Platform(

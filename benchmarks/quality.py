@@ -25,7 +25,7 @@ Table = tuple[list[str], list[list[object]]]
 
 
 def runs_of(lines: Lines, key: str) -> dict[str, Runs]:
-    """A value of the test runs by method, and by tenant and seed."""
+    """Return a value of the test runs by method, and by tenant and seed."""
     found: dict[str, Runs] = {}
     for line in lines:
         if line["queries"] == "test":
@@ -34,7 +34,7 @@ def runs_of(lines: Lines, key: str) -> dict[str, Runs]:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """The mean, and its 95% interval by resampling the values."""
+    """Return the mean and its 95% interval, by resampling the values."""
     values = np.array(list(values))
     if len(values) < 2:
         return float(values.mean()), float("nan"), float("nan")
@@ -43,18 +43,18 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def by_tenant(runs: Runs) -> dict[str, float]:
-    """The means over the seeds."""
+    """Average over the seeds."""
     names = dict.fromkeys(tenant for tenant, _ in runs)
     return {name: float(np.mean([value for (tenant, _), value in runs.items() if tenant == name])) for name in names}
 
 
 def differences(runs: Runs, others: Runs) -> Runs:
-    """The paired differences, where both ran."""
+    """Return the paired differences of the runs that both have."""
     return {cell: value - others[cell] for cell, value in runs.items() if cell in others}
 
 
 def points(runs: Runs, others: Runs) -> str:
-    """The mean paired difference with its interval, in points of 1/100."""
+    """Return the mean paired difference with its interval, in points of 1/100."""
     paired = differences(runs, others)
     return (
         "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in interval(paired.values()))) if paired else "–"
@@ -62,7 +62,7 @@ def points(runs: Runs, others: Runs) -> str:
 
 
 def methods(lines: Lines) -> Table:
-    """A row for each method: quality with its interval over tenants and seeds, paired differences, and costs."""
+    """Return a row per method: quality with its interval over tenants and seeds, paired differences, and costs."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
     costs = {key: runs_of(lines, key) for key in ("ms", "ms_ratio", "MB", "seconds")}
     rates, accuracy = runs_of(lines, "learning_rate"), metrics["accuracy_at_1"]
@@ -79,11 +79,17 @@ def methods(lines: Lines) -> Table:
         rows.append([*row, f"{ms:.0f} ({ratio:.2f})", f"{megabytes:.2f}", f"{seconds:.0f}"])
     header = ["method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain", "above teachers' average"]
     header.append("points of AUC above plain")
-    return [*header, "tenants better / worse than plain", "ms a query (/ plain)", "MB a tenant", "training s"], rows
+    return [
+        *header,
+        "tenants better / worse than plain",
+        "ms per query (/ plain)",
+        "MB per tenant",
+        "training s",
+    ], rows
 
 
 def variants(lines: Lines) -> Table:
-    """A row for each variant of AdapterDistillation, over the tenants and seeds that all of them ran for."""
+    """Return a row per variant of AdapterDistillation, over the tenants and seeds that all of them ran for."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr", "seconds")}
     rates = runs_of(lines, "learning_rate")
     names = [name for name in metrics["mrr"] if name == DISTILLED or (":" in name and name not in OBJECTIVES)]
@@ -102,12 +108,12 @@ def variants(lines: Lines) -> Table:
 
 
 def _common(runs: dict[str, Runs], names: Iterable[str]) -> list[tuple[str, int]]:
-    """The tenants and seeds that all methods ran for."""
+    """Return the tenants and seeds that all methods ran for."""
     return sorted(set.intersection(*(set(runs[name]) for name in names)))
 
 
 def objectives(lines: Lines) -> Table:
-    """A row for each objective and choice of data beside the defaults, over the tenants and seeds that all ran for."""
+    """Return a row per objective and choice of data beside the defaults, over tenants and seeds that all ran for."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
     names = [PLAIN, DISTILLED, *(name for name in OBJECTIVES if name in metrics["mrr"])]
     common = _common(metrics["mrr"], names)
@@ -131,7 +137,7 @@ def objectives(lines: Lines) -> Table:
 
 
 def training_costs(lines: Lines) -> Table:
-    """The seconds of the training for a new tenant, a row for each method, and how often those of a plain adapter."""
+    """Return a row per method: the seconds of the training for a new tenant, also relative to a plain adapter's."""
     runs = runs_of(lines, "seconds")
     rows: list[list[object]] = []
     for name, seconds in runs.items():
@@ -141,7 +147,7 @@ def training_costs(lines: Lines) -> Table:
 
 
 def tenants(lines: Lines) -> Table:
-    """A row for each tenant: the accuracy@1 of each method, the mean over the seeds."""
+    """Return a row per tenant: the accuracy@1 of each method, the mean over the seeds."""
     means = {method: by_tenant(runs) for method, runs in runs_of(lines, "accuracy_at_1").items() if ":" not in method}
     rows: list[list[object]] = [
         [name, *(f"{of_method[name]:.3f}" if name in of_method else "–" for of_method in means.values())]
@@ -151,7 +157,7 @@ def tenants(lines: Lines) -> Table:
 
 
 def by_budget(lines: Lines) -> dict[tuple[int, int], Lines]:
-    """The lines by queries an FAQ (0 for all) and steps, the smallest budgets first."""
+    """Group the lines by queries per FAQ (0 for all) and steps, the smallest budgets first."""
     found: dict[tuple[int, int], Lines] = {}
     for line in lines:
         found.setdefault((line["shots"], line["arguments"]["steps"]), []).append(line)
@@ -159,7 +165,7 @@ def by_budget(lines: Lines) -> dict[tuple[int, int], Lines]:
 
 
 def training_data(lines: Lines) -> Table:
-    """A row for each amount of data and method: quality, and paired differences from the plain adapter."""
+    """Return a row per amount of data and method: quality, and paired differences from the plain adapter."""
     rows: list[list[object]] = []
     for (shots, steps), of_budget in by_budget(lines).items():
         metrics = {key: runs_of(of_budget, key) for key in ("auc", "accuracy_at_1", "mrr")}
@@ -171,12 +177,12 @@ def training_data(lines: Lines) -> Table:
             row += [points(runs[key], metrics[key][PLAIN]) for key in ("accuracy_at_1", "auc")]
             lowest = min(by_tenant(differences(runs["auc"], metrics["auc"][PLAIN])).values())
             rows.append([*row, f"{100 * lowest:+.1f}"])
-    header = ["queries an FAQ", "steps", "method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain"]
+    header = ["queries per FAQ", "steps", "method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain"]
     return [*header, "points of AUC above plain", "the same, lowest tenant"], rows
 
 
 def draw_training_data(lines: Lines) -> Figure:
-    """The accuracy@1 and the AUC of the methods by amount of data, for the tenants that all amounts were run for."""
+    """Draw the accuracy@1 and the AUC of the methods by amount of data, for the tenants that have all amounts."""
     tenants_of = [{line["tenant"] for line in of if line["queries"] == "test"} for of in by_budget(lines).values()]
     common = set.intersection(*tenants_of)
     lines = [line for line in lines if line["tenant"] in common]
@@ -204,7 +210,7 @@ def draw_training_data(lines: Lines) -> Figure:
 
 
 def draw_cost(lines: Lines) -> Figure:
-    """The accuracy@1 of each method that ran for all tenants, with its interval, and the time of a query."""
+    """Draw the accuracy@1 of each method that ran for all tenants, with its interval, and the time of a query."""
     accuracy, times = runs_of(lines, "accuracy_at_1"), runs_of(lines, "ms_ratio")
     tenants_of = {method: {tenant for tenant, _ in runs} for method, runs in accuracy.items()}
     names = [method for method in accuracy if ":" not in method and tenants_of[method] == tenants_of[PLAIN]]

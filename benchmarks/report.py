@@ -20,14 +20,14 @@ from transformers import PretrainedConfig
 
 
 def markdown(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: int, reduction_factor: int) -> float:
-    """The multiply-adds of a step with the carrier `student`, relative to those of a plain adapter's step.
+    """Return the multiply-adds of a step with the carrier `student`, relative to a plain adapter's step.
 
     Counted are matrix products, forward and backward. The base model's layers take 12 d^2 a token each way, and no
     gradient goes below the first adapter; adapters are `seq_bn` of width m = d / reduction_factor.
@@ -45,7 +45,7 @@ def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: i
 
 
 def stage2_step(results: dict[str, Any]) -> str:
-    """A row for each shape and number of teachers: times, then memory, relative to the plain adapter's step."""
+    """Return a row per shape and number of teachers: times, then memory, relative to the plain adapter's step."""
     from measure import SHAPES
 
     arguments = results["arguments"]
@@ -65,7 +65,7 @@ def stage2_step(results: dict[str, Any]) -> str:
 
 
 def inference(results: dict[str, Any]) -> str:
-    """A row for each shape and method: latency at each batch size, memory, and what a tenant stores."""
+    """Return a row per shape and method: latency at each batch size, memory, and storage per tenant."""
     batches = results["arguments"]["batches"]
     measured: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -82,15 +82,15 @@ def inference(results: dict[str, Any]) -> str:
 
 
 def profile_training(results: dict[str, Any]) -> str:
-    """A row for each method: the seconds of each part of an epoch."""
+    """Return a row per method: the seconds of each part of an epoch."""
     seconds = results["seconds"]
     header = ["", *next(iter(seconds.values()))]
     return markdown(header, ([method, *(f"{s:.2f}" for s in parts.values())] for method, parts in seconds.items()))
 
 
 def serving(results: dict[str, Any]) -> str:
-    """A row for each number of tenants and way to serve them."""
-    header = ["tenants", "way", "queries a second", "/ a model per tenant", "forward passes", "MB of parameters"]
+    """Return a row per number of tenants and way to serve them."""
+    header = ["tenants", "way", "queries per second", "/ a model per tenant", "forward passes", "MB of parameters"]
     rows = (
         [
             row["tenants"],
@@ -106,7 +106,7 @@ def serving(results: dict[str, Any]) -> str:
 
 
 def read(path: Path, *more: Path) -> Any:
-    """The content of a result file: a dict, or for JSON lines a list of them, those of all files."""
+    """Return the content of a result file: a dict, or for JSON lines a list of the dicts of all files."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return json.loads(text)
@@ -114,32 +114,32 @@ def read(path: Path, *more: Path) -> Any:
 
 
 def streaming_tenants(lines: list[dict[str, Any]]) -> str:
-    """The methods of the streaming tenants."""
+    """Return the table of the methods on the streaming tenants."""
     return markdown(*quality.methods(lines))
 
 
 def variants(lines: list[dict[str, Any]]) -> str:
-    """The variants of AdapterDistillation."""
+    """Return the table of the variants of AdapterDistillation."""
     return markdown(*quality.variants(lines))
 
 
 def objectives(lines: list[dict[str, Any]]) -> str:
-    """The objectives, chosen teachers and unlabelled queries."""
+    """Return the table of objectives, chosen teachers and unlabelled queries."""
     return markdown(*quality.objectives(lines))
 
 
 def training_costs(lines: list[dict[str, Any]]) -> str:
-    """What the training of each method costs."""
+    """Return the table of training costs."""
     return markdown(*quality.training_costs(lines))
 
 
 def tenants(lines: list[dict[str, Any]]) -> str:
-    """The methods tenant by tenant."""
+    """Return the table of the methods tenant by tenant."""
     return markdown(*quality.tenants(lines))
 
 
 def training_data(lines: list[dict[str, Any]]) -> str:
-    """The methods by amount of training data."""
+    """Return the table of the methods by amount of training data."""
     return markdown(*quality.training_data(lines))
 
 
@@ -161,7 +161,7 @@ TABLES = {
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     name, path, *more = sys.argv[1], *map(Path, sys.argv[2:])
     results = read(path, *more)
     print(TABLES[name](results))

@@ -76,7 +76,7 @@ class ModelPerTenant(TenantModel):
             model.add_classification_head(tenant)
 
     def activate(self, tenants: list[str], sizes: list[int]) -> None:
-        """Takes the model of the batch's tenant."""
+        """Activate the model of the batch's tenant."""
         (tenant,) = tenants
         self.model = self.models[tenant]
 
@@ -85,7 +85,7 @@ class FusionOfAll(TenantModel):
     """AdapterFusion over the adapters of all tenants, the head of one."""
 
     def activate(self, tenants: list[str], sizes: list[int]) -> None:
-        """Runs all adapters for the batch of a tenant."""
+        """Run all adapters for the batch of a tenant."""
         (tenant,) = tenants
         self.model.set_active_adapters(Fuse(*self.faqs, name="fusion"))
         self.model.active_head = tenant
@@ -131,7 +131,7 @@ class Setting:
         self.batches_of = {MIXED: self.batches(stream), COPIES: separate, FUSION: separate}
 
     def batches(self, questions: list[Question]) -> list[list[Question]]:
-        """The batches in which the service would answer questions that wait."""
+        """Split waiting questions into the batches that the service would make of them."""
         waiting = deque(Waiting(question, self.args.faqs, 0.0, None) for question in questions)
         batches = []
         while waiting:
@@ -144,7 +144,7 @@ class Setting:
             self.ways[way].score(batch)
 
     def memory(self) -> dict[str, int]:
-        """The bytes of the parameters that each way holds, with a fusion for each tenant."""
+        """Return the bytes of the parameters that each way of serving holds, with a fusion for each tenant."""
         shared = bytes_of([self.ways[MIXED].model]) - self.fusion_bytes
         copies = self.ways[COPIES].models
         return {
@@ -155,7 +155,7 @@ class Setting:
 
 
 def bytes_of(models: Iterable[torch.nn.Module]) -> int:
-    """The bytes of the parameters of models."""
+    """Count the bytes of the parameters of models."""
     return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
@@ -183,7 +183,7 @@ def measure_tenants(
 
 
 def draw(rows: list[dict[str, Any]], title: str) -> Figure:
-    """Queries a second and memory by number of tenants."""
+    """Draw queries per second and memory by number of tenants."""
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
     panels = figure.subplots(1, 2)
     keys = (("queries_per_s", "queries a second", "linear"), ("parameters_mb", "MB of parameters", "log"))
@@ -204,7 +204,7 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     try:

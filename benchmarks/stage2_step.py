@@ -97,7 +97,7 @@ class Steps:
             ].fused_probability = 0.5  # its mean over stage 2, for `mixed`
 
     def forward_backward(self, method: str) -> None:
-        """The loss and its gradients."""
+        """Compute the loss and its gradients."""
         alone = mock.patch("hf_adapter_distillation.method.stacking.can_be_stacked", return_value=False)
         with autocast(self.args.device, self.args.dtype), alone if method == "per teacher" else nullcontext():
             loss = self.model(**self.batch).loss
@@ -110,7 +110,7 @@ class Steps:
         self.optimizers[method].zero_grad()
 
     def held_bytes(self, method: str) -> int:
-        """The peak of forward and backward above model, optimizer and gradients, in bytes."""
+        """Measure the peak memory of forward and backward above model, optimizer and gradients, in bytes."""
         self.prepare(method)
         self.forward_backward(method)  # so that the gradients exist
         peak = peak_bytes(partial(self.forward_backward, method), self.args.device)
@@ -180,13 +180,13 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
 
 
 def header(args: Arguments) -> str:
-    """What is printed above the rows."""
+    """Return the header of the printed rows."""
     columns = f"{'shape':<12}{'teachers':>9}  {'method':<12}{'ms':>10}{'time':>8}{'peak MB':>10}{'memory':>8}"
     return f"{args.batch} sequences, ratios to `plain`\n{columns}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """What is printed of a row."""
+    """Return the printed line of a row."""
     return (
         f"{row['shape']:<12}{row['teachers']:>9}  {row['method']:<12}{row['ms']:>10.1f}{row['time_ratio']:>8.2f}"
         f"{row['peak_mb']:>10.1f}{row['peak_ratio']:>8.2f}"
@@ -194,7 +194,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     measure.run(Arguments, compare_steps, header, line, draw)
 
 

@@ -54,7 +54,7 @@ class Arguments:
     steps: int = field(default=90, metadata={"help": "Optimizer steps of each method, all stages together."})
     batch_size: int = field(default=16, metadata={"help": "Pairs in a training batch."})
     n_wrong: int = field(default=3, metadata={"help": "Wrong FAQs that a training query is paired with."})
-    test_queries: int = field(default=10, metadata={"help": "Test queries a FAQ, at most; a query meets all FAQs."})
+    test_queries: int = field(default=10, metadata={"help": "Test queries per FAQ, at most; a query meets all FAQs."})
     search_tenants: int = field(default=2, metadata={"help": "Tenants whose validation queries choose the rates."})
     search_queries: int = field(default=10, metadata={"help": "Validation queries a FAQ."})
     teacher_queries: int = field(default=50, metadata={"help": "Training queries a FAQ of the other tenants."})
@@ -82,13 +82,13 @@ class Arguments:
             raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
 
     def of_results(self) -> dict[str, Any]:
-        """What two runs must have in common to be compared."""
+        """Return the arguments that two runs must share to be compared."""
         free = ("methods", "tenants", "seeds", "processes", "output", "teachers_dir", "device", "bf16")
         common = {name: value for name, value in asdict(self).items() if name not in free}
         return common | {"data": Path(self.data).name if Path(self.data).exists() else self.data}
 
     def of_teachers(self) -> dict[str, Any]:
-        """What makes the teachers what they are."""
+        """Return the arguments that determine the teachers."""
         shared = ("data", "model", "n_wrong", "teacher")
         return {name: value for name, value in self.of_results().items() if name.startswith(shared)}
 
@@ -104,7 +104,7 @@ class Job(NamedTuple):
 
 
 def load(args: Arguments, seed: int, **settings: Any) -> tuple[example.Platform, list[Tenant]]:
-    """A platform without adapters, and the tenants with their queries in the order of a seed."""
+    """Load a platform without adapters, and the tenants with their queries in the order of a seed."""
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     folder = Path(tempfile.gettempdir()) / "streaming_tenants"
@@ -114,12 +114,12 @@ def load(args: Arguments, seed: int, **settings: Any) -> tuple[example.Platform,
 
 
 def options(args: Arguments) -> dict[str, Any]:
-    """The training arguments that follow from the device."""
+    """Return the training arguments that follow from the device."""
     return {"use_cpu": args.device == "cpu", "bf16": args.bf16, "disable_tqdm": True, "logging_strategy": "no"}
 
 
 def shots_of(args: Arguments, tenant: Tenant) -> int:
-    """The training queries of each FAQ of a new tenant."""
+    """Return the training queries of each FAQ of a new tenant."""
     return args.shots or max(len(faq.train) for faq in tenant.faqs)
 
 
@@ -143,10 +143,10 @@ def train_teacher(args: Arguments, name: str) -> str:
 
 
 def teachers_to_train(args: Arguments, names: list[str]) -> list[str]:
-    """The tenants whose adapters are not there yet.
+    """Return the tenants whose adapters are not trained yet.
 
     Raises:
-        ValueError: If those that are there were made with other arguments.
+        ValueError: If an existing adapter was trained with other arguments.
     """
     missing = []
     for name in names:
@@ -208,7 +208,7 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
 
 
 def costs(platform: example.Platform, save: Callable[[str], None], batches: list[BatchEncoding]) -> dict[str, float]:
-    """The milliseconds of a query, also relative to a plain adapter's on the same model, and what a tenant stores."""
+    """Measure the milliseconds of a query, also relative to a plain adapter on the same model, and storage."""
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         megabytes = example.stored_megabytes(Path(folder))
@@ -221,7 +221,7 @@ def costs(platform: example.Platform, save: Callable[[str], None], batches: list
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line that was cut off when the benchmark was killed is dropped from the file."""
+    """Read the finished runs; drop a last line that was cut off when the benchmark was killed."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
@@ -247,12 +247,12 @@ def check_lines(args: Arguments, lines: list[dict[str, Any]]) -> None:
 
 
 def job_of(line: dict[str, Any]) -> Job:
-    """The job that made a line."""
+    """Return the job of a line."""
     return Job(*(line[name] for name in Job._fields))
 
 
 def chosen_rates(methods: list[str], lines: list[dict[str, Any]]) -> dict[str, float]:
-    """The learning rate of each method: the one with the best MRR on the validation queries."""
+    """Choose for each method the learning rate with the best MRR on the validation queries."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["queries"] == "validation":
@@ -262,7 +262,7 @@ def chosen_rates(methods: list[str], lines: list[dict[str, Any]]) -> dict[str, f
 
 
 def run_all(args: Arguments, function: Callable, items: list, what: str) -> Iterator[Any]:
-    """The results of `function(args, item)` as they come, from processes of one thread each if there are several."""
+    """Yield the results of `function(args, item)` as they come, from single-threaded processes if several."""
     with tqdm(total=len(items), desc=what, disable=None) as progress:
         if args.processes == 1:
             for item in items:
@@ -281,7 +281,7 @@ def run_all(args: Arguments, function: Callable, items: list, what: str) -> Iter
 
 
 def run_jobs(args: Arguments, jobs: list[Job], lines: list[dict[str, Any]]) -> None:
-    """Runs the jobs that have no line yet, and appends their lines to the output."""
+    """Run the jobs that have no line yet, and append their lines to the output."""
     done = {job_of(line) for line in lines}
     todo = [job for job in dict.fromkeys(jobs) if job not in done]
     for line in run_all(args, run_job, todo, "runs"):
@@ -296,7 +296,7 @@ def run_jobs(args: Arguments, jobs: list[Job], lines: list[dict[str, Any]]) -> N
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     try:
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
         tenants = load_tenants(args.data, TEACHER_SEED)

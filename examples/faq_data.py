@@ -35,7 +35,7 @@ class Tenant:
 
 
 def load_tenants(data: str, seed: int) -> list[Tenant]:
-    """Reads the tenants.
+    """Read the tenants.
 
     Args:
         data: A JSON file of the bundled form, `data_full.json` of CLINC150 (or its folder) with `domains.json` beside
@@ -71,7 +71,7 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
 
 
 def hold_out(tenant: Tenant, shots: int, n_validation: int = 0) -> None:
-    """Keeps `shots` queries of each FAQ for training.
+    """Keep `shots` queries of each FAQ for training.
 
     Of the others, `n_validation` are for validation and the rest for testing, if there are no splits for that.
 
@@ -99,7 +99,7 @@ def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
 
 
 def _from_classes(splits: Sequence[list], domains: dict[str, list[str]], rng: random.Random) -> list[Tenant]:
-    """The tenants of rows of text and class, in the splits train, validation and test."""
+    """Make tenants of rows of text and class, in the splits train, validation and test."""
     queries: dict[str, tuple[list[str], list[str], list[str]]] = defaultdict(lambda: ([], [], []))
     for split, rows in enumerate(splits):
         for text, intent in rows:

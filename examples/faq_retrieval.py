@@ -92,11 +92,11 @@ class Platform:
         self.metric = RetrievalMetric()
 
     def add_head(self, name: str) -> None:
-        """Adds the pair-scoring head of a tenant."""
+        """Add the pair-scoring head of a tenant."""
         self.model.add_classification_head(name, num_labels=2, id2label={0: "wrong", 1: "right"})
 
     def new_adapter(self, name: str, distill_from: had.DistillationConfig | None = None) -> None:
-        """Adds an adapter and activates it for training; a student that starts at its teachers takes their head."""
+        """Add an adapter and activate it for training; a student that starts at its teachers takes their head."""
         set_seed(self.args.seed)  # the same initial weights for all
         self.model.add_adapter(name, config=ADAPTER, distill_from=distill_from)
         if distill_from is None or distill_from.student_start == "random":
@@ -104,7 +104,7 @@ class Platform:
         self.model.train_adapter(name)
 
     def average(self, name: str, adapters: list[str]) -> None:
-        """Adds the average of adapters and of their heads, and activates it for training."""
+        """Add the average of adapters and of their heads, and activate it for training."""
         set_seed(self.args.seed)
         self.model.average_adapter(name, adapters)
         self.model.average_head(name, adapters)
@@ -112,7 +112,7 @@ class Platform:
         self.model.active_head = name
 
     def fuse(self, name: str, adapters: list[str]) -> Fuse:
-        """Adds AdapterFusion of an adapter with others under its own head, and activates it for training."""
+        """Add AdapterFusion of an adapter with others under its own head, and activate it for training."""
         fusion = Fuse(*adapters, name, name="fusion")
         self.model.add_adapter_fusion(fusion)
         self.model.train_adapter_fusion(fusion)
@@ -120,7 +120,7 @@ class Platform:
         return fusion
 
     def training_arguments(self, epochs: float, cls: type = TrainingArguments, **kwargs: object) -> TrainingArguments:
-        """The arguments that all trainings share; batches of similar lengths waste little on padding."""
+        """Return the arguments of all trainings; batches of similar lengths waste little on padding."""
         return cls(
             output_dir=str(Path(self.args.output_dir) / "training"),
             num_train_epochs=epochs,
@@ -153,20 +153,20 @@ class Platform:
         return trainer.train().metrics["train_runtime"]
 
     def batches(self, dataset: Dataset, size: int) -> list[BatchEncoding]:
-        """The inputs in batches on the model's device."""
+        """Return the inputs in batches on the model's device."""
         columns = [name for name in dataset.column_names if name not in ("labels", "query_ids")]
         loader = DataLoader(dataset.select_columns(columns), batch_size=size, collate_fn=self.collator)
         return [batch.to(self.model.device) for batch in loader]
 
     @torch.no_grad()
     def score(self, batch: BatchEncoding) -> list[float]:
-        """The scores of the pairs of a batch, by the active setup."""
+        """Return the scores of the pairs of a batch, by the active setup."""
         self.model.eval()
         logits = self.model(**batch).logits
         return (logits[:, 1] - logits[:, 0]).tolist()
 
     def evaluate(self, dataset: Dataset, n_faqs: int) -> dict[str, float]:
-        """The metrics of the active setup on the test pairs."""
+        """Return the metrics of the active setup on the test pairs."""
         batches = tqdm(self.batches(dataset, n_faqs), desc="queries", leave=False, disable=None)
         scores = [score for batch in batches for score in self.score(batch)]
         return self.metric.compute(predictions=scores, references=dataset["labels"], query_ids=dataset["query_ids"])
@@ -174,7 +174,7 @@ class Platform:
     def milliseconds(
         self, setups: dict[str, AdapterCompositionBlock], batches: list[BatchEncoding]
     ) -> dict[str, float]:
-        """The median time of a query, a batch with all its FAQs, for each setup; they take turns at each query."""
+        """Return the median time of a query (a batch with all its FAQs) for each setup; setups take turns."""
         times: dict[str, list[float]] = {name: [] for name in setups}
         for batch in tqdm(batches, desc="latency", leave=False, disable=None):
             for name, setup in setups.items():
@@ -186,7 +186,7 @@ class Platform:
 
 
 def stored_megabytes(folder: Path) -> float:
-    """The size of all files in a folder, in 10^6 bytes."""
+    """Return the size of all files in a folder, in 10^6 bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
@@ -260,7 +260,7 @@ def onboard(platform: Platform, tenant: Tenant, teachers: list[str]) -> dict[str
 
 
 def answer(platform: Platform, tenant: Tenant, query: str) -> str:
-    """The tenant's best FAQ for a query, in words."""
+    """Return the tenant's best FAQ for a query, in words."""
     encoded = platform.tokenizer([query] * len(tenant.faqs), [faq.question for faq in tenant.faqs], truncation=True)
     (batch,) = platform.batches(Dataset.from_dict(dict(encoded)), len(tenant.faqs))
     scores = platform.score(batch)
@@ -269,7 +269,7 @@ def answer(platform: Platform, tenant: Tenant, query: str) -> str:
 
 
 def write_results(args: Arguments, rows: dict[str, dict[str, float]]) -> None:
-    """Writes the table with what made it."""
+    """Write the table with the arguments and versions that produced it."""
     results = {
         "command": shlex.join(["python", *sys.argv]),
         "arguments": asdict(args),
@@ -281,7 +281,7 @@ def write_results(args: Arguments, rows: dict[str, dict[str, float]]) -> None:
 
 
 def prepare() -> tuple[Arguments, Platform, Tenant, list[Tenant]]:
-    """Reads arguments, data and model; all that can be wrong in them is found here, before any training.
+    """Read and check arguments, data and model, before any training.
 
     Returns:
         The arguments, the platform, the new tenant and the existing ones.
@@ -304,7 +304,7 @@ def prepare() -> tuple[Arguments, Platform, Tenant, list[Tenant]]:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     start = time.perf_counter()

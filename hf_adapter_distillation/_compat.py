@@ -1,4 +1,4 @@
-"""Names of adapters and transformers that are not exported at their top level, and the tested versions."""
+"""Private names of adapters and transformers, differences between their models, and the tested versions."""
 
 import importlib.metadata
 import inspect
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from adapters import ModelAdaptersMixin
+from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from adapters.context import ForwardContext
 from adapters.head_utils import STATIC_TO_FLEX_HEAD_MAP
 from adapters.loading import AdapterLoader
@@ -45,12 +45,12 @@ __all__ = [
     "warn_if_untested",
 ]
 
-COMPILES = Version(torch.__version__) >= Version("2.9")  # the compilers of older ones stop in the contexts of adapters
+COMPILES = Version(torch.__version__) >= Version("2.9")  # older compilers fail in the contexts of adapters
 TESTED = {"adapters": ("1.3.0", "2"), "transformers": ("4.57.6", "4.58")}
 
 
 def warn_if_untested() -> None:
-    """Warns once, naming the tested range, where another version of adapters or transformers is installed."""
+    """Warn if the installed version of adapters or transformers is outside the tested range."""
     for package, (low, high) in TESTED.items():
         version = importlib.metadata.version(package)
         if not Version(low) <= Version(version) < Version(high):
@@ -62,21 +62,15 @@ def warn_if_untested() -> None:
 
 
 def heads_of(model: nn.Module) -> Mapping[str, nn.Module]:
-    """Return the flexible heads of a model by name; an empty mapping for a model without."""
-    return getattr(model, "heads", {})
+    """Return the flexible heads of a model by name; empty for a model with a static head or without one."""
+    return model.heads if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else {}
 
 
 def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of the arguments that a model's forward takes by position.
+    """Return the names of the positional arguments of a model's forward, without `self`.
 
-    `inspect.signature` does not tell them: the wrappers of adapters take `*args`, and the signature that they show is
-    that of the model that was initialised last.
-
-    Args:
-        model: A model with adapters, not wrapped.
-
-    Returns:
-        The names in their order, without `self`.
+    `inspect.signature` cannot tell them: the wrappers of adapters take `*args` and show the signature of the model
+    that was initialised last.
     """
     functions = (inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls))
     codes = (function.__code__ for function in functions)
@@ -85,19 +79,13 @@ def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def loss_counts_items(model: PreTrainedModel) -> bool:
-    """Whether the model's own loss is normalised by the `num_items_in_batch` that Trainer hands over.
+    """Return whether the model's own loss is normalised by Trainer's `num_items_in_batch`.
 
-    Trainer looks for `**kwargs` in `forward`, which every model has after `adapters.init`. The losses that use the
-    number are those of `PreTrainedModel.loss_function`; the heads of adapters, and most static heads, ignore it, and
-    some (T5) refuse it.
-
-    Args:
-        model: A model with adapters, not wrapped.
-
-    Returns:
-        True if `num_items_in_batch` may be passed to the model and changes its loss.
+    Trainer looks for `**kwargs` in `forward`, which every model has after `adapters.init`. Only the losses of
+    `PreTrainedModel.loss_function` use the number. Flexible heads and most static heads ignore it, and some (T5) raise
+    an error.
     """
-    if hasattr(model, "heads"):
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
         return False
     classes = (cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel))
     original = next(cls for cls in classes if not issubclass(cls, ModelAdaptersMixin))

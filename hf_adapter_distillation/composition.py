@@ -9,10 +9,10 @@ from torch import nn
 class AdapterDistillation(Stack):
     """A student adapter together with the frozen teacher adapters that it learns from.
 
-    The block is a `Stack` of the student alone: the teachers are an attribute, no children. Everything in adapters
+    The block is a `Stack` of the student alone: the teachers are an attribute, not children. Everything in adapters
     that walks over a setup (freezing, heads, saving, prefixes, invertible adapters) therefore sees the student only.
-    In training mode the teachers run beside the student inside each layer; in evaluation mode the block is exactly
-    the plain `Stack` of its student.
+    In training mode the teachers run beside the student in each layer; in evaluation mode the block equals the plain
+    `Stack` of its student.
 
     Source: Wang et al., EMNLP 2023 Industry, https://arxiv.org/abs/2312.16261, Figure 2.
 
@@ -22,9 +22,9 @@ class AdapterDistillation(Stack):
         teachers: The names of the frozen adapters that the student is distilled from.
 
     Raises:
-        TypeError: If the student is neither a name nor a flat `Stack` of names, or a teacher is no name.
-        ValueError: If there is no teacher, a teacher is given twice, or the student is among its own teachers or below
-            itself.
+        TypeError: If the student is neither a name nor a flat `Stack` of names, or a teacher is not a name.
+        ValueError: If the list of teachers is empty, repeats a teacher or names the student, or the student stands
+            below itself.
     """
 
     def __init__(self, student: str | Stack, teachers: Sequence[str]) -> None:
@@ -41,11 +41,11 @@ class AdapterDistillation(Stack):
 
     @property
     def student(self) -> str:
-        """The name of the adapter that is trained."""
+        """Return the name of the adapter that is trained."""
         return self.children[-1]
 
     def __eq__(self, other: object) -> bool:
-        # The parent compares zipped children, so that Stack("a") == Stack("a", "b").
+        # The parent zips the children, so to it Stack("a") equals Stack("a", "b").
         if not isinstance(other, AdapterDistillation):
             return False
         return (self.children, self.teachers) == (other.children, other.teachers)
@@ -57,7 +57,7 @@ class AdapterDistillation(Stack):
         return _escape(f"AdapterDistillation[{', '.join(self.children)}; teachers: {', '.join(self.teachers)}]")
 
     def to_dict(self) -> dict:
-        """Describes the setup that runs at inference, a plain `Stack`, so that stock adapters can load it."""
+        """Describe the setup that runs at inference: a plain `Stack`, which adapters loads without this package."""
         return Stack(*self.children).to_dict()
 
 
@@ -65,41 +65,37 @@ def _escape(text: str) -> str:
     return repr(text)[1:-1]
 
 
-def _show(thing: object) -> str:
-    """Shows a thing in one line, also a block of adapters, which does not escape the names in it."""
-    return _escape(str(thing)) if isinstance(thing, AdapterCompositionBlock) else repr(thing)
+def _show(setup: object) -> str:
+    """Return a setup in one line; the blocks of adapters do not escape the names in them."""
+    return _escape(str(setup)) if isinstance(setup, AdapterCompositionBlock) else repr(setup)
 
 
-def check_name(who: str, name: str) -> None:
-    """Refuses a name under which no adapter can be held by a model, or saved in a folder of that name.
+def check_name(name: str, owner: str, remedy: str) -> None:
+    """Check that an adapter can have a name, on a model and as a folder.
 
     Args:
-        who: What would have the name, and what to do about it, for the message: two parts of a sentence, with a `;`.
         name: The name.
+        owner: The subject of the error message, for instance "The student".
+        remedy: The advice of the error message, for instance "rename the folder".
 
     Raises:
-        TypeError: If it is no string, or an empty one.
-        ValueError: If torch, adapters or the file system would read it as something else than a name.
+        TypeError: If the name is not a string, or is empty.
+        ValueError: If torch, adapters or the file system would not read it as one name.
     """
-    thing, remedy = who.split(";")
     if not isinstance(name, str) or not name:
-        raise TypeError(f"{thing} would be named {name!r};{remedy} to have a name that is a string.")
+        raise TypeError(f"{owner} would be named {name!r}; {remedy} to have a name that is a string.")
     if not set(name).isdisjoint(".,/\\\0"):
-        raise ValueError(f"{thing} would be named {name!r};{remedy} to have no dot, comma or slash.")
+        raise ValueError(f"{owner} would be named {name!r}; {remedy} to have no dot, comma or slash.")
     if hasattr(nn.ModuleDict, name):
-        raise ValueError(f"{thing} would be named {name!r}, as is a part of torch's ModuleDict;{remedy}.")
+        raise ValueError(f"{owner} would be named {name!r}, as is a part of torch's ModuleDict; {remedy}.")
 
 
 def check_teachers(student: str, teachers: Sequence[str]) -> None:
-    """Refuses a list of teachers that cannot be meant.
-
-    Args:
-        student: The name of the student.
-        teachers: The names (or folders, or Hub ids) of its teachers.
+    """Check the list of a student's teachers, given as names, folders or Hub ids.
 
     Raises:
-        TypeError: If `teachers` is a single string or holds something other than strings.
-        ValueError: If it is empty, names a teacher twice, or names the student.
+        TypeError: If `teachers` is a single string, or an entry is not a string.
+        ValueError: If it is empty, repeats a teacher or names the student.
     """
     if isinstance(teachers, str) or not isinstance(teachers, Sequence):
         raise TypeError(f"The teachers must be a list of adapter names, not {teachers!r}; write [{teachers!r}].")

@@ -1,4 +1,4 @@
-"""What is distilled (`DistillationConfig`) and how it is trained (`DistillationTrainingArguments`)."""
+"""Settings of the distillation (`DistillationConfig`) and of the training (`DistillationTrainingArguments`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from ._compat import COMPILES
 Carrier = Literal["student", "fused", "mixed", "dual"]
 StudentStart = Literal["teachers", "average", "random"]
 Level = Literal["auto", "adapter", "layer"]
-LayerObjective = Literal["features", "cosine", "task_specific"]  # of what the layers put out
-OutputObjective = Literal["logits", "cross_task"]  # of what the heads predict
+LayerObjective = Literal["features", "cosine", "task_specific"]  # match the outputs of layers
+OutputObjective = Literal["logits", "cross_task"]  # match the predictions of heads
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -22,66 +22,75 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not supported; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _check_range(name: str, value: object, default: object) -> None:
-    if isinstance(default, bool):
-        allowed = "True or False" if not isinstance(value, bool) else ""
-    elif value is None and default is None:
-        allowed = ""
-    elif isinstance(value, bool) or not isinstance(value, Real):
-        allowed = "a number"
-    elif name == "distillation_start":
-        allowed = "" if 0 <= float(value) <= 1 else "a fraction of all steps, from 0 to 1"
-    else:
-        allowed = "" if 0 <= float(value) < float("inf") else "finite and not negative"
-    if allowed:
-        raise ValueError(f"{name}={value!r} is out of range; it must be {allowed}.")
+def _out_of_range(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name}={value!r} is out of range; it must be {allowed}.")
+
+
+def _read_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _out_of_range(name, value, "a number")
+    return float(value)
 
 
 def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
-        raise ValueError(f"{name}={value!r} is out of range; it must be a number above 0.")
+    if not 0 < _read_number(name, value) < float("inf"):
+        raise _out_of_range(name, value, "a number above 0")
+
+
+def _check_not_negative(name: str, value: object) -> None:
+    if not 0 <= _read_number(name, value) < float("inf"):
+        raise _out_of_range(name, value, "finite and not negative")
+
+
+def _check_fraction(name: str, value: object) -> None:
+    if not 0 <= _read_number(name, value) <= 1:
+        raise _out_of_range(name, value, "a fraction of all steps, from 0 to 1")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise _out_of_range(name, value, "True or False")
 
 
 @dataclass
 class DistillationConfig:
-    """What a student adapter is distilled from, given to `model.add_adapter(..., distill_from=config)`.
+    """Settings of the distillation of a student adapter, for `model.add_adapter(..., distill_from=config)`.
 
     A plain list of teachers is the same as `DistillationConfig(teachers=[...])`.
 
     Args:
         teachers: Names of adapters on the model, local folders of saved adapters, or Hub ids (`"user/adapter"`,
             `"user/adapter@revision"`).
-        carrier: What a layer passes on in stage 2. `"student"`: the student's output, and the fusion of the teachers
-            learns to explain the student; `"fused"`: the fusion of teachers and student, which then learns from the
-            task as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from 1 to 0 over
-            stage 2, else the student's (the module replacement of BERT-of-Theseus,
+        carrier: The output that a layer passes on in stage 2. `"student"`: the student's output, while the fusion of
+            the teachers learns to explain the student; `"fused"`: the fusion of teachers and student, which then
+            learns from the task as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from
+            1 to 0 over stage 2, else the student's (the module replacement of BERT-of-Theseus,
             https://arxiv.org/abs/2002.02925); `"dual"`: two passes, one with the fused output and one with the
             student's, each with the task loss, matched in each layer and in the logits, at twice the cost.
-        student_start: Where the student starts. `"average"`: at the average of the teachers' weights and of their
-            heads, where their configurations agree with the student's; `"teachers"`: from there `DistillationTrainer`
-            moves it to the average of the teachers' updates on the training inputs, before the first step and without
-            labels (`start.fit_start`); `"random"`: at the adapter's own initialisation.
-        level: Where teachers are fused and the student is matched. `"adapter"`: at each place inside a layer where
-            adapters add their updates, which bottleneck adapters do, and LoRA; `"layer"`: in the output of each layer,
-            which is run again with each teacher, at a higher cost and for any methods and mixtures of them; `"auto"`:
-            the first where student and teachers have such places in common, else the second.
-        objective: What the student is distilled by, one name or several with weights,
+        student_start: The student's initial weights. `"average"`: the average of the teachers' weights and of their
+            heads, where their configurations agree with the student's; `"teachers"`: the same, which
+            `DistillationTrainer` then fits to the average of the teachers' updates on the training inputs, before the
+            first step and without labels (`fit_start`); `"random"`: the adapter's own initialisation.
+        level: The place where teachers are fused and the student is matched. `"adapter"`: each place inside a layer
+            where bottleneck adapters or LoRA add their updates; `"layer"`: the output of each layer, which is run
+            again with each teacher, at a higher cost and for any mixture of methods; `"auto"`: `"adapter"` if student
+            and teachers share such places, else `"layer"`.
+        objective: The distillation objective, one name or several with weights,
             `{"features": 1.0, "logits": 0.5}`. In each layer, `"features"`: the squared error of its update
-            (`losses.FeatureLoss`); `"cosine"`: the angle (`CosineLoss`); `"task_specific"`: the squared error in the
+            (`FeatureLoss`); `"cosine"`: the angle (`CosineLoss`); `"task_specific"`: the squared error in the
             subspace that a probe of the layer finds to matter for the task (`TaskSpecificLoss`). With the teachers'
             own heads, which must have the student's labels, `"logits"`: their mean prediction (`LogitLoss`);
             `"cross_task"`: calibrated and corrected scores of two classes and the order of the items
             (`CrossTaskLoss`).
         layer_weights: The weight of each layer of the base model in the mean over layers, from the first (of an
-            encoder-decoder model, of the encoder) to the last, for objectives of layers. By default all are equal.
+            encoder-decoder model, of the encoder) to the last, for objectives of layers. Default: all equal.
         temperature: The temperature of the objectives `"logits"` and `"cross_task"`.
-        teacher_selection: `"all"`, or how many teachers are kept at most: `DistillationTrainer` then ranks them on
-            the training data before the first step (`ranking.rank_teachers`), and goes on with the best of those
-            that are above chance.
+        teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
+            training data before the first step (`rank_teachers`) and keeps the best ones above chance.
 
     Raises:
-        ValueError: If a value is unknown or out of its range. The teachers, and what objectives need, are checked
-            against the student and the model by `add_adapter` and `DistillationTrainer.train`.
+        ValueError: If a value is unknown or out of its range. `add_adapter` and `DistillationTrainer.train` check the
+            teachers and the needs of the objectives against the student and the model.
     """
 
     teachers: Sequence[str]
@@ -95,13 +104,9 @@ class DistillationConfig:
 
     @classmethod
     def paper(cls, teachers: Sequence[str]) -> "DistillationConfig":
-        """What the paper fixes: a student that learns the task from its own start, and from its fused teachers then.
+        """Return the setting of the paper: a student that starts at random and learns from its teachers in stage 2.
 
-        Args:
-            teachers: The teachers.
-
-        Returns:
-            A config with `carrier="student"` and `student_start="random"`, for which half of the steps are stage 1.
+        Its `carrier="student"` and `student_start="random"` make half of the steps stage 1.
         """
         return cls(teachers, carrier="student", student_start="random")
 
@@ -127,7 +132,7 @@ class DistillationConfig:
         if not isinstance(weights, Sequence) or isinstance(weights, str):
             raise ValueError(f"layer_weights={weights!r} is out of range; give one number for each layer.")
         for weight in weights:
-            _check_range("A weight in layer_weights", weight, 1.0)
+            _check_not_negative("A weight in layer_weights", weight)
         if not any(weights):
             raise ValueError(f"layer_weights={weights!r} is out of range; at least one must be above 0.")
         if not self.layer_objectives:
@@ -135,23 +140,23 @@ class DistillationConfig:
 
     @property
     def objectives(self) -> dict[str, float]:
-        """The weight of each objective."""
+        """Return the weight of each objective."""
         return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
 
     @property
     def layer_objectives(self) -> dict[str, float]:
-        """The weights of those objectives that match what the layers put out."""
+        """Return the weights of the objectives that match the outputs of layers."""
         return {name: weight for name, weight in self.objectives.items() if name in get_args(LayerObjective)}
 
     @property
     def output_objectives(self) -> dict[str, float]:
-        """The weights of those objectives that match what the heads predict."""
+        """Return the weights of the objectives that match the predictions of heads."""
         return {name: weight for name, weight in self.objectives.items() if name in get_args(OutputObjective)}
 
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """The arguments of `transformers.TrainingArguments`, and those of the two stages.
+    """Training arguments of transformers, extended by the arguments of the two stages.
 
     `num_train_epochs` (or `max_steps`) counts both stages together.
 
@@ -164,14 +169,14 @@ class DistillationTrainingArguments(TrainingArguments):
         metadata={
             "help": "Fraction of all steps that is spent in stage 1, plain training of the student on its own data. "
             "0 distils from the first step, 1 never distils. Default: 0 for a student that starts at its teachers, "
-            "0.5 for one that starts at random."
+            "0.5 for a student that starts at random."
         },
     )
     distillation_weight: float | None = field(
         default=None,
         metadata={
             "help": "Weight of the distillation loss beside the task loss in stage 2. Default: 1 for up to 200 "
-            "training examples, 200 / n for n of them: the more data of its own, the less the teachers count."
+            "training examples, 200 / n for n examples: with more data, the teachers count less."
         },
     )
     fusion_learning_rate: float | None = field(
@@ -192,24 +197,24 @@ class DistillationTrainingArguments(TrainingArguments):
     analysis: bool = field(
         default=False,
         metadata={
-            "help": "At the end of the training write where the knowledge came from to output_dir/analysis: the "
-            "attention over the teachers, the student's distance to them and what each is worth, as tables and "
-            "figures, on up to 256 examples of eval_dataset (train_dataset, where that is not one data set)."
+            "help": "Analyse the student at the end of the training: write the attention over the teachers, the "
+            "student's distance to them and the value of each teacher to output_dir/analysis, as tables and figures, "
+            "on up to 256 examples of eval_dataset, or of train_dataset if eval_dataset is not a single data set."
         },
     )
     stop_on_nan: bool = field(
         default=True,
         metadata={
-            "help": "Stop with an error that names the term and the layer, or the teacher, where the loss is NaN or "
-            "infinite, before the step changes a weight. It waits for the device at each step, as "
+            "help": "Stop when the loss is NaN or infinite, before the step changes a weight, with an error that "
+            "names the term and the layer, or the teacher. The check waits for the device at each step, as "
             "logging_nan_inf_filter does."
         },
     )
     save_on_sigterm: bool = field(
         default=False,
         metadata={
-            "help": "At SIGTERM finish the running step, write a checkpoint and exit with status 143 (spot machines, "
-            "schedulers with a time limit)."
+            "help": "Finish the running step at SIGTERM, write a checkpoint and exit with status 143 (for spot "
+            "machines and schedulers with a time limit)."
         },
     )
 
@@ -217,5 +222,14 @@ class DistillationTrainingArguments(TrainingArguments):
         if not COMPILES and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             raise ValueError(f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out.")
         super().__post_init__()
-        for name in DistillationTrainingArguments.__annotations__:
-            _check_range(name, getattr(self, name), DistillationTrainingArguments.__dataclass_fields__[name].default)
+        if self.distillation_start is not None:
+            _check_fraction("distillation_start", self.distillation_start)
+        if self.distillation_weight is not None:
+            _check_not_negative("distillation_weight", self.distillation_weight)
+        if self.fusion_learning_rate is not None:
+            _check_not_negative("fusion_learning_rate", self.fusion_learning_rate)
+        _check_not_negative("fusion_regularization", self.fusion_regularization)
+        _check_flag("keep_fusion", self.keep_fusion)
+        _check_flag("analysis", self.analysis)
+        _check_flag("stop_on_nan", self.stop_on_nan)
+        _check_flag("save_on_sigterm", self.save_on_sigterm)

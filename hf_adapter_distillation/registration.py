@@ -1,4 +1,4 @@
-"""Every change that this package makes to adapters: `register()` makes them, `unregister()` undoes them."""
+"""All changes that this package makes to adapters: `register()` makes them, `unregister()` undoes them."""
 
 import functools
 import inspect
@@ -28,15 +28,15 @@ Added by hf_adapter_distillation:
         The teachers of the new adapter: names of adapters on the model, local folders or Hub ids.
 """
 
-# What stood at each place before: (owner, attribute, original). Empty while nothing is registered.
+# The replaced attributes: (owner, attribute, original). Empty while nothing is registered.
 _originals: list[tuple[type, str, Any]] = []
 
 
 def register() -> None:
-    """Teaches adapters the block `AdapterDistillation` and `add_adapter(..., distill_from=...)`.
+    """Add the block `AdapterDistillation` and `add_adapter(..., distill_from=...)` to adapters.
 
-    Importing the package calls this. Models made before or after behave the same, and nothing changes for a model
-    that has no distilled student. A second call does nothing.
+    The import of the package calls this. It also applies to models that exist already, and changes nothing for a model
+    without a distilled student. A second call does nothing.
     """
     if _originals:
         return
@@ -58,9 +58,9 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts back the very objects that `register` replaced. A second call does nothing.
+    """Restore the objects that `register` replaced. A second call does nothing.
 
-    A model whose active setup is an `AdapterDistillation` block cannot run afterwards; activate its student alone
+    A model whose active setup is an `AdapterDistillation` block cannot run afterwards; activate its student
     (`model.set_active_adapters("student")`) first.
     """
     if not _originals:
@@ -74,7 +74,7 @@ def unregister() -> None:
 
 
 def _wrap(owner: type, attribute: str, wrapper: Callable) -> Callable:
-    """Replaces a method by `wrapper(original, self, ...)`; returns what replaces it."""
+    """Replace a method by `wrapper(original, self, ...)` and return the replacement."""
     original = vars(owner)[attribute]
 
     @functools.wraps(original)
@@ -87,17 +87,17 @@ def _wrap(owner: type, attribute: str, wrapper: Callable) -> Callable:
 
 
 def _document_distill_from(method: Callable) -> None:
-    """Shows the new argument of `add_adapter` in its signature and docstring."""
+    """Add `distill_from` to the signature and docstring of `add_adapter`."""
     signature = inspect.signature(method)
-    added = inspect.Parameter("distill_from", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
-    method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
+    parameter = inspect.Parameter("distill_from", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), parameter])  # type: ignore[attr-defined]
     method.__doc__ = f"{inspect.getdoc(method)}\n{DISTILL_FROM}"
 
 
 def _get_compose_func(original: Callable, self: ComposableAdapterLayerBase, composition_type: type) -> Callable:
     if composition_type is not AdapterDistillation:
         return original(self, composition_type)
-    if isinstance(self, get_args(FusedLayer)):  # the compilers of torch 2.9 and 2.10 do not know the union itself
+    if isinstance(self, get_args(FusedLayer)):  # the compilers of torch 2.9 and 2.10 cannot trace the union
         return functools.partial(compose_distillation, self)
     return self.compose_stack
 
@@ -187,10 +187,10 @@ def _push_adapter_to_hub(
     original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> str:
     if adapter_name in distillations(self.adapters_config):
-        from .hub.push import push_student  # loads datasets and the Trainer of transformers
+        from .hub.push import push_student  # here, since it imports datasets and the Trainer of transformers
 
         return push_student(self, repo_id, adapter_name, *args, **kwargs)
     if adapter_name not in self.adapters_config:  # adapters would create the repository first
-        known = ", ".join(map(repr, self.adapters_config)) or "none"
-        raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {known}.")
+        names = ", ".join(map(repr, self.adapters_config)) or "none"
+        raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {names}.")
     return original(self, repo_id, adapter_name, *args, **kwargs)

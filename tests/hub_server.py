@@ -112,7 +112,7 @@ def _etag(path, content):
 
 
 def check_card(content):
-    """What the Hub's validator says: the errors of a card's metadata."""
+    """Return the errors that the Hub's validator finds in a card's metadata."""
     match = re.match(r"---\n(.*?)\n---\n", content, flags=re.S)
     if match is None:
         return ["the card has no metadata"]
@@ -128,14 +128,19 @@ def check_card(content):
     for key, pattern in {"license": r"[a-z0-9.-]+", "base_model": r"[\w.-]+(/[\w.-]+)?"}.items():
         if key in data and not re.fullmatch(pattern, str(data[key])):
             errors.append(f'"{key}" is not valid: {data[key]}')
-    for model in data.get("model-index", []):
-        for result in model["results"]:
-            needed = [model["name"], result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
-            if not all(isinstance(value, str) and value for value in needed) or not result["metrics"]:
-                errors.append(f'"model-index" lacks a name: {needed}')
-            for metric in result["metrics"]:
-                if not metric["type"] or not isinstance(metric["value"], float | int):
-                    errors.append(f'"model-index" has no value for {metric["type"]}')
+    return errors + [error for model in data.get("model-index", []) for error in check_results(model)]
+
+
+def check_results(model):
+    """Return the errors of one model in a card's "model-index"."""
+    errors = []
+    for result in model["results"]:
+        needed = [model["name"], result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
+        if not all(isinstance(value, str) and value for value in needed) or not result["metrics"]:
+            errors.append(f'"model-index" lacks a name: {needed}')
+        for metric in result["metrics"]:
+            if not metric["type"] or not isinstance(metric["value"], float | int):
+                errors.append(f'"model-index" has no value for {metric["type"]}')
     return errors
 
 

@@ -32,7 +32,8 @@ def test_equality_hash_and_repr():
     assert hash(block) == hash(AdapterDistillation("a", ("b", "c")))
     assert block != AdapterDistillation("a", ["b"])
     assert block != AdapterDistillation("x", ["b", "c"])
-    assert block != Stack("a") and Stack("a") != block
+    assert block != Stack("a")
+    assert Stack("a") != block
     assert repr(block) == "AdapterDistillation[a; teachers: b, c]"
 
 

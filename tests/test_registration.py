@@ -42,7 +42,8 @@ def test_register_and_unregister_are_reversible_and_idempotent(registered):
     had.unregister()
     stock = state_of_adapters()
     assert stock != with_package
-    assert not hasattr(adapters.composition, "AdapterDistillation") and had.AdapterDistillation not in ALLOWED_NESTINGS
+    assert not hasattr(adapters.composition, "AdapterDistillation")
+    assert had.AdapterDistillation not in ALLOWED_NESTINGS
     assert all(
         "hf_adapter_distillation" not in getattr(v, "__module__", "") for c in TOUCHED for v in vars(c).values()
     )
@@ -73,16 +74,19 @@ def test_plain_adapters_are_untouched(registered):
     with_package = model(**make_batch())
     had.unregister()
     stock = model(**make_batch())
-    assert torch.equal(with_package.loss, stock.loss) and torch.equal(with_package.logits, stock.logits)
+    assert torch.equal(with_package.loss, stock.loss)
+    assert torch.equal(with_package.logits, stock.logits)
     assert "distillations" not in vars(model.adapters_config)
 
 
 def test_wrappers_keep_names_and_docstrings():
     assert ModelAdaptersMixin.add_adapter.__name__ == "add_adapter"
     for owner in (ModelAdaptersMixin, ModelWithHeadsAdaptersMixin):
-        assert "adapter_name (str)" in owner.add_adapter.__doc__ and "distill_from (list" in owner.add_adapter.__doc__
+        assert "adapter_name (str)" in owner.add_adapter.__doc__
+        assert "distill_from (list" in owner.add_adapter.__doc__
         parameters = list(inspect.signature(owner.add_adapter).parameters)
-        assert parameters[-1] == "distill_from" and parameters[:3] == ["self", "adapter_name", "config"]
+        assert parameters[-1] == "distill_from"
+        assert parameters[:3] == ["self", "adapter_name", "config"]
 
 
 def test_a_setup_with_a_stack_around_the_block_runs():
@@ -95,7 +99,7 @@ def test_a_setup_with_a_stack_around_the_block_runs():
 
 def test_untested_versions_warn_with_the_range(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "9.9")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is tested with") as caught:
         _compat.warn_if_untested()
     first, second = (str(warning.message) for warning in caught)
     assert "tested with adapters>=1.3.0,<2, not with 9.9" in first

@@ -51,7 +51,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns texts into tokens, one behind the other, cut into blocks of the same length; the rest is left out."""
+    """Join texts and cut their tokens into blocks of the same length; the rest is left out."""
     demo.check_data(data, [args.text_column], list(data))
 
     def blocks(batch: dict[str, list]) -> dict[str, list]:
@@ -64,14 +64,14 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def load_model(args: Arguments) -> PreTrainedModel:
-    """The frozen decoder with its language modelling head, ready for adapters."""
+    """Load the frozen decoder with its language modelling head, ready for adapters."""
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     adapters.init(model)
     return model
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, teachers and data; `args` name them afterwards."""
+    """Make model, teachers and data, and name them in `args`."""
     tasks = demo_data.colours(args.text_column)
     args.block_size = min(args.block_size, 16)
     args.model_name_or_path = demo.save_decoder(tasks.pop("pretraining")["train"][args.text_column], folder)
@@ -85,7 +85,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/causal_lm", learning_rate=2e-4)
         folder = training_args.output_dir

@@ -58,7 +58,7 @@ SPECIAL = {
 
 
 def parse(arguments: type, of_demo: dict[str, object] | None = None, **defaults: object) -> tuple:
-    """Reads the command line of an example.
+    """Read the command line of an example.
 
     Args:
         arguments: The dataclass of the example's own arguments.
@@ -80,7 +80,7 @@ def parse(arguments: type, of_demo: dict[str, object] | None = None, **defaults:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line where an argument, or what it names, is wrong."""
+    """End the program with a one-line error where an argument, or what it names, is wrong."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -138,7 +138,7 @@ def train(
 
 
 def make_tokenizer(texts: Sequence[str], single: str, pair: str) -> PreTrainedTokenizerFast:
-    """Makes a word-piece tokenizer of the words of some texts; words of more than five letters are two pieces.
+    """Make a word-piece tokenizer of the words of some texts; words of more than five letters are two pieces.
 
     Args:
         texts: Where the words are from.
@@ -163,14 +163,14 @@ def make_tokenizer(texts: Sequence[str], single: str, pair: str) -> PreTrainedTo
 
 
 def save_base(model: PreTrainedModel, processor: PreTrainedTokenizerFast | ViTImageProcessor, folder: str) -> str:
-    """Saves a base model with its tokenizer or image processor; returns where."""
+    """Save a base model with its tokenizer or image processor and return the folder."""
     model.save_pretrained(f"{folder}/base")
     processor.save_pretrained(f"{folder}/base")
     return f"{folder}/base"
 
 
 def save_encoder(tasks: dict[str, DatasetDict], columns: Sequence[str], folder: str) -> str:
-    """Makes a tiny BERT and its tokenizer, and pretrains it on the texts of all tasks as masked language model.
+    """Make a tiny BERT and its tokenizer, and pretrain it on the texts of all tasks as masked language model.
 
     Args:
         tasks: The data.
@@ -233,7 +233,7 @@ def train_teacher(
 
 
 def save_decoder(texts: Sequence[str], folder: str) -> str:
-    """Makes a tiny Llama and its tokenizer, and pretrains it.
+    """Make a tiny Llama and its tokenizer, and pretrain it.
 
     Args:
         texts: The texts.
@@ -254,7 +254,7 @@ def save_decoder(texts: Sequence[str], folder: str) -> str:
 
 
 def save_encoder_decoder(data: Dataset, folder: str) -> str:
-    """Makes a tiny T5 and its tokenizer, and pretrains it to copy.
+    """Make a tiny T5 and its tokenizer, and pretrain it to copy.
 
     Args:
         data: A text column, and one with what is to be said of it.
@@ -279,7 +279,7 @@ def save_encoder_decoder(data: Dataset, folder: str) -> str:
 
 
 def save_vision_encoder(data: Dataset, folder: str) -> str:
-    """Makes a tiny ViT and its image processor, and pretrains it to classify.
+    """Make a tiny ViT and its image processor, and pretrain it to classify.
 
     Args:
         data: A column of pictures, and one of four classes.

@@ -158,7 +158,7 @@ def colours(column: str) -> dict[str, DatasetDict]:
 
 
 def reports(text_column: str, summary_column: str) -> dict[str, DatasetDict]:
-    """Reports of three kinds, of which one sentence is the summary; the student's kind, of a garden, has few.
+    """Make reports of three kinds, with one sentence as summary; the student's kind, of a garden, has few.
 
     Args:
         text_column: The name of the column with the report.

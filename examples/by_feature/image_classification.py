@@ -37,7 +37,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, processor: BaseImageProcessor, args: Arguments) -> DatasetDict:
-    """Turns images into pixel values whenever a batch is read, so that they are never all in memory."""
+    """Turn images into pixel values whenever a batch is read, so that they are never all in memory."""
     demo.check_data(data, [args.image_column, args.label_column], [args.eval_split, "train"])
 
     def pixels(batch: dict[str, list]) -> dict[str, torch.Tensor | list]:
@@ -48,12 +48,12 @@ def encode(data: DatasetDict, processor: BaseImageProcessor, args: Arguments) ->
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The fraction of right answers."""
+    """Return the fraction of right answers."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, teachers and data; `args` name them afterwards."""
+    """Make model, teachers and data, and name them in `args`."""
     tasks, args.eval_split = demo_data.pictures(args.image_column, args.label_column), "validation"
     args.model_name_or_path = demo.save_vision_encoder(tasks.pop("pretraining")["train"], folder)
     *siblings, own = tasks
@@ -72,7 +72,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         # The transform needs the columns of the images, which Trainer would remove.
         args, training_args = demo.parse(

@@ -58,7 +58,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns texts into tokens."""
+    """Turn texts into tokens."""
     demo.check_data(data, [*args.text_columns, "label"])
 
     def tokens(batch: dict[str, list]) -> dict[str, list]:
@@ -69,12 +69,12 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The fraction of right answers."""
+    """Return the fraction of right answers."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, language adapter, teachers and data; `args` name them afterwards."""
+    """Make model, language adapter, teachers and data, and name them in `args`."""
     *siblings, own = tasks = demo_data.reviews(args.text_columns)
     args.model_name_or_path = demo.save_encoder(tasks, args.text_columns, folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -98,7 +98,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/madx_language_task", learning_rate=1e-4)
         folder = training_args.output_dir

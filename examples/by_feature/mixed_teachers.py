@@ -49,7 +49,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns texts into tokens."""
+    """Turn texts into tokens."""
     demo.check_data(data, [args.text_column, "label"])
 
     def tokens(batch: dict[str, list]) -> dict[str, list]:
@@ -60,12 +60,12 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The fraction of right answers."""
+    """Return the fraction of right answers."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, data and a teacher of each method; `args` name them afterwards."""
+    """Make model, data and a teacher of each method, and name them in `args`."""
     tasks = demo_data.reviews([args.text_column])
     args.model_name_or_path = demo.save_encoder(tasks, [args.text_column], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -83,7 +83,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         longer = {"max_steps": 120, "learning_rate": 1e-2, "distillation_start": 0.0, "distillation_weight": 0.1}
         args, training_args = demo.parse(Arguments, longer, output_dir="outputs/mixed_teachers", learning_rate=1e-4)

@@ -35,7 +35,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns questions and contexts into tokens, and the first answer into the places of its first and last token.
+    """Turn questions and contexts into tokens, and the first answer into the positions of its first and last token.
 
     The column `offsets` has the characters of the context that each token stands for, None for all other tokens. An
     answer that was cut off, or is missing, is at token 0.
@@ -66,7 +66,7 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def answer(start: np.ndarray, end: np.ndarray, context: str, offsets: list, max_length: int) -> str:
-    """The best answer: the two tokens of the context with the greatest sum of scores that can be start and end."""
+    """Find the best answer: the start and end token of the context with the greatest sum of scores."""
     inside = np.array([o is not None for o in offsets])
     scores = np.where(inside[:, None] & inside, start[:, None] + end, -np.inf)  # (first token, last token)
     scores = np.where(np.triu(np.ones_like(scores)) - np.triu(np.ones_like(scores), max_length) > 0, scores, -np.inf)
@@ -75,7 +75,7 @@ def answer(start: np.ndarray, end: np.ndarray, context: str, offsets: list, max_
 
 
 def word_f1(told: str, true: str) -> float:
-    """The F1 of the words of an answer."""
+    """Return the F1 of the words of an answer."""
     told_words, true_words = Counter(told.lower().split()), Counter(true.lower().split())
     return 2 * (told_words & true_words).total() / max((told_words + true_words).total(), 1)
 
@@ -93,7 +93,7 @@ def evaluate(trainer: AdapterTrainer, encoded: Dataset, data: Dataset, args: Arg
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, teachers and data; `args` name them afterwards."""
+    """Make model, teachers and data, and name them in `args`."""
     *siblings, own = tasks = demo_data.facts()
     args.model_name_or_path = demo.save_encoder(tasks, ["question", "context"], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -111,7 +111,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/question_answering", learning_rate=1e-4)
         folder = training_args.output_dir

@@ -44,7 +44,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns texts and summaries into tokens."""
+    """Turn texts and summaries into tokens."""
     demo.check_data(data, [args.text_column, args.summary_column])
 
     def tokens(batch: dict[str, list]) -> dict[str, list]:
@@ -59,14 +59,14 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def load_model(args: Arguments) -> PreTrainedModel:
-    """The frozen encoder-decoder with its language modelling head, ready for adapters."""
+    """Load the frozen encoder-decoder with its language modelling head, ready for adapters."""
     model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
     adapters.init(model)
     return model
 
 
 def word_f1(told: str, true: str) -> float:
-    """The F1 of the words of a summary (ROUGE-1, without stemming)."""
+    """Return the F1 of the words of a summary (ROUGE-1, without stemming)."""
     told_words, true_words = Counter(told.lower().split()), Counter(true.lower().split())
     return 2 * (told_words & true_words).total() / max((told_words + true_words).total(), 1)
 
@@ -75,7 +75,7 @@ def word_f1(told: str, true: str) -> float:
 def evaluate(
     model: PreTrainedModel, encoded: Dataset, data: Dataset, tokenizer: PreTrainedTokenizerBase, args: Arguments
 ) -> float:
-    """The mean ROUGE-1 of the summaries that the active adapter writes."""
+    """Return the mean ROUGE-1 of the summaries that the active adapter writes."""
     model.eval()
     scores = []
     for start in range(0, min(args.eval_examples, len(data)), 16):
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, teachers and data; `args` name them afterwards."""
+    """Make model, teachers and data, and name them in `args`."""
     tasks, args.prefix = demo_data.reports(args.text_column, args.summary_column), ""
     args.model_name_or_path = demo.save_encoder_decoder(tasks.pop("pretraining")["train"], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -102,7 +102,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/summarization", learning_rate=5e-4)
         folder = training_args.output_dir

@@ -48,7 +48,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns sentences into tokens."""
+    """Turn sentences into tokens."""
     columns = TASKS[args.task_name]
     demo.check_data(data, [*columns, "label"], ["train", VALIDATION.get(args.task_name, "validation")])
 
@@ -60,12 +60,12 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The fraction of right answers."""
+    """Return the fraction of right answers."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, teachers and data; `args` name them afterwards."""
+    """Make model, teachers and data, and name them in `args`."""
     tasks = demo_data.reviews(TASKS[args.task_name])
     args.model_name_or_path = demo.save_encoder(tasks, TASKS[args.task_name], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -83,7 +83,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/text_classification", learning_rate=1e-4)
         folder = training_args.output_dir

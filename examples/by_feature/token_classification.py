@@ -39,7 +39,7 @@ class Arguments:
 
 
 def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Arguments) -> DatasetDict:
-    """Turns words into word pieces; the first piece of a word has its tag, the others -100, which no loss counts."""
+    """Turn words into word pieces; the first piece of a word gets its tag, the others -100, which no loss counts."""
     demo.check_data(data, ["tokens", args.tag_column])
 
     def align(batch: dict[str, list]) -> dict[str, list]:
@@ -55,7 +55,7 @@ def encode(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: Argument
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
-    """The entities of a sentence, `(first word, end, type)`; one starts at B-X, or at I-X behind another type."""
+    """Return the entities of a sentence, `(first word, end, type)`; they start at B-X or at I-X after another type."""
     found: set[tuple[int, int, str]] = set()
     start, kind = 0, ""
     for position, tag in enumerate([*tags, "O"]):
@@ -68,7 +68,7 @@ def entities(tags: list[str]) -> set[tuple[int, int, str]]:
 
 
 def entity_f1(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
-    """The F1 of whole entities: right are those whose words and type are those of the data."""
+    """Return the F1 of whole entities; an entity is right if its words and its type are."""
     right = predicted = expected = 0
     for guess, labels in zip(prediction.predictions.argmax(-1), prediction.label_ids, strict=True):
         told = entities([names[tag] for tag in guess[labels != -100]])
@@ -78,7 +78,7 @@ def entity_f1(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
 
 
 def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
-    """Makes model, teachers and data; `args` name them afterwards."""
+    """Make model, teachers and data, and name them in `args`."""
     *siblings, own = tasks = demo_data.mentions()
     args.model_name_or_path = demo.save_encoder(tasks, ["tokens"], folder)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -95,7 +95,7 @@ def prepare_demo(args: Arguments, folder: str) -> DatasetDict:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     with demo.one_line_errors():
         args, training_args = demo.parse(Arguments, output_dir="outputs/token_classification", learning_rate=1e-4)
         folder = training_args.output_dir

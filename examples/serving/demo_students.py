@@ -52,7 +52,7 @@ class Arguments:
 
 
 def prepare() -> tuple[Arguments, Platform, list[Tenant], list[Tenant]]:
-    """Reads arguments, data and model; all that can be wrong in them is found here, before any training.
+    """Read and check arguments, data and model, before any training.
 
     Returns:
         The arguments, the platform, the tenants that teach, and those that are taught.
@@ -85,7 +85,7 @@ def distil(platform: Platform, tenant: Tenant, teachers: list[str], shots: int) 
 
 
 def write(platform: Platform, tenants: list[Tenant], output: Path) -> None:
-    """Writes the adapters with their FAQs; the folder has its name only when all is in it."""
+    """Write the adapters with their FAQs; the folder gets its name only when it is complete."""
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for tenant in tenants:

@@ -89,16 +89,24 @@ class TenantInfo(BaseModel):
     faqs: int
 
 
-def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
-    """Makes the service.
+def read_question(asked: Asked, tenants: TenantModel) -> Question:
+    """Check the body of `POST /answer`.
 
-    Args:
-        tenants: The model of all tenants.
-        args: The arguments.
-
-    Returns:
-        The application; its batches run while it lives.
+    Raises:
+        HTTPException: If the tenant is unknown, or the question is empty or too long.
     """
+    if asked.tenant not in tenants.faqs:
+        raise HTTPException(404, f"Tenant {asked.tenant[:80]!r} is unknown; GET /tenants lists all.")
+    question = asked.question.strip()
+    if not question:
+        raise HTTPException(422, "The question is empty; type one.")
+    if len(question) > MAX_CHARACTERS:
+        raise HTTPException(422, f"The question has {len(question)} characters; ask in {MAX_CHARACTERS} at most.")
+    return Question(asked.tenant, question)
+
+
+def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
+    """Return the service, an application whose batches run while it lives."""
     batcher = Batcher(tenants.score, args.max_batch, args.wait_ms / 1000, args.max_waiting)
     page = PAGE.read_text(encoding="utf-8")
 
@@ -130,16 +138,10 @@ def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
     @app.post("/answer")
     async def answer(asked: Asked) -> Answered:
         start = time.perf_counter()
-        if asked.tenant not in tenants.faqs:
-            raise HTTPException(404, f"Tenant {asked.tenant[:80]!r} is unknown; GET /tenants lists all.")
-        question = asked.question.strip()
-        if not question:
-            raise HTTPException(422, "The question is empty; type one.")
-        if len(question) > MAX_CHARACTERS:
-            raise HTTPException(422, f"The question has {len(question)} characters; ask in {MAX_CHARACTERS} at most.")
+        question = read_question(asked, tenants)
         faqs = tenants.faqs[asked.tenant]
         try:
-            scores, batched = await batcher.ask(Question(asked.tenant, question), len(faqs))
+            scores, batched = await batcher.ask(question, len(faqs))
         except BusyError as error:
             raise HTTPException(503, "Too many questions wait; ask again in a moment.") from error
         except BatchFailedError as error:
@@ -156,7 +158,7 @@ def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
 
 
 def main() -> None:
-    """Runs the service until it is interrupted."""
+    """Run the service until it is interrupted."""
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     try:

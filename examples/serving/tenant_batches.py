@@ -50,7 +50,7 @@ class TenantModel:
         self.faqs = faqs
 
     def activate(self, tenants: list[str], sizes: list[int]) -> None:
-        """Sets the model up for a batch: the first `sizes[0]` pairs belong to `tenants[0]`, and so on."""
+        """Set the model up for a batch: the first `sizes[0]` pairs belong to `tenants[0]`, and so on."""
         self.model.set_active_adapters(BatchSplit(*tenants, batch_sizes=sizes))
 
     @torch.inference_mode()
@@ -90,12 +90,12 @@ class TenantModel:
         return scores
 
     def check(self) -> None:
-        """Compares a batch of all tenants with each of them alone.
+        """Compare a batch of all tenants with each of them alone.
 
         BatchSplit lets the first or last student of a batch decide for all in several places, without an error.
 
         Raises:
-            ValueError: If a student has another score in the batch, or none that is a number.
+            ValueError: If a student's score in the batch differs or is NaN.
         """
         questions = [Question(tenant, faqs[0]) for tenant, faqs in self.faqs.items()]
         alone = [torch.tensor(self.score([question])[0], dtype=torch.float64) for question in questions]
@@ -115,10 +115,10 @@ class TenantModel:
 
 
 def read_faqs(folder: Path) -> list[str]:
-    """Reads the FAQs of a student.
+    """Read the FAQs of a student.
 
     Raises:
-        ValueError: If there is no file of them, or something else in it.
+        ValueError: If the file is missing or holds anything else.
     """
     path = folder / "faqs.json"
     if not path.is_file():
@@ -133,7 +133,7 @@ def read_faqs(folder: Path) -> list[str]:
 
 
 def load_tenant_model(students: str, base: str | None, device: str = "cpu") -> TenantModel:
-    """Loads a base model and all students of a folder.
+    """Load a base model and all students of a folder.
 
     Args:
         students: The folder, with one folder for each student; its name is the tenant's.
@@ -197,7 +197,7 @@ class Answer(NamedTuple):
 
 
 def take_batch(waiting: deque[Waiting], max_pairs: int) -> list[Waiting]:
-    """Takes the first questions out of a queue, up to a number of pairs; one with more than that goes alone."""
+    """Take the first questions out of a queue, up to a number of pairs; one with more than that goes alone."""
     batch: list[Waiting] = []
     pairs = 0
     while waiting and (not batch or pairs + waiting[0].pairs <= max_pairs):
@@ -226,7 +226,7 @@ class Batcher:
     arrival: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def ask(self, question: Question, pairs: int) -> Answer:
-        """Waits for the answer of a question.
+        """Wait for the answer to a question.
 
         Args:
             question: The question.
@@ -248,7 +248,7 @@ class Batcher:
         return await entry.future
 
     async def collect(self) -> list[Waiting]:
-        """Waits for a batch that is full, or whose first question has waited long enough."""
+        """Wait for a batch that is full, or whose first question has waited long enough."""
         while not self.waiting:
             self.arrival.clear()
             await self.arrival.wait()
@@ -287,7 +287,7 @@ class Batcher:
 
     @staticmethod
     def fail(entries: list[Waiting]) -> None:
-        """Ends the waiting of questions without an answer."""
+        """Release waiting questions without an answer."""
         for entry in entries:
             if not entry.future.done():
                 entry.future.set_exception(BatchFailedError())

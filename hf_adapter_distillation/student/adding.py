@@ -46,7 +46,7 @@ def add_student(
     distillation_config = (
         distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(teachers=distill_from)
     )
-    check_name("The student; call it something", student)
+    check_name(student, "The student", "call it something")
     check_teachers(student, distillation_config.teachers)
     student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
     check_supported(f"Student {student!r}", student_config)

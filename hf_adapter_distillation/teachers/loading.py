@@ -85,7 +85,7 @@ def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
 def name_from_folder(folder: str | Path, label: str) -> str:
     """Return the name that an adapter gets from its folder; raise `ValueError` if no adapter can have it."""
     name = os.path.basename(os.path.abspath(folder))  # a symbolic link keeps its own name
-    check_name(f"{label}; rename the folder", name)
+    check_name(name, label, "rename the folder")
     return name
 
 

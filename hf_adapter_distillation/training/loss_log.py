@@ -74,7 +74,8 @@ class LoggedTerms:
             record: What distillation added.
             step: The share of the micro-batch in the distillation loss of an optimizer step.
         """
-        assert record.distillation_loss is not None and record.fusion_regularization is not None
+        assert record.distillation_loss is not None
+        assert record.fusion_regularization is not None
         self.sums["distillation_loss"] += step * record.distillation_loss
         self.sums["fusion_regularization"] += step * record.fusion_regularization
         for name, value in record.terms.items():

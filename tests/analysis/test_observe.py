@@ -46,12 +46,14 @@ def test_estimates_are_those_of_sequences_run_one_by_one():
     model.train()
     attention = had.teacher_attention(model, dataset, batch_size=4)
     distance = had.student_distance(model, dataset, batch_size=4)
-    assert model.training and distillations(model.adapters_config)["insurance"].inspection is None
+    assert model.training
+    assert distillations(model.adapters_config)["insurance"].inspection is None
     attention_alone = [had.teacher_attention(model, [row]) for row in rows]
     distance_alone = [had.student_distance(model, [row]) for row in rows]
     assert list(attention) == list(distance) == [name for name, _ in adapter_layers(model, "insurance")]
     for layer, row in attention.items():
-        assert list(row) == TEACHERS and sum(map(float, row.values())) == pytest.approx(1, abs=1e-9)
+        assert list(row) == TEACHERS
+        assert sum(map(float, row.values())) == pytest.approx(1, abs=1e-9)
         pairs = [(row[name], [alone[layer][name] for alone in attention_alone]) for name in TEACHERS]
         for found, alone in [*pairs, (distance[layer], [alone[layer] for alone in distance_alone])]:
             values = [float(one) for one in alone]
@@ -130,7 +132,8 @@ def test_whole_layers_are_analysed_alike():
         torch.nn.init.zeros_(fusion.value.weight)  # what no teacher puts out cannot be missed
     nothing = had.leave_one_teacher_out(model, dataset, batch_size=3)
     assert set(with_all) == set(nothing) == {"bank", "travel", "work"}
-    assert all(one == (0, 0) for one in nothing.values()) and any(one.mean != 0 for one in with_all.values())
+    assert all(one == (0, 0) for one in nothing.values())
+    assert any(one.mean != 0 for one in with_all.values())
     assert list(had.student_distance(model, dataset)) == ["encoder.layer.0", "encoder.layer.1"]
 
 
@@ -192,9 +195,11 @@ def test_the_trainer_writes_what_the_functions_find(trainer_args, tmp_path):
     assert [[float(n) for n in row[2:]] for row in rows] == [pytest.approx(list(cell), rel=1e-5) for cell in expected]
     assert [row[:2] for row in rows] == [[layer, name] for layer, row in attention.items() for name in row]
     header, *rows = read(folder / "student_distance.csv")
-    assert header == ["layer", "mean", "standard_error"] and len(rows) == len(attention)
+    assert header == ["layer", "mean", "standard_error"]
+    assert len(rows) == len(attention)
     header, *rows = read(folder / "leave_one_teacher_out.csv")
-    assert header == ["teacher", "mean", "standard_error"] and [row[0] for row in rows] == TEACHERS
+    assert header == ["teacher", "mean", "standard_error"]
+    assert [row[0] for row in rows] == TEACHERS
     noted = trainer.distillation.run.attention
     assert noted == {
         layer: {name: pytest.approx(cell.mean, abs=6e-5) for name, cell in row.items()}

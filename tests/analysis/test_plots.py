@@ -41,7 +41,8 @@ def test_figures_are_readable_with_few_and_many_teachers(n_teachers):
     table = {layer: {name: Estimate(1 / n_teachers, 0.01) for name in names} for layer in layers}
     figure = drawn(had.plot_teacher_attention(table))
     width, height = figure.get_size_inches()
-    assert width <= 30 and height <= 30
+    assert width <= 30
+    assert height <= 30
     if n_teachers == 64:  # two stand far apart, at an angle
         assert not overlapping(figure.axes[0].get_xticklabels(), figure, 0)
     assert not overlapping(figure.axes[0].get_yticklabels(), figure, 1)

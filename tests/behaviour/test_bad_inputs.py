@@ -364,4 +364,5 @@ def test_the_name_in_a_config_leads_nowhere(name, saved, tmp_path):
     now = dict(model.named_parameters())
     assert all(torch.equal(now[key], value) for key, value in before.items())
     weights = load_file(tmp_path / "bank" / WEIGHTS)
-    assert len(weights) == 8 and all(torch.equal(now[key], value) for key, value in weights.items())
+    assert len(weights) == 8
+    assert all(torch.equal(now[key], value) for key, value in weights.items())

@@ -55,7 +55,8 @@ def test_teachers_that_are_the_student_fuse_to_the_student(kind):
     batch = make_batch()
     fused = model(**batch)
     record = distillations(model.adapters_config)["insurance"].record
-    assert record.distillation_loss is not None and record.distillation_loss < 1e-12
+    assert record.distillation_loss is not None
+    assert record.distillation_loss < 1e-12
     model.set_active_adapters("insurance")
     for _, layer in adapter_layers(model, "insurance"):
         layer.adapter_modules["insurance"].eval()  # the fused output has no dropout
@@ -173,7 +174,8 @@ def test_no_gradient_flows_through_teachers_that_explain_the_student(carrier, mo
 
     monkeypatch.setattr("hf_adapter_distillation.method.layers.adapter_update", spy)
     model(**make_batch())
-    assert len(in_graph) == 2 + 4 and any(in_graph) == (carrier == "fused")
+    assert len(in_graph) == 2 + 4
+    assert any(in_graph) == (carrier == "fused")
 
 
 def test_dropped_paths_of_the_student_are_not_matched():

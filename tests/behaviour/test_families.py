@@ -182,7 +182,8 @@ def test_every_method(family, method, record_property):
             configure(model, enabled=step >= 2, weight=100.0, regularization=100.0)  # what moves is the student
             loss = model(**batch).loss
             record = distillation.take_record()
-            assert torch.isfinite(loss) and (record.distillation_loss is None) == (step < 2)
+            assert torch.isfinite(loss)
+            assert (record.distillation_loss is None) == (step < 2)
             if step >= 2:
                 terms.append(record.distillation_loss.item())
             loss.backward()
@@ -211,7 +212,8 @@ def test_an_interface_that_names_few_methods(monkeypatch):
     model = make_student("smollm3 (own interface)", "mixed", student_start="random")
     loss = model(**batch_for("smollm3 (own interface)")).loss
     record = distillations(model.adapters_config)["insurance"].take_record()
-    assert torch.isfinite(loss) and list(record.attention) == ["layers.0", "layers.1"]
+    assert torch.isfinite(loss)
+    assert list(record.attention) == ["layers.0", "layers.1"]
 
 
 # transformers' own: of each training of an EncoderDecoderModel, and in DeBERTa and ModernBERT.
@@ -233,7 +235,8 @@ def test_both_stages(family, method, trainer_args):
         moved
     )
     logs = [log["distillation_loss"] for log in trainer.state.log_history if "distillation_loss" in log]
-    assert len(logs) == 12 and sum(logs[-4:]) < sum(logs[:4])
+    assert len(logs) == 12
+    assert sum(logs[-4:]) < sum(logs[:4])
     level = distillations(model.adapters_config)["insurance"].level
     assert table()[family][method] == {"adapter": "inside", "layer": "outputs"}[level]
 

@@ -42,6 +42,15 @@ def one_line(error):
     return str(error) and "\n" not in str(error)
 
 
+def refusal(call, *args, errors=(TypeError, ValueError), **kwargs):
+    """Return the error of a call, or None if it works."""
+    try:
+        call(*args, **kwargs)
+    except errors as error:
+        return error
+    return None
+
+
 THINGS = st.recursive(
     st.none()
     | st.booleans()
@@ -64,7 +73,8 @@ def test_any_distill_from(n, record_property):
     def attempt(value):
         with pytest.raises((TypeError, ValueError)) as caught:
             model.add_adapter("insurance", distill_from=value)
-        assert "eacher" in str(caught.value) and one_line(caught.value)
+        assert "eacher" in str(caught.value)
+        assert one_line(caught.value)
         assert everything(model) == before
 
     record_property("cases", attempt)
@@ -88,10 +98,9 @@ def test_any_damaged_file(n, tmp_path_factory, record_property):
         folder = write(parent / "bank", {**saved, name: bytes(content)})
         model = with_teachers(teachers=["work"])
         before, weights = everything(model), snapshot(model)
-        try:
-            model.add_adapter("insurance", distill_from=["work", str(folder)])
-        except ValueError as error:
-            assert one_line(error) and str(folder) in str(error)
+        if error := refusal(model.add_adapter, "insurance", distill_from=["work", str(folder)], errors=ValueError):
+            assert one_line(error)
+            assert str(folder) in str(error)
             assert everything(model) == before
         now = dict(model.named_parameters())
         assert all(torch.equal(now[key], value) for key, value in weights.items())
@@ -141,12 +150,12 @@ def with_student():
 def test_any_block(n, record_property):
     @fuzz(n, student=THINGS | st.lists(st.text(), max_size=3).map(lambda names: Stack(*names)), teachers=THINGS)
     def attempt(student, teachers):
-        try:
-            block = AdapterDistillation(student, teachers)
-        except (TypeError, ValueError) as error:
+        if error := refusal(AdapterDistillation, student, teachers):
             assert one_line(error)
-        else:
-            assert block.teachers and isinstance(block.student, str)
+            return
+        block = AdapterDistillation(student, teachers)
+        assert block.teachers
+        assert isinstance(block.student, str)
 
     record_property("cases", attempt)
 
@@ -160,18 +169,15 @@ def test_any_composition(call, n, record_property):
 
     @fuzz(n, drawn=NESTED, listed=st.booleans())
     def attempt(drawn, listed):
-        try:
-            setup = build(drawn)
-        except (TypeError, ValueError) as error:
+        if error := refusal(build, drawn):
             assert one_line(error)
             return
+        setup = build(drawn)
         if find_block(setup) is None:
             return
         model = models[-1]
         before = everything(model)
-        try:
-            getattr(model, call)([setup] if listed else setup)
-        except (TypeError, ValueError) as error:
+        if error := refusal(getattr(model, call), [setup] if listed else setup):
             assert one_line(error)
             assert everything(model) == before
             return

@@ -29,7 +29,8 @@ def test_the_number_of_live_tensors_is_flat_in_both_stages(steps, trainer_args):
     args = trainer_args(max_steps=all_steps, distillation_start=steps / all_steps, logging_steps=50)
     trainer_for(make_student(make_model(), carrier="dual"), args, callbacks=[EachStep(note)]).train()
     early, late, early_in_stage_2, late_in_stage_2 = counts
-    assert early == late and early_in_stage_2 == late_in_stage_2
+    assert early == late
+    assert early_in_stage_2 == late_in_stage_2
 
 
 def traces(model):
@@ -94,5 +95,6 @@ def test_models_trained_in_two_threads_do_not_mix_their_losses():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(alone[0]) == len(alone[1]) == 30 and alone[0] != alone[1]
+    assert len(alone[0]) == len(alone[1]) == 30
+    assert alone[0] != alone[1]
     assert together == alone

@@ -64,7 +64,8 @@ def test_the_loss_is_that_of_the_formulas(monkeypatch):
         fused = sum(a[..., n : n + 1] * (x @ fusion.value.weight.T) for n, x in enumerate(updates))
         losses.append(FeatureLoss()(u, fused, token_weights(batch["attention_mask"].double())))
         widths.add((h.shape[-1], u.shape[-1]))
-    assert widths == {(32, 32), (32, 37), (37, 32)} and len(losses) == 10
+    assert widths == {(32, 32), (32, 37), (37, 32)}
+    assert len(losses) == 10
     record = distillations(model.adapters_config)["insurance"].record
     torch.testing.assert_close(record.distillation_loss, torch.stack(losses).mean().detach(), rtol=1e-10, atol=1e-12)
 
@@ -172,11 +173,14 @@ def test_teachers_of_lower_rank_leave_the_student_able_to_learn():
     model.add_adapter("bank", config=LoRAConfig(r=2, alpha=2))  # B is zero, as before a training
     model.add_adapter("insurance", config=LoRAConfig(r=4, alpha=4), distill_from=["bank"])
     for student in loras(model, "insurance"):
-        assert student.lora_A.any(dim=1).all() and not student.lora_B.any()
+        assert student.lora_A.any(dim=1).all()
+        assert not student.lora_B.any()
     noisy(model, "bank")
     model.add_adapter("insurance", config=LoRAConfig(r=4, alpha=4), distill_from=["bank"], overwrite_ok=True)
     for student in loras(model, "insurance"):
-        assert student.lora_A.any(dim=1).all() and student.lora_B[:, :2].all() and not student.lora_B[:, 2:].any()
+        assert student.lora_A.any(dim=1).all()
+        assert student.lora_B[:, :2].all()
+        assert not student.lora_B[:, 2:].any()
 
 
 def test_the_student_starts_at_the_mean_of_its_teachers_weight_changes(trainer_args):
@@ -192,11 +196,14 @@ def test_the_student_starts_at_the_mean_of_its_teachers_weight_changes(trainer_a
     trainer = had.DistillationTrainer(model, trainer_args(distillation_start=None), train_dataset=make_dataset())
     before = snapshot(model)
     trainer.fit_start()
-    assert not changed(model, before) and trainer.distillation_start == 0
+    assert not changed(model, before)
+    assert trainer.distillation_start == 0
 
 
 def test_stacked_loras_have_no_biases():
     model = make_student(make_model(), config="lora", train=False)
     stacked = stack({name: loras(model, name)[0] for name in TEACHERS})
-    assert stacked.down_bias is None and stacked.activation is None and stacked.width == 3 * 8
+    assert stacked.down_bias is None
+    assert stacked.activation is None
+    assert stacked.width == 3 * 8
     assert not stacked.up[:, stacked.width :].any()

@@ -97,7 +97,8 @@ def run(capsys, *argv):
     code = main(list(argv))
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if line.startswith("adapter-distill: error: ")]
-    assert "Traceback" not in err and len(errors) == (code != 0)
+    assert "Traceback" not in err
+    assert len(errors) == (code != 0)
     assert not errors or err.endswith(errors[0] + "\n")
     return code, out, errors[0].removeprefix("adapter-distill: error: ") if errors else ""
 
@@ -124,21 +125,27 @@ def test_a_trained_student_is_a_plain_adapter_with_its_head_and_names(world, tin
     model = AutoAdapterModel.from_pretrained(tiny_encoder)
     model.load_adapter(str(saved), set_active=True, use_safetensors=True)
     assert model.heads["insurance"].config["label2id"] == {"card": 0, "train": 1}
-    assert (world / "outputs" / "tokenizer.json").is_file() and (world / "outputs" / "analysis").is_dir()
+    assert (world / "outputs" / "tokenizer.json").is_file()
+    assert (world / "outputs" / "analysis").is_dir()
     provenance = read_provenance(str(saved))
     assert [teacher.source for teacher in provenance.teachers] == ["adapters/banking", "adapters/travel"]
-    assert provenance.run.settings["steps"] == 2 and {"eval_accuracy", "eval_loss"} <= provenance.run.evaluation.keys()
+    assert provenance.run.settings["steps"] == 2
+    assert {"eval_accuracy", "eval_loss"} <= provenance.run.evaluation.keys()
 
 
 def test_train_prints_results_alone_and_can_be_repeated(here, capsys):
     code, out, _ = run(capsys, *TRAIN, "--eval_split=0.25", "--output_dir=again", "--analysis", "--logging_steps=1")
     assert code == 0
     lines = dict(line.split(None, 1) for line in out.splitlines() if "  " in line)
-    assert {"train_loss", "eval_loss", "eval_accuracy"} <= lines.keys() and lines["teachers"] == "banking, travel"
-    assert re.search(r"^train examples +15$", out, flags=re.M) and re.search(r"^eval examples +5$", out, flags=re.M)
-    assert out.endswith("\n\n'insurance' is saved in again/insurance\n") and "{" not in out
+    assert {"train_loss", "eval_loss", "eval_accuracy"} <= lines.keys()
+    assert lines["teachers"] == "banking, travel"
+    assert re.search(r"^train examples +15$", out, flags=re.M)
+    assert re.search(r"^eval examples +5$", out, flags=re.M)
+    assert out.endswith("\n\n'insurance' is saved in again/insurance\n")
+    assert "{" not in out
     first, second = (load_file(f"{folder}/insurance/adapter.safetensors") for folder in ("outputs", "again"))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_config_file_gives_options_and_the_command_line_wins(here, capsys):
@@ -154,10 +161,13 @@ def test_a_config_file_gives_options_and_the_command_line_wins(here, capsys):
     )
     _, (args, training_args) = parse(["train", "--config", "train.yaml", "--seed", "4", "--teachers", "c"])
     config = args.distillation()
-    assert config.teachers == ["c"] and config.objective == {"features": 1, "logits": 0.5}
-    assert config.teacher_selection == 2 and config.layer_weights == [1.0, 0.0]
+    assert config.teachers == ["c"]
+    assert config.objective == {"features": 1, "logits": 0.5}
+    assert config.teacher_selection == 2
+    assert config.layer_weights == [1.0, 0.0]
     assert (training_args.learning_rate, training_args.stop_on_nan, training_args.seed) == (1e-3, False, 4)
-    assert training_args.lr_scheduler_kwargs == {"x": 1} and training_args.fusion_learning_rate is None
+    assert training_args.lr_scheduler_kwargs == {"x": 1}
+    assert training_args.fusion_learning_rate is None
     assert len(training_args.debug) == 1
 
 
@@ -165,7 +175,8 @@ def test_eval_prints_and_writes_what_a_stock_adapter_reaches(here, capsys):
     code, out, _ = run(capsys, *EVAL, "--output", "result.json")
     assert code == 0
     result = json.loads(Path("result.json").read_text())
-    assert result["examples"] == 4 and result.keys() == {"adapter", "dataset", "examples", "accuracy", "loss"}
+    assert result["examples"] == 4
+    assert result.keys() == {"adapter", "dataset", "examples", "accuracy", "loss"}
     assert [line.split() for line in out.splitlines()] == [[key, str(value)] for key, value in result.items()]
     model, tokenizer = cli_training.load_base("bert-base-uncased", 8)
     model.load_adapter("outputs/insurance", set_active=True, use_safetensors=True)
@@ -184,7 +195,8 @@ def test_datasets_of_all_kinds_and_labels(here, capsys):
     classes = rows.cast_column("label", ClassLabel(names=["train", "card"]))  # in another order than the head's
     DatasetDict({"train": classes, "test": classes}).save_to_disk("several")
     found = [run(capsys, *EVAL, f"--dataset={name}") for name in ("rows.jsonl", "rows.parquet", "one", "several")]
-    assert len({out.partition("examples")[2] for code, out, _ in found}) == 1 and not any(code for code, *_ in found)
+    assert len({out.partition("examples")[2] for code, out, _ in found}) == 1
+    assert not any(code for code, *_ in found)
     for column, label2id in (
         ("number", {"LABEL_0": 0, "LABEL_1": 1}),
         ("year", {"1999": 0, "2001": 1}),
@@ -192,9 +204,11 @@ def test_datasets_of_all_kinds_and_labels(here, capsys):
     ):
         again = [*TRAIN, "--overwrite_output_dir", "--dataset=several", f"--label_column={column}", "--output_dir=x"]
         code, out, _ = run(capsys, *again, "--eval_split=test", "--max_steps=1")
-        assert code == 0 and "eval_accuracy" in out
+        assert code == 0
+        assert "eval_accuracy" in out
         head = json.loads(Path("x/insurance/head_config.json").read_text())
-        assert head["config"]["label2id"] == label2id and head["config"]["num_labels"] == 2
+        assert head["config"]["label2id"] == label2id
+        assert head["config"]["num_labels"] == 2
         assert run(capsys, *EVAL, "--adapter=x/insurance", "--dataset=several", f"--label_column={column}")[0] == 0
 
 
@@ -224,7 +238,8 @@ def test_inspect_reads_the_config_alone(here, capsys, hub, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     code, out, _ = run(capsys, "inspect", "outputs/insurance")
     provenance = read_provenance("outputs/insurance").to_dict()
-    assert code == 0 and out.startswith("'insurance', distilled from 2 teachers\n\nteacher  source ")
+    assert code == 0
+    assert out.startswith("'insurance', distilled from 2 teachers\n\nteacher  source ")
     for teacher in provenance["teachers"]:
         mean = sum(row[teacher["name"]] for row in provenance["attention"].values()) / len(provenance["attention"])
         assert re.search(
@@ -233,13 +248,16 @@ def test_inspect_reads_the_config_alone(here, capsys, hub, monkeypatch):
     for key in ("objective", "distillation_start", "distillation_weight", "learning_rate", "steps", "seed"):
         assert re.search(rf"^{key} +{provenance[key]}$", out, re.M), key
     assert re.search(rf"^eval_accuracy +{provenance['evaluation']['eval_accuracy']}$", out, re.M)
-    assert re.search(r"^versions +.*\bhf-adapter-distillation [\d.]+", out, re.M) and "loss, stage 2" in out
+    assert re.search(r"^versions +.*\bhf-adapter-distillation [\d.]+", out, re.M)
+    assert "loss, stage 2" in out
     config = Path("outputs/insurance/adapter_config.json").read_bytes()
     hub.create("me/faq", {"adapter_config.json": config, "adapter.safetensors": b"x" * 99})
     repo = hub.repos["me/faq"]
     repo.refs["v1"] = repo.refs["main"]
     code, out, _ = run(capsys, "inspect", "me/faq@v1", "--json")
-    assert code == 0 and json.loads(out) | provenance == json.loads(out) and json.loads(out)["name"] == "insurance"
+    assert code == 0
+    assert json.loads(out) | provenance == json.loads(out)
+    assert json.loads(out)["name"] == "insurance"
     assert not any("safetensors" in line for line in hub.requests)
     escaped = config.replace(b"adapters/banking", b"\\u001b[31m\\nred")
     Path("outputs/insurance/adapter_config.json").write_bytes(escaped)
@@ -263,8 +281,11 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     code, out, _ = run(capsys, "push", "outputs/insurance", "faq", "--private", "--commit_message", "Mine")
     repo = hub.repos["me/faq"]
     assert (code, out) == (0, f"pushed to {hub.url}/me/faq/commit/{repo.refs['main']}\n")
-    assert repo.private and repo.messages[-1] == "Mine" and "training_args.bin" not in repo.files
-    assert not check_card(repo.files["README.md"].decode()) and b"base_model: me/tiny\n" in repo.files["README.md"]
+    assert repo.private
+    assert repo.messages[-1] == "Mine"
+    assert "training_args.bin" not in repo.files
+    assert not check_card(repo.files["README.md"].decode())
+    assert b"base_model: me/tiny\n" in repo.files["README.md"]
     model = AutoAdapterModel.from_pretrained("bert-base-uncased")
     model.add_adapter("insurance", "seq_bn[reduction_factor=4]", distill_from=["adapters/banking", "adapters/travel"])
     model.load_adapter("outputs/insurance", load_as="insurance", use_safetensors=True)
@@ -279,16 +300,17 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
         assert words[0] == words[1], name
     for safe, pickled in pushing.WEIGHTS:
         own, theirs = load(expected[safe]), load(repo.files[safe])
-        assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
+        assert own.keys() == theirs.keys()
+        assert all(torch.equal(own[key], theirs[key]) for key in own)
         Path(pickled).write_bytes(repo.files[pickled])
         assert all(torch.equal(own[key], value) for key, value in torch.load(pickled, weights_only=True).items())
     Path("outputs/insurance/README.md").write_text("---\nlicense: mit\n---\nmine")
     code, out, _ = run(capsys, "push", "outputs/insurance", "me/faq", "--create_pr")
-    assert out == f"pushed to {hub.url}/me/faq/discussions/1\n" and len(repo.refs) == 2
+    assert out == f"pushed to {hub.url}/me/faq/discussions/1\n"
+    assert len(repo.refs) == 2
     assert run(capsys, "push", "outputs/insurance", "me/faq", "--revision", "v2", "--token", "hf_me")[0] == 0
-    assert repo.commits[repo.refs["v2"]]["README.md"].endswith(b"mine") and not repo.files["README.md"].endswith(
-        b"mine"
-    )
+    assert repo.commits[repo.refs["v2"]]["README.md"].endswith(b"mine")
+    assert not repo.files["README.md"].endswith(b"mine")
 
 
 def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
@@ -515,7 +537,8 @@ def process(*argv):
 def test_exit_codes_of_a_process_and_ctrl_c_in_a_training(here):
     with process("inspect", "adapters/banking") as failed:
         out, err = failed.communicate(timeout=120)
-    assert (failed.returncode, out) == (1, "") and len(err.splitlines()) == 1
+    assert (failed.returncode, out) == (1, "")
+    assert len(err.splitlines()) == 1
     endless = [*TRAIN, "--max_steps=1000000", "--logging_steps=1", "--disable_tqdm=true", "--output_dir=new"]
     with process(*endless) as training:
         for line in training.stderr:
@@ -523,7 +546,9 @@ def test_exit_codes_of_a_process_and_ctrl_c_in_a_training(here):
                 break
         training.send_signal(signal.SIGINT)
         out, err = training.communicate(timeout=120)
-    assert training.returncode == 130 and out == "" and "Traceback" not in err
+    assert training.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
     assert err.endswith("adapter-distill: error: stopped by Ctrl-C\n")
 
 
@@ -544,9 +569,11 @@ def test_help_ends_with_examples_that_are_right(here, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             main([name, "--help"])
         out = capsys.readouterr().out
-        assert stopped.value.code == 0 and out.rstrip().endswith(examples.rstrip())
+        assert stopped.value.code == 0
+        assert out.rstrip().endswith(examples.rstrip())
         found = commands(examples)
-        assert len(found) == 2 and all(argv[0] == name and parse(argv) for argv in found)
+        assert len(found) == 2
+        assert all(argv[0] == name and parse(argv) for argv in found)
     assert (
         'console_scripts": ["adapter-distill = hf_adapter_distillation.cli:main"]' in (ROOT / "setup.py").read_text()
     )
@@ -565,6 +592,8 @@ def test_the_page_about_the_command_line_runs(here, capsys, hub):
     assert [argv[0] for argv in found] == ["train", "train", "eval", "inspect", "inspect", "plot", "push"]
     for argv in found:
         assert run(capsys, *argv, *(QUICK if argv[0] == "train" else ()))[0] == 0, argv
-    assert Path("attention.png").is_file() and Path("result.json").is_file() and "me/faq-insurance" in hub.repos
+    assert Path("attention.png").is_file()
+    assert Path("result.json").is_file()
+    assert "me/faq-insurance" in hub.repos
     sources = [teacher.source for teacher in read_provenance("outputs/insurance/insurance").teachers]
     assert len(sources) == 2  # by teacher_selection

@@ -96,9 +96,11 @@ def test_a_card_has_no_gaps_and_the_hub_takes_it(way, tmp_path, trainer_args):
     model, kwargs = way(tmp_path, trainer_args)
     text = card_of(model, tmp_path, **kwargs)
     assert check_card(text) == []
-    assert not re.search(r"\b(None|nan|null)\b", text) and str(tmp_path) not in text
+    assert not re.search(r"\b(None|nan|null)\b", text)
+    assert str(tmp_path) not in text
     body = text.partition("\n---\n")[2]
-    assert re.findall(r"^## .*\n+(?=#|\Z)", body, flags=re.M) == [] and "\n\n\n" not in body
+    assert re.findall(r"^## .*\n+(?=#|\Z)", body, flags=re.M) == []
+    assert "\n\n\n" not in body
     assert ModelCard.load(tmp_path / "README.md").content == text
     titles = ["Teachers", "Usage", "Training", "Results", "Citation"]
     if way in (untrained, without_a_head):
@@ -136,10 +138,12 @@ def test_a_card_says_what_the_run_was(tmp_path, trainer_args):
     )
     logged = trainer.state.log_history
     found = {(result.dataset_split, result.metric_type): result for result in card.data.eval_results}
-    assert set(found) == {(None, "accuracy"), ("test", "accuracy")} and card.data.model_name == "faq-insurance"
+    assert set(found) == {(None, "accuracy"), ("test", "accuracy")}
+    assert card.data.model_name == "faq-insurance"
     for (split, _), result in found.items():
         value = [entry[key] for entry in logged if (key := f"{split or 'eval'}_accuracy") in entry][-1]
-        assert result.metric_value == round(value, 6) and f"| {key} | {round(value, 6)} |" in text
+        assert result.metric_value == round(value, 6)
+        assert f"| {key} | {round(value, 6)} |" in text
         assert (result.task_type, result.dataset_type) == ("text-classification", "me/queries")
         assert result.dataset_name == "FAQ queries"
     assert f"- [me/faq-bank@v2](https://huggingface.co/me/faq-bank/tree/{COMMIT}) at `0123abcd`\n- `travel`\n" in text
@@ -148,7 +152,9 @@ def test_a_card_says_what_the_run_was(tmp_path, trainer_args):
     assert "| stage | loss | task_loss | distillation_loss | fusion_regularization |" in text
     assert f"| 1 | {first['loss']} | {first['task_loss']} | - | - |" in text
     assert f"| 2 | {second['loss']} | {second['task_loss']} | {second['distillation_loss']} |" in text
-    assert "\n- steps: 8\n" in text and "\n- batch_size: 4\n" in text and "With hf-adapter-distillation 0.1.0" in text
+    assert "\n- steps: 8\n" in text
+    assert "\n- batch_size: 4\n" in text
+    assert "With hf-adapter-distillation 0.1.0" in text
     assert "for [someone/uncased](https://huggingface.co/someone/uncased) with a head for text classification" in text
     assert 'from_pretrained("someone/uncased")' in text
 
@@ -173,8 +179,11 @@ def test_a_plain_adapter_stands_beside_the_results(tmp_path, trainer_args):
     trainer.create_model_card(baseline=baseline)
     text = (tmp_path / "training" / "README.md").read_text()
     assert "| metric | this adapter | a plain adapter |\n" in text
-    assert f"| eval_accuracy | {found} | 0.25 |\n" in text and "| test_f1 | - | 0.5 |\n" in text
-    assert "eval_runtime" not in text and "nan" not in text and "| eval_loss | 0" in text
+    assert f"| eval_accuracy | {found} | 0.25 |\n" in text
+    assert "| test_f1 | - | 0.5 |\n" in text
+    assert "eval_runtime" not in text
+    assert "nan" not in text
+    assert "| eval_loss | 0" in text
     trainer.create_model_card()
     assert "plain adapter" not in (tmp_path / "training" / "README.md").read_text()
 
@@ -183,7 +192,9 @@ def test_the_card_keeps_what_the_user_says(tmp_path):
     said = {"datasets_tag": "me/other", "results": "Better than plain: 0.9.", "citation": "Me.", "license": "mit"}
     said |= {"architecture_training": "On a laptop.", "task": "token-classification", "base_model": "some/base"}
     text = card_of(make_student(make_model()), tmp_path, **said, metrics=["f1"], tags=["faq"])
-    assert all(value in text for value in said.values()) and "- f1" in text and "- faq" in text
+    assert all(value in text for value in said.values())
+    assert "- f1" in text
+    assert "- faq" in text
     assert "2005.00247" not in text
 
 
@@ -193,7 +204,9 @@ def test_a_base_model_in_a_folder_is_no_repository(tmp_path, monkeypatch):
     model = make_student(make_model())
     model.config.name_or_path = "models/minilm"
     text = card_of(model, tmp_path)
-    assert 'from_pretrained("path/to/the/base/model")' in text and "minilm" not in text and "base_model" not in text
+    assert 'from_pretrained("path/to/the/base/model")' in text
+    assert "minilm" not in text
+    assert "base_model" not in text
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -224,7 +237,8 @@ def test_what_is_a_metric():
 def test_the_data_set_is_known_where_it_came_from_the_hub():
     data = of_hub(make_dataset())
     assert hub_dataset(data.map(lambda row: {**row, "x": 1}).train_test_split(4)["train"]) == "me/queries"
-    assert hub_dataset(make_dataset()) is None and hub_dataset([1, 2]) is None
+    assert hub_dataset(make_dataset()) is None
+    assert hub_dataset([1, 2]) is None
     local = make_dataset()
     local.info.update(DatasetInfo(download_checksums={"/home/me/data.csv": {}}))
     assert hub_dataset(local) is None
@@ -234,5 +248,6 @@ def test_a_saved_student_says_it_too(tmp_path, trainer_args):
     model = trained(trainer_args, data=lambda: of_hub(make_dataset())).model
     model.save_adapter(str(tmp_path / "saved"), "insurance")
     saved = had.student.provenance.read_provenance(str(tmp_path / "saved")).run
-    assert saved.dataset == "me/queries" and set(saved.losses) == {"1", "2"}
+    assert saved.dataset == "me/queries"
+    assert set(saved.losses) == {"1", "2"}
     assert saved.losses["2"] == distillations(model.adapters_config)["insurance"].run.losses["2"]

@@ -79,14 +79,17 @@ def test_the_weights_of_a_push_are_the_students_and_no_others(hub, trainer_args)
     had.DistillationTrainer(model, trainer_args(), train_dataset=make_dataset()).train()
     commit = model.push_adapter_to_hub("me/faq", "insurance")
     files = hub.repos["me/faq"].files
-    assert commit.oid == hub.repos["me/faq"].refs["main"] and hub.repos["me/faq"].messages[-1] == "Upload insurance"
+    assert commit.oid == hub.repos["me/faq"].refs["main"]
+    assert hub.repos["me/faq"].messages[-1] == "Upload insurance"
     own = model.state_dict()
     for safe, pickled in WEIGHTS:
         weights = load(files[safe])
-        assert weights and all("insurance." in key and torch.equal(value, own[key]) for key, value in weights.items())
+        assert weights
+        assert all("insurance." in key and torch.equal(value, own[key]) for key, value in weights.items())
         hub_file = Path(snapshot_download("me/faq")) / pickled
         again = torch.load(hub_file, weights_only=True)
-        assert again.keys() == weights.keys() and all(torch.equal(again[key], weights[key]) for key in weights)
+        assert again.keys() == weights.keys()
+        assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
 def test_folders_of_teachers_are_not_pushed(hub, tmp_path):
@@ -106,18 +109,22 @@ def test_private_revision_pull_request_and_token(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     model.push_adapter_to_hub("faq", "insurance", private=True, token="hf_me")  # the owner is that of the token
     repo = hub.repos["me/faq"]
-    assert repo.private and pushed(repo) == OF_A_PUSH and b'load_adapter("me/faq"' in repo.files["README.md"]
+    assert repo.private
+    assert pushed(repo) == OF_A_PUSH
+    assert b'load_adapter("me/faq"' in repo.files["README.md"]
     monkeypatch.setenv("HF_TOKEN", "hf_me")
     first = repo.refs["main"]
 
     model.heads["insurance"][1].weight.data += 1
     model.push_adapter_to_hub("me/faq", "insurance", revision="v2", commit_message="Second", commit_description="x")
-    assert repo.refs["main"] == first and repo.messages[-1] == "Second"
+    assert repo.refs["main"] == first
+    assert repo.messages[-1] == "Second"
     assert repo.commits[repo.refs["v2"]]["model_head.safetensors"] != repo.files["model_head.safetensors"]
 
     theirs = hub.create("other/faq", {"notes.txt": b"mine"})
     commit = model.push_adapter_to_hub("other/faq", "insurance", create_pr=True)
-    assert commit.pr_url.endswith("/other/faq/discussions/1") and pushed(theirs) == {"notes.txt"}
+    assert commit.pr_url.endswith("/other/faq/discussions/1")
+    assert pushed(theirs) == {"notes.txt"}
     assert set(theirs.commits[theirs.refs["refs/pr/1"]]) == OF_A_PUSH | {"notes.txt", ".gitattributes"}
 
 
@@ -136,8 +143,10 @@ def test_a_push_replaces_an_adapter_and_leaves_its_history_and_all_other_files(h
         "notes.txt", "adapter.safetensors", "pytorch_adapter.bin", "adapter_config.json", "README.md",
         "other/model_head.safetensors",
     }  # fmt: skip
-    assert repo.files["notes.txt"] == b"mine" and repo.files["pytorch_adapter.bin"] != b"old"
-    assert len(repo.commits) == 2 and before.items() <= next(iter(repo.commits.values())).items()
+    assert repo.files["notes.txt"] == b"mine"
+    assert repo.files["pytorch_adapter.bin"] != b"old"
+    assert len(repo.commits) == 2
+    assert before.items() <= next(iter(repo.commits.values())).items()
 
 
 def test_a_local_path_gets_the_files_and_keeps_its_card(hub, tmp_path):
@@ -147,7 +156,8 @@ def test_a_local_path_gets_the_files_and_keeps_its_card(hub, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     generated = hub.repos["me/faq"].files["README.md"]
     model.push_adapter_to_hub("me/faq", "insurance", local_path=str(tmp_path))
-    assert (tmp_path / "README.md").read_text() == "mine" and hub.repos["me/faq"].files["README.md"] == generated
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert hub.repos["me/faq"].files["README.md"] == generated
     model.push_adapter_to_hub("me/faq", "insurance", local_path=str(tmp_path), overwrite_adapter_card=True)
     assert (tmp_path / "README.md").read_bytes() == generated
 
@@ -207,7 +217,8 @@ def test_a_failure_is_one_line_and_commits_nothing(request_, status, message, hu
     repo = hub.create("me/faq")
     hub.fail(request_, status)
     refused(OSError, NOT_PUSHED + message.format(hub.url), push)
-    assert len(repo.commits) == 1 and not pushed(repo)
+    assert len(repo.commits) == 1
+    assert not pushed(repo)
     hub.faults.clear()
     push()
     assert pushed(repo) == OF_A_PUSH
@@ -217,7 +228,8 @@ def test_a_failure_is_one_line_and_commits_nothing(request_, status, message, hu
 def test_the_upload_of_a_file_is_tried_again(status, hub):
     hub.fail("PUT /lfs/", status, times=2)
     push()
-    assert pushed(hub.repos["me/faq"]) == OF_A_PUSH and hub.faults[0][2] == 0
+    assert pushed(hub.repos["me/faq"]) == OF_A_PUSH
+    assert hub.faults[0][2] == 0
 
 
 def test_a_commit_whose_answer_is_lost_is_whole_and_not_made_twice(hub):
@@ -225,7 +237,8 @@ def test_a_commit_whose_answer_is_lost_is_whole_and_not_made_twice(hub):
     hub.fail("POST /api/models/me/faq/commit", "lost", times=1)
     refused(OSError, f"{NOT_PUSHED}{hub.url} cannot be reached or broke off; try again.", push, model)
     assert pushed(repo) == OF_A_PUSH
-    assert push(model).oid == repo.refs["main"] and len(repo.commits) == 2
+    assert push(model).oid == repo.refs["main"]
+    assert len(repo.commits) == 2
 
 
 def test_other_refusals_of_the_hub(hub, monkeypatch):

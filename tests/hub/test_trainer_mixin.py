@@ -19,8 +19,10 @@ def test_the_trainer_pushes_the_student_alone(hub, trainer_args):
     trainer = trained(trainer_args)
     commit = trainer.push_to_hub(language="en", license="mit", dataset_tags="clinc_oos")
     repo = hub.repos["me/training"]  # the name of output_dir
-    assert pushed(repo) == OF_A_PUSH and repo.messages[1:] == ["End of training"]
-    assert commit.oid == repo.refs["main"] and "language:\n- en" in repo.files["README.md"].decode()
+    assert pushed(repo) == OF_A_PUSH
+    assert repo.messages[1:] == ["End of training"]
+    assert commit.oid == repo.refs["main"]
+    assert "language:\n- en" in repo.files["README.md"].decode()
     assert not Path(trainer.args.output_dir, "README.md").exists()
     trainer.create_model_card(license="mit")
     assert "license: mit" in Path(trainer.args.output_dir, "README.md").read_text()
@@ -39,7 +41,8 @@ def test_what_is_pushed_at_each_save(strategy, hub, trainer_args):
         "all_checkpoints": ["checkpoint-4", "checkpoint-8"],
     }[strategy]  # fmt: skip
     messages = [m for at in at_saves for m in (at, *([f"{at}, checkpoint"] if folders else []))]
-    assert repo.private and repo.messages[1:] == ([] if strategy == "end" else messages)
+    assert repo.private
+    assert repo.messages[1:] == ([] if strategy == "end" else messages)
     roots = {path for path in pushed(repo) if "/" not in path}
     assert roots == (set() if strategy == "end" else OF_A_PUSH)
     assert {path.split("/")[0] for path in pushed(repo) if "/" in path} == set(folders)
@@ -71,7 +74,8 @@ def test_a_training_resumes_from_a_checkpoint_of_the_hub(hub, trainer_args, tmp_
     trainer = had.DistillationTrainer(model, trainer_args(), train_dataset=make_dataset())
     trainer.train(resume_from_checkpoint=str(folder))
     expected = {name: p for name, p in snapshot(whole.model).items() if "insurance" in name}
-    assert expected and all(torch.equal(dict(model.named_parameters())[name], p) for name, p in expected.items())
+    assert expected
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in expected.items())
 
 
 @pytest.mark.parametrize("where", ["on the Hub", "on the disk"])

@@ -69,7 +69,8 @@ def test_predictions_are_matched_with_each_teachers_own_head(dropout):
     assert not record.attention, "nothing is fused for objectives of predictions alone"
     output.loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and (p.grad != 0).any()}
-    assert trained and all(".insurance." in name for name in trained)
+    assert trained
+    assert all(".insurance." in name for name in trained)
     assert not any("distillation_fusion" in name for name in trained)
 
 
@@ -146,10 +147,12 @@ def test_the_probe_of_each_layer_is_trained_by_the_task_and_the_student_by_the_m
     trainer.train()
     moved = changed(model, before)
     probes = {name for name in before if ".task_specific." in name}
-    assert len(probes) == 2 * 3 and probes <= moved
+    assert len(probes) == 2 * 3
+    assert probes <= moved
     assert not any(f".{name}." in changed_name for changed_name in moved for name in TEACHERS)
     logs = [log for log in trainer.state.log_history if "probe_loss" in log]
-    assert len(logs) == 8 and all(0 < log["task_specific_ratio"] < 1 for log in logs)
+    assert len(logs) == 8
+    assert all(0 < log["task_specific_ratio"] < 1 for log in logs)
     for log in logs:
         added = log["distillation_loss"] + log["fusion_regularization"] + log["probe_loss"]
         assert log["loss"] == pytest.approx(log["task_loss"] + added, abs=1e-3)

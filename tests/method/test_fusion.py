@@ -57,7 +57,8 @@ def test_attention_is_float32_and_detached_under_autocast():
     fusion = TeacherFusion(8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, attention = fusion(torch.randn(2, 3, 8), torch.randn(2, 3, 4, 8))
-    assert attention.dtype == torch.float32 and not attention.requires_grad
+    assert attention.dtype == torch.float32
+    assert not attention.requires_grad
 
 
 def test_size_does_not_depend_on_the_teachers():

@@ -98,7 +98,8 @@ def test_evaluation_is_the_plain_student_and_touches_no_teacher(carrier, monkeyp
     model.eval()
     model.set_active_adapters("insurance")
     plain = model(**batch)
-    assert torch.equal(distilled.logits, plain.logits) and torch.equal(no_grad.loss, plain.loss)
+    assert torch.equal(distilled.logits, plain.logits)
+    assert torch.equal(no_grad.loss, plain.loss)
     assert not touched
     model.train_adapter("insurance")
     model(**batch)
@@ -108,10 +109,12 @@ def test_evaluation_is_the_plain_student_and_touches_no_teacher(carrier, monkeyp
 def test_stage_1_is_plain_training_and_keeps_the_fusion_in_the_graph():
     model = make_student(make_model())
     output, record = forward_in_stage_2(model, enabled=False)
-    assert record.distillation_loss is None and record.added == 0
+    assert record.distillation_loss is None
+    assert record.added == 0
     output.loss.backward()
     fusion = [p for name, p in model.named_parameters() if "distillation_fusion" in name]
-    assert fusion and all(p.grad is not None and not p.grad.any() for p in fusion)
+    assert fusion
+    assert all(p.grad is not None and not p.grad.any() for p in fusion)
     model.set_active_adapters("insurance")
     assert torch.equal(model(**make_batch()).loss, output.loss)
 
@@ -214,7 +217,8 @@ def test_a_teacher_whose_activation_has_weights_runs_on_its_own():
     output, record = forward_in_stage_2(model)
     output.loss.backward()
     fusion = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"]
-    assert torch.isfinite(output.loss) and fusion.cache.nbytes == 0
+    assert torch.isfinite(output.loss)
+    assert fusion.cache.nbytes == 0
     assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
 
 
@@ -228,7 +232,8 @@ def test_a_student_whose_activation_has_weights_is_fused_on_its_own():
     output.loss.backward()
     assert [row.names for row in record.attention.values()] == [(*TEACHERS, "insurance")] * 2
     activation = adapter_layers(model, "insurance")[0][1].adapters["insurance"].non_linearity
-    assert all(p.grad.any() for p in activation.parameters()) and list(activation.parameters())
+    assert all(p.grad.any() for p in activation.parameters())
+    assert list(activation.parameters())
     plain = distillation_of(model).record.distillation_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_adapter_distillation.method.stacking.can_be_stacked", lambda adapter: False)
@@ -309,7 +314,8 @@ def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monke
     with torch.autocast("cpu", dtype=dtype):
         output, record = forward_in_stage_2(model)
     output.loss.backward()
-    assert seen == [torch.float32] * 2 and record.distillation_loss.dtype == torch.float32
+    assert seen == [torch.float32] * 2
+    assert record.distillation_loss.dtype == torch.float32
     cache = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"].cache
     small = cache.nbytes
     forward_in_stage_2(model)
@@ -486,7 +492,8 @@ def test_language_adapter_below_the_student_is_frozen_and_runs():
     output, record = forward_in_stage_2(model, weight=1.0)
     output.loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    assert changed(model, before) and not any("german" in name for name in changed(model, before))
+    assert changed(model, before)
+    assert not any("german" in name for name in changed(model, before))
     model.eval()
     block_logits = model(**make_batch()).logits
     model.set_active_adapters(Stack("german", "insurance"))
@@ -499,7 +506,8 @@ def test_the_weights_of_the_tokens_are_made_once_for_all_layers(monkeypatch):
         "hf_adapter_distillation.method.layer_pass.token_weights", lambda m: calls.append(m) or token_weights(m)
     )
     forward_in_stage_2(make_student(make_model(), config="double_seq_bn"))
-    assert len(calls) == 1 and calls[0].shape == make_batch()["attention_mask"].shape
+    assert len(calls) == 1
+    assert calls[0].shape == make_batch()["attention_mask"].shape
 
 
 def test_two_models_do_not_mix_their_losses():
@@ -507,7 +515,8 @@ def test_two_models_do_not_mix_their_losses():
     alone, record = forward_in_stage_2(first)
     forward_in_stage_2(second)
     again, other = forward_in_stage_2(first)
-    assert torch.equal(alone.loss, again.loss) and torch.equal(record.added, other.added)
+    assert torch.equal(alone.loss, again.loss)
+    assert torch.equal(record.added, other.added)
 
 
 def test_a_model_without_a_loss_leaves_the_terms_in_the_record():
@@ -517,7 +526,8 @@ def test_a_model_without_a_loss_leaves_the_terms_in_the_record():
     labels = batch.pop("labels")
     output = model(**batch)
     record = distillation_of(model).record
-    assert not record.in_loss and record.added.requires_grad
+    assert not record.in_loss
+    assert record.added.requires_grad
     with_labels = model(**batch, labels=labels)
     torch.testing.assert_close(
         torch.nn.functional.cross_entropy(output.logits, labels) + record.added, with_labels.loss

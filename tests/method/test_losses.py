@@ -75,7 +75,8 @@ def test_constant_teachers_and_padded_rows_are_finite():
     student, fused = torch.ones(2, 3, 4, requires_grad=True), torch.zeros(2, 3, 4)
     loss = FeatureLoss()(student, fused, token_weights(torch.tensor([[1, 1, 1], [0, 0, 0]])))
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
     assert FeatureLoss()(student, fused, token_weights(torch.zeros(2, 3))).item() == 0
 
 
@@ -99,7 +100,8 @@ def test_logits_by_hand():
     loss = logit_matching_loss(student, fused)
     loss.backward()
     assert loss.item() == pytest.approx((4 + 9) / 4)
-    assert student.grad.tolist() == [[0.0, 1.0], [-1.5, 0.0]] and fused.grad is None
+    assert student.grad.tolist() == [[0.0, 1.0], [-1.5, 0.0]]
+    assert fused.grad is None
     assert logit_matching_loss(student.bfloat16(), fused.bfloat16()).dtype == torch.float32
     assert logit_matching_loss(student.double(), fused.double()).dtype == torch.float64
 
@@ -137,7 +139,8 @@ def test_soft_labels_by_hand(temperature):
     each = [softmax([x / temperature for x in teacher[0]]) for teacher in teachers]
     soft = [(a + b) / 2 for a, b in zip(*each, strict=True)]
     if temperature == 1:
-        assert soft == pytest.approx([0.375, 0.625]) and p == pytest.approx([0.25, 0.75])
+        assert soft == pytest.approx([0.375, 0.625])
+        assert p == pytest.approx([0.25, 0.75])
     divergence = sum(q * math.log(q / r) for q, r in zip(soft, p, strict=True))
     assert loss.item() == pytest.approx(temperature**2 * divergence)
     loss.backward()
@@ -210,8 +213,10 @@ def test_the_task_specific_match_is_that_of_the_projections():
     loss = first(student, fused, weights)
     torch.testing.assert_close(loss, FeatureLoss()(student[..., :1], fused[..., :1], weights))
     loss.backward()
-    assert (student.grad[..., 0] != 0).any() and (student.grad[..., 1:] == 0).all()
-    assert (fused.grad[..., 0] != 0).any() and first.projection.weight.grad is None
+    assert (student.grad[..., 0] != 0).any()
+    assert (student.grad[..., 1:] == 0).all()
+    assert (fused.grad[..., 0] != 0).any()
+    assert first.projection.weight.grad is None
 
 
 def test_the_probe_learns_from_the_labels_and_moves_nothing_else():
@@ -224,7 +229,8 @@ def test_the_probe_learns_from_the_labels_and_moves_nothing_else():
     loss = probe.probe_loss(fused, weights, torch.tensor([1, 0]))  # logits (0, 2) and (0, 0)
     assert loss.item() == pytest.approx((-math.log(softmax([0, 2])[1]) + math.log(2)) / 2)
     loss.backward()
-    assert fused.grad is None and (probe.projection.weight.grad != 0).any()
+    assert fused.grad is None
+    assert (probe.projection.weight.grad != 0).any()
     tokens = probe.probe_loss(fused, weights, torch.tensor([[1, -100], [0, -100]]))
     assert tokens.item() == pytest.approx((-math.log(softmax([0, 1])[1]) + math.log(2)) / 2)
     several = probe.probe_loss(fused, weights, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
@@ -271,4 +277,5 @@ def test_objectives_are_means_over_examples_and_float32_at_least(name):
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
     if name != "task_specific":  # whose weights have a type of their own
         half = objective(student.bfloat16(), fused.bfloat16(), weights)
-        assert half.dtype == torch.float32 and half.item() == pytest.approx(whole.item(), rel=3e-2)
+        assert half.dtype == torch.float32
+        assert half.item() == pytest.approx(whole.item(), rel=3e-2)

@@ -158,7 +158,8 @@ def test_each_process_predicts_its_share(trainer_args, collator):
     trainer = had.DistillationTrainer(model, args, train_dataset=ragged(), data_collator=collator)
     whole = of_process(trainer, 0, 1)
     shares = [of_process(trainer, index, 2) for index in (0, 1)]
-    assert [len(share) for share in shares] == [7, 5] and len(whole) == 12
+    assert [len(share) for share in shares] == [7, 5]
+    assert len(whole) == 12
     assert shares[0].keys() | shares[1].keys() == whole.keys()
     assert all(torch.equal(row, whole[key]) for share in shares for key, row in share.items())
     assert next(iter(whole.values())).shape == (len(TEACHERS), 2)
@@ -170,7 +171,8 @@ def test_each_process_predicts_its_share(trainer_args, collator):
 def test_a_key_stands_for_what_the_model_is_given():
     batch = make_batch(6)
     keys = example_keys(batch)
-    assert len(set(keys)) == 6 and example_keys({}) == []
+    assert len(set(keys)) == 6
+    assert example_keys({}) == []
     other_labels = batch | {"labels": 1 - batch["labels"]}
     longer = {name: pad(value, (0, 3)) if value.dim() == 2 else value for name, value in batch.items()}
     assert example_keys(other_labels) == example_keys(longer) == keys
@@ -194,4 +196,5 @@ def test_known_examples_are_found_in_any_order():
     order = torch.tensor([2, 0])
     found = cache.get({name: value[order] for name, value in batch.items()})
     assert torch.equal(found, logits[order].transpose(0, 1))
-    assert cache.get(make_batch(4, seed=3)) is None and cache.get({}) is None
+    assert cache.get(make_batch(4, seed=3)) is None
+    assert cache.get({}) is None

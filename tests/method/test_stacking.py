@@ -43,7 +43,8 @@ def test_stacked_adapters_put_out_what_the_adapters_do(config):
     hidden_states = torch.randn(2, 3, 32, dtype=torch.float64)
     z = stacked.features(hidden_states)  # (B, T, n, m)
     n, m = z.shape[-2:]
-    assert z.shape == (2, 3, 3, adapters["a"].down_sample) and stacked.names == ("a", "b", "c")
+    assert z.shape == (2, 3, 3, adapters["a"].down_sample)
+    assert stacked.names == ("a", "b", "c")
     for i, adapter in enumerate(adapters.values()):
         update = z[:, :, i] @ stacked.up[:, i * m : (i + 1) * m].T + stacked.up[:, n * m + i]
         torch.testing.assert_close(
@@ -70,7 +71,8 @@ def test_gradients_reach_the_weights_of_a_trained_adapter():
 def test_what_cannot_be_stacked():
     model = model_with(a="seq_bn", b="seq_bn[non_linearity='prelu']")
     a, b = adapters_of(model, ["a", "b"]).values()
-    assert can_be_stacked(a) and not can_be_stacked(b)
+    assert can_be_stacked(a)
+    assert not can_be_stacked(b)
     assert stacked_bytes({"a": a}) == 8 * sum(p.numel() for p in a.parameters())
     assert stacked_bytes({"a": a, "b": b}) == 0
     assert StackCache().get({"a": a, "b": b}, model.adapters_config, torch.float64) is None
@@ -109,7 +111,8 @@ def test_teachers_are_copied_once():
     model = model_with(a="seq_bn", b="seq_bn")
     cache, first = cached(model)
     _, second = cached(model, cache=cache)
-    assert first is second and cache.nbytes == stacked_bytes(adapters_of(model, ["a", "b"]))
+    assert first is second
+    assert cache.nbytes == stacked_bytes(adapters_of(model, ["a", "b"]))
     assert not any(tensor.requires_grad for tensor in (first[0].down_weight, first[0].up))
 
 
@@ -140,7 +143,9 @@ def test_a_changed_teacher_is_copied_anew(change):
     cache, before = cached(model)
     change(model)
     _, after = cached(model, cache=cache)
-    assert after is not before and down_rows(after, model) and not down_rows(before, model)
+    assert after is not before
+    assert down_rows(after, model)
+    assert not down_rows(before, model)
 
 
 def test_a_model_that_is_copied_has_a_cache_of_its_own():
@@ -167,7 +172,8 @@ def test_the_copy_follows_the_model():
     assert [cache.nbytes for cache in caches(model)] == [0, 0], "freed at once"
     model(**make_batch()).loss.backward()
     assert [cache.nbytes for cache in caches(model)] == [2 * s for s in size]
-    assert set(model.state_dict()) == keys and not any("cache" in key or "stack" in key for key in keys)
+    assert set(model.state_dict()) == keys
+    assert not any("cache" in key or "stack" in key for key in keys)
     with pytest.warns(UserWarning, match="keeps 2 others"):
         model.delete_adapter("work")
     assert [cache.nbytes for cache in caches(model)] == [0, 0]

@@ -86,7 +86,8 @@ def compare_with_whole_passes(model, monkeypatch, *below):
     batch, terms = batch_for(model), []
     monkeypatch.setitem(passes.LAYER_LOSSES, "features", lambda *args: terms.append(FeatureLoss()(*args)) or terms[-1])
     _, record = distil(model, batch)
-    assert len(terms) == 2 and torch.allclose(sum(terms) / 2, record.distillation_loss)
+    assert len(terms) == 2
+    assert torch.allclose(sum(terms) / 2, record.distillation_loss)
 
     model.eval()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -180,7 +181,8 @@ def test_gradient_checkpointing_changes_nothing(family, mixture, carrier):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         results.append((output.loss, record.distillation_loss, gradients))
     (loss, term, plain), (loss_again, term_again, checkpointed) = results
-    assert torch.allclose(loss, loss_again, rtol=1e-12) and torch.allclose(term, term_again, rtol=1e-12)
+    assert torch.allclose(loss, loss_again, rtol=1e-12)
+    assert torch.allclose(term, term_again, rtol=1e-12)
     assert {name for name, grad in plain.items() if grad is None} == {n for n, g in checkpointed.items() if g is None}
     for name, gradient in plain.items():
         assert gradient is None or torch.allclose(gradient, checkpointed[name], atol=1e-12, rtol=1e-9), name
@@ -207,7 +209,8 @@ def test_both_stages(family, mixture, carrier, trainer_args, tmp_path):
     assert any("distillation_fusion" in name for name in moved)
     assert {name for name in moved if ".insurance" not in name} == set()
     terms = [log["distillation_loss"] for log in trainer.state.log_history if "distillation_loss" in log]
-    assert len(terms) == 6 and sum(terms[-2:]) < sum(terms[:2])
+    assert len(terms) == 6
+    assert sum(terms[-2:]) < sum(terms[:2])
 
     model.eval()
     batch = batch_for(model)
@@ -230,7 +233,8 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(mixture, trainer_args, tmp_pa
 
     unbroken = run("whole", 6)
     resumed = run("resumed", 6, resume=str(tmp_path / "whole" / "checkpoint-4"))
-    assert unbroken and all(torch.equal(resumed[name], weight) for name, weight in unbroken.items())
+    assert unbroken
+    assert all(torch.equal(resumed[name], weight) for name, weight in unbroken.items())
 
 
 def test_evaluation_runs_no_layer_twice(monkeypatch):
@@ -276,7 +280,8 @@ def test_prefixes_of_other_lengths_and_interventions_at_other_positions_do_not_m
             torch.manual_seed(0)
             model.train_adapter(had.AdapterDistillation("insurance", [TEACHERS[i] for i in order]))
             losses.append(distil(model)[1].distillation_loss)
-        assert torch.allclose(*losses, rtol=1e-10) and losses[0] > 0
+        assert torch.allclose(*losses, rtol=1e-10)
+        assert losses[0] > 0
 
 
 def test_the_student_starts_at_the_average_where_weights_are_not_multiplied():
@@ -289,7 +294,8 @@ def test_the_student_starts_at_the_average_where_weights_are_not_multiplied():
                     torch.nn.init.constant_(parameter, i)
     model.add_adapter("insurance", config=IA3Config(), distill_from=TEACHERS)
     parameters = [p for name, p in model.named_parameters() if ".insurance." in name]
-    assert parameters and all((p == 1).all() for p in parameters)
+    assert parameters
+    assert all((p == 1).all() for p in parameters)
 
 
 def test_hooks_and_fusions_go_with_the_student():

@@ -47,7 +47,8 @@ def test_stage2_step(run, tmp_path):
     methods = ["plain", "student", "fused", "mixed", "per teacher", "Fuse"]
     assert [(row["teachers"], row["method"]) for row in results["rows"]] == [(n, m) for n in (1, 3) for m in methods]
     for row in results["rows"]:
-        assert row["ms"] > 0 and row["peak_mb"] > 0
+        assert row["ms"] > 0
+        assert row["peak_mb"] > 0
         assert (row["time_ratio"], row["peak_ratio"]) == (1, 1) or row["method"] != "plain"
         assert f"{row['ms']:.1f}" in out
     peak = {row["method"]: row["peak_ratio"] for row in results["rows"] if row["teachers"] == 3}
@@ -55,7 +56,9 @@ def test_stage2_step(run, tmp_path):
     assert results["environment"]["torch"] == torch.__version__
     assert (tmp_path / "stage2_step.png").stat().st_size > 5000
     table = report.stage2_step(results).splitlines()
-    assert len(table) == 4 and table[2].startswith("| tiny | 1 |") and table[0].count("|") == table[3].count("|")
+    assert len(table) == 4
+    assert table[2].startswith("| tiny | 1 |")
+    assert table[0].count("|") == table[3].count("|")
 
 
 def test_methods_that_need_too_much_memory_are_left_out(run):
@@ -63,7 +66,8 @@ def test_methods_that_need_too_much_memory_are_left_out(run):
         stage2_step, *"--shapes tiny --teachers 1 8 --batch 2 --seq_len 8 --rounds 1 --max_gb 0.0001".split()
     )
     left = [row["method"] for row in results["rows"] if row["teachers"] == 8]
-    assert left == ["plain", "student", "fused", "mixed"] and len(results["rows"]) == 10
+    assert left == ["plain", "student", "fused", "mixed"]
+    assert len(results["rows"]) == 10
     assert report.stage2_step(results).splitlines()[3].count("–") == 3
 
 
@@ -97,12 +101,15 @@ def test_serving(run, tmp_path, tiny_encoder):
     assert [rows[way]["batches"] for way in ways] == [2, 3, 3]
     assert rows[serving.COPIES]["rate_ratio"] == 1
     for row in results["rows"]:
-        assert row["queries_per_s"] > 0 and row["rate_ratio"] > 0 and f"{row['queries_per_s']:.1f}" in out
+        assert row["queries_per_s"] > 0
+        assert row["rate_ratio"] > 0
+        assert f"{row['queries_per_s']:.1f}" in out
     assert rows[serving.MIXED]["parameters_mb"] <= rows[serving.FUSION]["parameters_mb"]
     assert results["environment"]["torch"] == torch.__version__
     assert (tmp_path / "serving.png").stat().st_size > 10_000
     table = report.serving(results).splitlines()
-    assert len(table) == 8 and table[2].startswith("| 1 | one base model, mixed batches |")
+    assert len(table) == 8
+    assert table[2].startswith("| 1 | one base model, mixed batches |")
     assert len({line.count("|") for line in table}) == 1
 
 
@@ -111,7 +118,8 @@ def test_the_three_ways_to_serve_answer_alike_and_hold_what_they_say(tiny_encode
     base, tokenizer = AutoAdapterModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
     setting = serving.Setting(args, base, tokenizer, 3)
     asked = {way: sorted(sum(batches, [])) for way, batches in setting.batches_of.items()}
-    assert asked[serving.MIXED] == asked[serving.COPIES] == asked[serving.FUSION] and len(asked[serving.MIXED]) == 6
+    assert asked[serving.MIXED] == asked[serving.COPIES] == asked[serving.FUSION]
+    assert len(asked[serving.MIXED]) == 6
     tenants = [question.tenant for question in asked[serving.MIXED]]
     assert tenants == ["tenant0"] * 2 + ["tenant1"] * 2 + ["tenant2"] * 2
     models = setting.ways[serving.COPIES].models
@@ -128,7 +136,9 @@ def test_the_three_ways_to_serve_answer_alike_and_hold_what_they_say(tiny_encode
     shared = setting.ways[serving.MIXED].model
     a_fusion = serving.bytes_of([layer for name, layer in shared.named_modules() if name.endswith("fusion_layer")])
     adapters = serving.bytes_of([shared]) - size - a_fusion - 3 * a_head
-    assert a_head > 0 and adapters > 0 and a_fusion > 0
+    assert a_head > 0
+    assert adapters > 0
+    assert a_fusion > 0
     memory = setting.memory()
     assert memory[serving.COPIES] == 3 * (size + a_head)
     assert memory[serving.MIXED] == size + adapters + 3 * a_head
@@ -217,9 +227,11 @@ def test_every_method_onboards_a_tenant(benchmark):
     for line in tests:
         assert (line["tenant"], line["seed"], line["teachers"]) == ("post", 1, 2)
         assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "mrr"))
-        assert line["ms_ratio"] > 0 and line["MB"] > 0
+        assert line["ms_ratio"] > 0
+        assert line["MB"] > 0
         assert (line["seconds"] > 0) == (line["method"] != "teachers' average, untrained")
-        assert line["environment"]["torch"] == torch.__version__ and line["arguments"]["shots"] == 1
+        assert line["environment"]["torch"] == torch.__version__
+        assert line["arguments"]["shots"] == 1
         attention = line.get("attention", {})
         assert bool(attention) == (line["method"].startswith("AdapterDistillation"))
         assert all(set(row) >= {"bank", "rail"} for row in attention.values())
@@ -246,7 +258,8 @@ def test_a_rerun_goes_on_where_the_first_stopped(benchmark, tmp_path, monkeypatc
         file.write('{"method": "plain adapter", "tena')  # killed while it wrote
     monkeypatch.setattr(streaming_tenants, "train_teacher", None)  # they are kept
     second, _ = benchmark(*methods)
-    assert second[:2] == first and len(second) == 6
+    assert second[:2] == first
+    assert len(second) == 6
     third, _ = benchmark(*methods)
     assert third == second
 
@@ -331,12 +344,16 @@ def test_the_tables_by_hand():
     lines += runs("AdapterDistillation: mixed", [0.7, 0.6, 0.7, 0.6])[:2]
     header, _, plain, student = report.streaming_tenants(lines).splitlines()
     cells = [cell.strip() for cell in student.strip("|").split("|")]
-    assert cells[:3] == ["AdapterDistillation", "0.001", "4"] and cells[9:] == ["1 / 1", "80 (2.00)", "1.50", "7"]
-    assert cells[4].startswith("0.625 [0.6") and cells[6].startswith("+2.5 [")
-    assert cells[7] == "–" and cells[8] == cells[6], "there is no run of the average, and AUC is accuracy here"
+    assert cells[:3] == ["AdapterDistillation", "0.001", "4"]
+    assert cells[9:] == ["1 / 1", "80 (2.00)", "1.50", "7"]
+    assert cells[4].startswith("0.625 [0.6")
+    assert cells[6].startswith("+2.5 [")
+    assert cells[7] == "–", "there is no run of the average"
+    assert cells[8] == cells[6], "AUC is accuracy here"
     low, high = (float(x) for x in cells[6].split("[")[1].rstrip("]").split(","))
     assert -10 <= low < 2.5 < high <= 10
-    assert "| +0.0 [+0.0, +0.0] |" in plain and "0 / 0" in plain
+    assert "| +0.0 [+0.0, +0.0] |" in plain
+    assert "0 / 0" in plain
     _, _, defaults, mixed = report.variants(lines).splitlines()
     assert defaults == "| the defaults | 0.001 | 2 | 0.600 | 0.600 | 0.600 | – | – | 7 |"
     assert mixed.startswith("| mixed | 0.001 | 2 | 0.650 | 0.650 | 0.650 | +5.0 [")
@@ -352,7 +369,8 @@ def test_the_tables_of_objectives_by_hand():
     assert plain.startswith("| plain adapter | 3 | 0.567 | 0.567 | 0.567 | -6.7 [-10.0, +0.0] |")
     assert defaults == "| features (the defaults) | 3 | 0.633 | 0.633 | 0.633 | – | – | – |"
     assert cosine.startswith("| cosine | 3 | 0.700 | 0.700 | 0.700 | +6.7 [+0.0, +10.0] |")
-    assert "| weight 3 | 0.001 | 1 |" in report.variants(lines) and "cosine" not in report.variants(lines)
+    assert "| weight 3 | 0.001 | 1 |" in report.variants(lines)
+    assert "cosine" not in report.variants(lines)
     assert report.training_costs(lines).splitlines()[-1] == "| AdapterDistillation: cosine | 3 | 5.0 | 2.50 |"
 
 
@@ -391,7 +409,8 @@ def test_the_table_and_the_plot_by_training_data(tmp_path, monkeypatch, capsys):
         ["all", "375", "AdapterDistillation"],
     ], "the least data first, and only the methods that are compared by it"
     assert [row[5] for row in rows] == ["0.600", "0.675", "0.850", "0.825"]
-    assert rows[1][8].startswith("+7.5 [") and rows[3][9].startswith("-2.5 [")
+    assert rows[1][8].startswith("+7.5 [")
+    assert rows[3][9].startswith("-2.5 [")
     assert [row[-1] for row in rows] == ["+0.0", "+5.0", "+0.0", "-5.0"], "the lowest tenant, mean over its seeds"
     assert (tmp_path / "training_data.png").stat().st_size > 10_000
 
@@ -401,4 +420,6 @@ def test_the_interval_covers_the_mean_of_samples():
     covered = [low <= 0 <= high for _, low, high in (quality.interval(generator.normal(size=20)) for _ in range(100))]
     assert 85 <= sum(covered) <= 100
     mean, low, high = quality.interval([0.25])
-    assert mean == 0.25 and np.isnan(low) and np.isnan(high)
+    assert mean == 0.25
+    assert np.isnan(low)
+    assert np.isnan(high)

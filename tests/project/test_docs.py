@@ -248,9 +248,7 @@ def test_the_accelerate_configs_of_the_docs_are_valid():
     assert len(configs) == 2
     for path in configs:
         config = load_config_from_file(str(path))  # an unknown key is an error
-        assert (
-            config.distributed_type == DistributedType.MULTI_GPU
-            and f"--config_file examples/{path.parent.name}/{path.name}" in page
-        )
+        assert config.distributed_type == DistributedType.MULTI_GPU
+        assert f"--config_file examples/{path.parent.name}/{path.name}" in page
         command = re.search(rf"accelerate launch --config_file examples/accelerate/{path.name}(.*) train.py", page)
         assert launch_command_parser().parse_args([*command[1].split(), "train.py"]).training_script == "train.py"

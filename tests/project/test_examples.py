@@ -44,7 +44,8 @@ def test_validation_queries_are_held_out_where_there_is_no_split():
     whole = set(tenant.faqs[0].train)
     hold_out(tenant, 3, n_validation=4)
     parts = [tenant.faqs[0].train, tenant.faqs[0].validation, tenant.faqs[0].test]
-    assert [len(part) for part in parts] == [3, 4, 7] and whole == set().union(*parts)
+    assert [len(part) for part in parts] == [3, 4, 7]
+    assert whole == set().union(*parts)
     with pytest.raises(ValueError, match="10 training queries are too many"):
         hold_out(load_tenants(str(BUNDLED), seed=1)[0], 10, n_validation=4)
 
@@ -54,12 +55,15 @@ def test_pairs(tiny_encoder):
     tenant = load_tenants(str(BUNDLED), seed=1)[0]
     hold_out(tenant, 10)
     train = make_pairs(tenant, "train", tokenizer, n_queries=3, n_wrong=2, seed=1)
-    assert len(train) == 12 * 3 * 3 and sum(train["labels"]) == 36
+    assert len(train) == 12 * 3 * 3
+    assert sum(train["labels"]) == 36
     test = make_pairs(tenant, "test", tokenizer, n_queries=4, n_wrong=None, seed=1)
-    assert len(test) == 12 * 4 * 12 and sum(test["labels"]) == 48
+    assert len(test) == 12 * 4 * 12
+    assert sum(test["labels"]) == 48
     assert sorted(set(test["query_ids"])) == list(range(48))
     first = tokenizer.decode(train[0]["input_ids"])
-    assert train[0]["labels"] == 1 and first.count("[SEP]") == 2
+    assert train[0]["labels"] == 1
+    assert first.count("[SEP]") == 2
 
 
 def test_clinc150_form(tmp_path):

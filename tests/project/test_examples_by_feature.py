@@ -119,4 +119,5 @@ def test_bad_arguments_cost_no_training(script, arguments, message, tiny_encoder
         arguments = [*arguments, "--text_column", "text"]
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         run_example(monkeypatch, script, *arguments, "--output_dir", tmp_path)
-    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{script}.py: ")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{script}.py: ")

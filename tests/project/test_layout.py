@@ -165,6 +165,7 @@ def test_what_is_amiss_in_a_layout_is_found(covered_by, faults, tree):
 
 
 def test_what_is_long_is_found(tree):
-    assert long_files(tree / "package", 5) == {"roof.py"} and not long_files(tree / "package", 6)
+    assert long_files(tree / "package", 5) == {"roof.py"}
+    assert not long_files(tree / "package", 6)
     assert long_functions(tree / "package", 1) == {"roof.py::tile", "room/wall.py::brick"}
     assert not long_functions(tree / "package", 2)

@@ -191,7 +191,9 @@ def test_the_paper_has_the_same_authors_everywhere():
     authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
     citation = TEMPLATE.read_text()
     assert len(paper["authors"]) == 6
-    assert f'author = "{authors}"' in citation and paper["title"] in citation and paper["url"] in citation
+    assert f'author = "{authors}"' in citation
+    assert paper["title"] in citation
+    assert paper["url"] in citation
 
 
 def test_the_workflow_runs_the_gate():
@@ -212,9 +214,11 @@ def test_issues_have_forms():
     assert [form.name for form in forms] == ["bug_report.yml", "feature_request.yml"]
     for form in forms:
         read = yaml.safe_load(form.read_text())
-        assert read["name"] and read["description"]
+        assert read["name"]
+        assert read["description"]
         ids = [field["id"] for field in read["body"]]
-        assert len(set(ids)) == len(ids) and all(field["attributes"]["label"] for field in read["body"])
+        assert len(set(ids)) == len(ids)
+        assert all(field["attributes"]["label"] for field in read["body"])
         assert any(field.get("validations", {}).get("required") for field in read["body"])
 
 

@@ -263,7 +263,8 @@ def test_what_the_guide_says_of_batchsplit_is_so(encoder):
 def test_the_scripts_of_the_guide_exist():
     page = (ROOT / "docs" / "how_to" / "serve.md").read_text()
     scripts = re.findall(r"^python (examples/serving/\w+\.py)", page, flags=re.M)
-    assert len(scripts) == 2 and all((ROOT / script).is_file() for script in scripts)
+    assert len(scripts) == 2
+    assert all((ROOT / script).is_file() for script in scripts)
 
 
 def test_scores_that_are_no_numbers_are_found_at_the_start(encoder):
@@ -375,7 +376,8 @@ def test_who_has_gone_is_not_answered():
         gone.cancel()
         return await batcher.ask(Question("t", "2"), 1)
 
-    assert with_batcher(echo(seen), use).batched == 1 and seen == [["2"]]
+    assert with_batcher(echo(seen), use).batched == 1
+    assert seen == [["2"]]
 
 
 def test_more_questions_than_may_wait_are_told_so():
@@ -384,7 +386,8 @@ def test_more_questions_than_may_wait_are_told_so():
         return await asyncio.gather(*asked, return_exceptions=True)
 
     answers = with_batcher(echo([]), use, max_waiting=2)
-    assert [type(answer) for answer in answers[:2]] == [type(answers[0])] * 2 and isinstance(answers[2], BusyError)
+    assert [type(answer) for answer in answers[:2]] == [type(answers[0])] * 2
+    assert isinstance(answers[2], BusyError)
 
 
 def test_the_end_of_the_service_leaves_nobody_waiting():
@@ -442,7 +445,8 @@ def test_questions_of_three_tenants_are_answered_in_one_batch(tenants):
         answers = [answer.json() for answer in users.map(lambda question: ask(client, question), QUESTIONS)]
     assert len(calls) == 1
     for question, scores, answer in zip(QUESTIONS, wanted, answers, strict=True):
-        assert answer["tenant"] == question.tenant and answer["batched"] == len(QUESTIONS)
+        assert answer["tenant"] == question.tenant
+        assert answer["batched"] == len(QUESTIONS)
         ranked = [(row["faq"], row["score"]) for row in answer["answers"]]
         best_first = sorted(zip(FAQS[question.tenant], scores, strict=True), key=lambda pair: -pair[1])
         assert [faq for faq, _ in ranked] == [faq for faq, _ in best_first]
@@ -463,7 +467,8 @@ def test_what_cannot_be_answered_says_so_in_one_line(tenants):
         assert ask(client, Question("bank", "x" * 1000)).status_code == 200
         for body in ({"tenant": "bank"}, {"tenant": "bank", "question": 1}, [], "bank"):
             answer = client.post("/answer", json=body)
-            assert answer.status_code == 422 and answer.json()["detail"].startswith("body")
+            assert answer.status_code == 422
+            assert answer.json()["detail"].startswith("body")
         assert client.post("/answer", content=b"{").status_code == 422
         assert client.get("/answer").status_code == 405
 
@@ -477,7 +482,8 @@ def test_the_service_goes_on_after_a_failed_batch(tenants, monkeypatch, caplog):
             500,
             {"detail": "The batch of this question failed; ask again."},
         )
-        assert "A batch of 1 questions failed" in caplog.text and "ZeroDivisionError" in caplog.text
+        assert "A batch of 1 questions failed" in caplog.text
+        assert "ZeroDivisionError" in caplog.text
         assert ask(client, QUESTIONS[0]).status_code == 200
 
 
@@ -510,8 +516,11 @@ def test_the_page_is_served_and_names_no_outside_address(tenants):
         assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
     page = answer.text
     assert not re.search(r"//\w|@import|url\(|<script [^>]*src|<link [^>]*href=\"(?!data:,)", page)
-    assert "innerHTML" not in page and "insertAdjacentHTML" not in page and "textContent" in page
-    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+    assert "innerHTML" not in page
+    assert "insertAdjacentHTML" not in page
+    assert "textContent" in page
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
     assert set(re.findall(r'at\("(\w+)"\)', page)) <= set(re.findall(r' id="(\w+)"', page))
     assert f'maxlength="{serve_tenants.MAX_CHARACTERS}"' in page
 
@@ -657,7 +666,8 @@ def test_wrong_arguments_of_the_demo_train_nothing(arguments, message, data, tmp
     monkeypatch.setattr(demo_students, "train_teachers", None)
     with pytest.raises(SystemExit, match=f"^demo_students.py: {message}") as caught:
         run_main(monkeypatch, demo_students, "--data", data, "--output", tmp_path / "new", *arguments)
-    assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
 
 
 def test_pairs_are_cut_where_those_of_the_training_are():

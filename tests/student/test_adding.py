@@ -62,7 +62,8 @@ def test_teachers_from_folders(tmp_path):
             adapter_layers(other, name), adapter_layers(model, f"{name}_v1"), strict=True
         ):
             for a, b in zip(theirs.adapters[name].parameters(), ours.adapters[f"{name}_v1"].parameters(), strict=True):
-                assert torch.equal(a, b) and not b.requires_grad
+                assert torch.equal(a, b)
+                assert not b.requires_grad
     model.train_adapter("insurance")
     assert "insurance" in model.heads
 
@@ -132,7 +133,8 @@ def test_bad_teachers_leave_the_model_as_it_was(teachers, error, message):
     before = everything(model)
     with pytest.raises(error) as caught:
         model.add_adapter("insurance", config=SeqBnConfig(leave_out=[1]), distill_from=teachers)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert everything(model) == before
 
 
@@ -151,7 +153,8 @@ def test_bad_students(family, config, message):
     before = everything(model)
     with pytest.raises(ValueError) as caught:
         model.add_adapter("insurance", config=config, distill_from=TEACHERS)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
     assert everything(model) == before
 
 
@@ -209,5 +212,6 @@ def test_bad_folders_leave_the_model_as_it_was(what, message, tmp_path):
     before = everything(model)
     with pytest.raises(ValueError) as caught:
         model.add_adapter("insurance", distill_from=["work", str(tmp_path / "good"), str(folder)])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert everything(model) == before

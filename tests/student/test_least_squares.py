@@ -38,7 +38,8 @@ def test_features_that_never_fire_keep_their_weights():
     new_weight, new_bias, unexplained = fit.solve(weight, bias)
     torch.testing.assert_close(new_weight[:, 1], weight[:, 1])
     assert not torch.allclose(new_weight[:, 0], weight[:, 0])
-    assert new_weight.dtype == new_bias.dtype == torch.float32 and 0 <= unexplained < 1
+    assert new_weight.dtype == new_bias.dtype == torch.float32
+    assert 0 <= unexplained < 1
 
 
 def test_sums_of_several_processes():

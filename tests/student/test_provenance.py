@@ -17,7 +17,8 @@ def test_digest_follows_the_weights_and_nothing_else(tmp_path):
     model = make_model()
     model.add_adapter("bank")
     digest = adapter_digest(model, "bank")
-    assert len(digest) == 64 and digest == adapter_digest(model.base_model, "bank")
+    assert len(digest) == 64
+    assert digest == adapter_digest(model.base_model, "bank")
     model.save_adapter(str(tmp_path / "bank"), "bank")
     other = make_model(seed=1)
     other.load_adapter(str(tmp_path / "bank"), load_as="renamed")
@@ -47,7 +48,8 @@ def test_provenance_of_a_trained_student(trainer_args, tmp_path):
     written = saved["distillation"]
     assert [teacher["name"] for teacher in written["teachers"]] == TEACHERS
     assert all(len(teacher["digest"]) == 64 for teacher in written["teachers"])
-    assert written["carrier"] == "student" and written["student_start"] == "teachers"
+    assert written["carrier"] == "student"
+    assert written["student_start"] == "teachers"
     assert (written["distillation_start"], written["steps"], written["first_distillation_step"]) == (0.5, 8, 4)
     assert written["versions"]["adapters"] == adapters.__version__
     with warnings.catch_warnings():

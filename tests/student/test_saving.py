@@ -36,7 +36,8 @@ def test_a_saved_student_loads_without_this_package(trainer_args, tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), argument], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert len(loaded) == 4 and all(torch.equal(*each) for each in zip(loaded, logits, strict=True))
+    assert len(loaded) == 4
+    assert all(torch.equal(*each) for each in zip(loaded, logits, strict=True))
 
 
 def test_a_saved_student_has_the_files_and_keys_of_a_plain_adapter(trainer_args, tmp_path):

@@ -71,7 +71,8 @@ def test_two_classes_are_ranked_by_the_area_under_the_curve():
     model = with_teachers_of_their_own_scores(make_student(make_model()))
     batches = [make_batch(8, seed=0), make_batch(5, seed=1)]
     ranking = rank_teachers(model, active_block(model), batches)
-    assert ranking.what == "AUC" and model.training
+    assert ranking.what == "AUC"
+    assert model.training
     labels = torch.cat([batch["labels"] for batch in batches])
     for name in TEACHERS:
         logits = torch.cat([heard(model, name, batch).logits for batch in batches])
@@ -93,7 +94,8 @@ def test_several_classes_are_ranked_by_the_accuracy_and_others_by_the_loss():
             batch["labels"] = torch.zeros(4, dtype=torch.long)
         ranking = rank_teachers(model, active_block(model), [batch, batch])
         losses = {name: -heard(model, name, batch).loss.item() for name in TEACHERS}
-        assert ranking.what == "-loss" and ranking.scores == pytest.approx(losses)
+        assert ranking.what == "-loss"
+        assert ranking.scores == pytest.approx(losses)
 
 
 @pytest.mark.parametrize("why", ["no labels", "other labels", "one head for all"])

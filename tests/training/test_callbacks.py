@@ -96,7 +96,8 @@ def test_the_table_of_a_notebook_is_what_it_was(trainer_args, capsys):
     trainer.train()
     assert trainer.state.global_step == 8
     printed = "".join(capsys.readouterr())
-    assert "HTML object" in printed and "stage 2: " not in printed
+    assert "HTML object" in printed
+    assert "stage 2: " not in printed
 
 
 def test_sigterm_ends_with_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(trainer_args, tmp_path):
@@ -124,7 +125,8 @@ def test_sigterm_ends_with_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(
     resumed.train(resume_from_checkpoint=True)
     assert not changed(resumed.model, snapshot(unbroken.model))
     losses = [[log["task_loss"] for log in t.state.log_history if "task_loss" in log] for t in (unbroken, resumed)]
-    assert len(losses[0]) == 8 and losses[0] == losses[1]
+    assert len(losses[0]) == 8
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("save_on_sigterm", [False, True])

@@ -45,7 +45,8 @@ def test_killed_runs_lose_nothing(n_kills, tmp_path, record_property):
         assert kills.pop(file) == f"checkpoint-{(6, 9)[index % 2] - SAVE_STEPS}"
     assert {None, "checkpoint-3", "checkpoint-6", "checkpoint-9"} <= set(kills.values()), "kills in both stages"
     unbroken = torch.load(tmp_path / "unbroken" / "end.pt", weights_only=True)
-    assert len(unbroken["logs"]) == STEPS + 1 and any("fusion" in name for name in unbroken["weights"])
+    assert len(unbroken["logs"]) == STEPS + 1
+    assert any("fusion" in name for name in unbroken["weights"])
     for folder in (*kills, *FILES):
         resumed = torch.load(tmp_path / folder / "end.pt", weights_only=True)
         assert resumed["logs"] == unbroken["logs"], folder
@@ -158,6 +159,8 @@ def test_a_full_disk_is_an_error_that_names_the_last_whole_checkpoint(owner, err
     with pytest.raises(RuntimeError) as caught:
         full.train(resume_from_checkpoint=True)
     message = str(caught.value)
-    assert message.startswith("The checkpoint of step 4 could not be written (") and "\n" not in message
-    assert reason in message and f"the newest whole one is {folder / 'checkpoint-3'}." in message
+    assert message.startswith("The checkpoint of step 4 could not be written (")
+    assert "\n" not in message
+    assert reason in message
+    assert f"the newest whole one is {folder / 'checkpoint-3'}." in message
     check_whole(str(folder / "checkpoint-3"))

@@ -74,9 +74,11 @@ def test_teachers_that_only_harm_get_no_attention(good_and_harmful, trainer_args
     trainer = distilled(good_and_harmful, teachers, trainer_args, teacher_selection=3)
     assert list(trainer.distillation.ranking)[0] == "good"
     assert trainer.distillation.ranking["good"] > 0.9
-    assert trainer.block.teachers == ("good",) and trainer.distillation.config.teachers == ["good"]
+    assert trainer.block.teachers == ("good",)
+    assert trainer.distillation.config.teachers == ["good"]
     logs = [log for log in trainer.state.log_history if "distillation_loss" in log]
-    assert logs and all(log["attention/good"] == pytest.approx(1) for log in logs)
+    assert logs
+    assert all(log["attention/good"] == pytest.approx(1) for log in logs)
     assert not any(f"attention/{name}" in log for log in logs for name in ("shuffled", "random"))
     alone = distilled(good_and_harmful, ["good"], trainer_args)
     now = dict(trainer.model.named_parameters())
@@ -95,7 +97,8 @@ def test_the_provenance_names_the_teachers_that_were_kept(good_and_harmful, trai
     trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
     saved = read_provenance(str(tmp_path / "insurance"))
     assert [teacher.name for teacher in saved.teachers] == ["good"]
-    assert saved.run.settings["ranking"] == trainer.distillation.ranking and saved.settings["teacher_selection"] == 1
+    assert saved.run.settings["ranking"] == trainer.distillation.ranking
+    assert saved.settings["teacher_selection"] == 1
 
 
 def test_the_best_are_kept_where_none_is_above_chance(trainer_args, caplog):
@@ -104,7 +107,8 @@ def test_the_best_are_kept_where_none_is_above_chance(trainer_args, caplog):
     with caplog.at_level("WARNING", "hf_adapter_distillation"):
         trainer.train()
     ranking = list(trainer.distillation.ranking)
-    assert set(trainer.block.teachers) == set(ranking[:2]) and len(trainer.block.teachers) == 2
+    assert set(trainer.block.teachers) == set(ranking[:2])
+    assert len(trainer.block.teachers) == 2
     assert "No teacher of 'insurance' is above chance on its training data (AUC" in caplog.text
 
 
@@ -156,7 +160,8 @@ def test_predictions_of_the_calibration_are_those_of_the_teachers(trainer_args):
         line = slope * (logits[:, 1] - logits[:, 0]) + offset
         own = cross_entropy(logits, batch["labels"])
         calibrated = cross_entropy(torch.stack([torch.zeros_like(line), line], 1), batch["labels"])
-        assert calibrated < own and calibrated < 0.7
+        assert calibrated < own
+        assert calibrated < 0.7
 
 
 @pytest.mark.parametrize("config", [{"teacher_selection": 2}, {"objective": "cross_task"}])

@@ -50,7 +50,8 @@ def test_a_student_that_starts_at_its_teachers_has_no_stage_1_by_default(start, 
     model.train_adapter("insurance")
     trainer = trainer_for(model, trainer_args(distillation_start=None))
     trainer.train()
-    assert trainer.state.max_steps == 8 and trainer.first_distillation_step == first
+    assert trainer.state.max_steps == 8
+    assert trainer.first_distillation_step == first
     assert trainer.distillation.run.settings["distillation_start"] == first / 8
 
 
@@ -124,7 +125,8 @@ def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels,
 
         results.append(gradients(model, args, batch_size, accumulation, train_dataset=dataset))
     (whole, log), (split, other) = results
-    assert whole.keys() == split.keys() and any("distillation_fusion" in name for name in whole)
+    assert whole.keys() == split.keys()
+    assert any("distillation_fusion" in name for name in whole)
     for name, grad in whole.items():
         torch.testing.assert_close(grad, split[name], rtol=1e-9, atol=1e-12)
     terms = {"task_loss", "distillation_loss", "fusion_regularization"} | {"fused_task_loss"} & log.keys()
@@ -161,7 +163,8 @@ def test_distillation_reaches_losses_that_are_computed_outside_the_model(how, tr
     model = make_student(make_model(), student_start="random")
     found, log = gradients(model, args, 8, 1, train_dataset=make_dataset(8), **kwargs)
     fusion = [grad for name, grad in found.items() if "distillation_fusion" in name]
-    assert fusion and any(grad.any() for grad in fusion)
+    assert fusion
+    assert any(grad.any() for grad in fusion)
     assert log["distillation_loss"] > 0
 
 
@@ -182,4 +185,5 @@ def test_teachers_stay_in_evaluation_mode(trainer_args):
         assert model.training
 
     trainer_for(model, trainer_args(), callbacks=[EachStep(note)]).train()
-    assert modes and not any(modes)
+    assert modes
+    assert not any(modes)

@@ -35,13 +35,15 @@ def test_without_stage_2_it_is_plain_adapter_training(trainer_args):
     AdapterTrainer(model=plain, args=trainer_args(), train_dataset=make_dataset()).train()
     ours, stock = dict(model.named_parameters()), dict(plain.named_parameters())
     names = [name for name in ours if "insurance" in name and "distillation_fusion" not in name]
-    assert names and all(torch.equal(ours[name], stock[name]) for name in names)
+    assert names
+    assert all(torch.equal(ours[name], stock[name]) for name in names)
 
 
 def test_the_end_leaves_a_plain_active_student(trainer_args):
     model = make_student(make_model())
     trainer_for(model, trainer_args()).train()
-    assert model.active_adapters == Stack("insurance") and model.active_head == "insurance"
+    assert model.active_adapters == Stack("insurance")
+    assert model.active_head == "insurance"
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     kept = make_student(make_model())
     trainer_for(kept, trainer_args(keep_fusion=True)).train()
@@ -68,7 +70,8 @@ def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
     for given, wanted in ((None, 5e-3), (0.03, 0.03)):
         trainer = trainer_for(make_student(make_model()), trainer_args(fusion_learning_rate=given, weight_decay=0.1))
         *groups, fusion = trainer.create_optimizer().param_groups
-        assert fusion["lr"] == wanted and fusion["weight_decay"] == 0
+        assert fusion["lr"] == wanted
+        assert fusion["weight_decay"] == 0
         assert sum(p.numel() for p in fusion["params"]) == 2 * (3 * 32 * 32 + 32)
         assert {group["lr"] for group in groups} == {1e-2}
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -86,7 +89,8 @@ def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args)
         trainer = trainer_for(make_student(make_model(), carrier=carrier, student_start="random"), arguments)
         losses.append(trainer.train().training_loss)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     torch._dynamo.reset()
 
@@ -156,7 +160,8 @@ def test_the_best_model_is_loaded_at_the_end(trainer_args, tmp_path):
     )  # fmt: skip
     trainer.train()
     now = dict(model.named_parameters())
-    assert kept and all(torch.equal(now[name], value) for name, value in kept.items())
+    assert kept
+    assert all(torch.equal(now[name], value) for name, value in kept.items())
     assert model.active_head == "insurance"
 
 
