@@ -26,7 +26,6 @@ class TeacherSource:
     """Origin and weights of a teacher.
 
     Args:
-        name: The name on the model.
         source: The name, folder or Hub id by which the teacher was given.
         revision: The commit on the Hub; None for a teacher from elsewhere.
         digest: The `adapter_digest` of the weights.
