@@ -63,8 +63,7 @@ class Provenance:
     @property
     def known_settings(self) -> dict[str, Any]:
         """The settings of the distillation and of the training that have a value."""
-        settings = self.settings | self.run.settings
-        return {name: value for name, value in settings.items() if value is not None}
+        return {name: value for name, value in (self.settings | self.run.settings).items() if value is not None}
 
 
 def read_provenance(folder: str | Path) -> Provenance:
@@ -89,8 +88,8 @@ def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
             raise ValueError(f"the adapter has no name: {saved.get('name')!r}")
         return Provenance.from_dict(saved["distillation"])
     except ValueError as error:
-        place = f"{ADAPTER_CONFIG_NAME} of {source}"
-        raise ValueError(f'"distillation" in the {place} is damaged; save the student again.') from error
+        file = f"{ADAPTER_CONFIG_NAME} of {source}"
+        raise ValueError(f'"distillation" in the {file} is damaged; save the student again.') from error
 
 
 def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
@@ -110,8 +109,8 @@ def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
 
 def teacher_sources(model: ModelAdaptersMixin, distillation: Distillation) -> list[TeacherSource]:
     """Return the teachers of a student with the digests of their weights on the model."""
-    sources = [(name, distillation.sources[name]) for name in distillation.config.teachers]
-    return [
-        TeacherSource(name, str(source["source"]), source["revision"], adapter_digest(model, name))
-        for name, source in sources
-    ]
+    teachers = []
+    for name in distillation.config.teachers:
+        source = distillation.sources[name]
+        teachers.append(TeacherSource(name, str(source["source"]), source["revision"], adapter_digest(model, name)))
+    return teachers

@@ -68,7 +68,7 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     if others := [name for name in teachers if relevant(name) != relevant(student)]:
         reason = f"its config is not that of teacher {others[0]!r}, so there is no average to start from"
     elif _has_factors(model.adapters_config.get(student), distillation.level):
-        reason = "the average of the teachers' factors is no average of what they multiply to"
+        reason = "the average of the teachers' factors does not average their products"
     if reason:
         logger.warning(
             f"{student!r} starts at random weights: {reason}. "
@@ -158,9 +158,9 @@ def fit_start(
 ) -> float:
     """Move a student from the average of its teachers' weights to the average of their updates.
 
-    The average of the weights has smaller updates than the teachers on average: what they have learned stands in
-    different features. The student keeps the averaged down-projections. Its up-projections are fitted to the mean of
-    the teachers' updates by least squares, in a forward pass that passes this mean on. The mean is also the output of
+    The average of the weights has smaller updates than the teachers on average, since the teachers use different
+    features. The student keeps the averaged down-projections. Its up-projections are fitted to the mean of the
+    teachers' updates by least squares, in a forward pass that passes this mean on. The mean is also the output of
     `TeacherFusion` before its training. No labels are used.
 
     Args:

@@ -150,14 +150,11 @@ def check_weights(model: ModelAdaptersMixin, label: str, name: str) -> None:
 def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
     """Refuse teachers on another device than the student in a layer; layers and data types may differ."""
     for layer_name, layer in whole_layers(model, student):
-        devices: dict[str, torch.device] = {}
-        for key, parameter in layer.named_parameters():
-            if (name := owner(key, {student, *teachers})) is not None:
-                devices.setdefault(name, parameter.device)
-        for name, device in devices.items():
-            target = devices.get(student, device)
-            if device != target:
+        devices = {owner(key, {student, *teachers}): parameter.device for key, parameter in layer.named_parameters()}
+        for teacher in teachers:
+            target = devices.get(student)
+            if target is not None and devices.get(teacher, target) != target:
                 raise ValueError(
-                    f"Teacher {name!r} is on {device}, {student!r} on {target} ({layer_name}); "
+                    f"Teacher {teacher!r} is on {devices[teacher]}, {student!r} on {target} ({layer_name}); "
                     f"call model.to({str(target)!r}) once all adapters are added."
                 )

@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 
 import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
-from adapters import (
-    AdapterConfig,
-    LoRAConfig,
-    ModelAdaptersMixin,
-    ModelWithFlexibleHeadsAdaptersMixin,
-    ModelWithHeadsAdaptersMixin,
-)
+from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
 from .._compat import (
     ADAPTER_CONFIG_NAME,
@@ -168,13 +162,12 @@ def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: st
         return load_peft_lora(model, folder, name, config, label)
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a saved head would overwrite it.
-    has_flexible_heads = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
-    with_head = {"with_head": has_flexible_heads} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
+    with_head = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
     # A file of the head "bank" holds that of "bank2", too, if the model had one.
-    heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if has_flexible_heads else {}
+    heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if with_head else {}
     try:
         _check_foreign_weights(model, folder, saved_name, name)
-        model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
+        model.load_adapter(str(folder), load_as=name, with_head=with_head, use_safetensors=True, loading_info=info)
     except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
         raise ValueError(f"{label} cannot be loaded: {one_line(error)}") from error
     finally:
