@@ -205,5 +205,5 @@ def test_stacked_loras_have_no_biases():
     stacked = stack({name: loras(model, name)[0] for name in TEACHERS})
     assert stacked.down_bias is None
     assert stacked.activation is None
-    assert stacked.width == 3 * 8
-    assert not stacked.up[:, stacked.width :].any()
+    assert len(stacked.down_weight) == 3 * 8
+    assert not stacked.up[:, 3 * 8 :].any()
