@@ -231,7 +231,7 @@ def test_bad_trainers(trainer_args, tmp_path):
     with pytest.raises(ValueError, match="No distilled student is active"):
         trainer_for(model, trainer_args())
     model = make_student(make_model(), teachers=["bank"])
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="'bank' was a teacher of 'insurance'"):
         model.delete_adapter("bank")
     model.train_adapter("insurance")
     with pytest.raises(ValueError, match="whose teachers were all deleted has nothing to learn from"):
