@@ -77,7 +77,7 @@ class DistillationRecord:
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)  # so that setting a field of `settings` here is an error
 class Distillation:
     """Distillation of one student on one model.
 

@@ -15,7 +15,6 @@ COVERED_BY = {
     "cli/evaluate": "cli/test_main.py",
     "cli/saved": "cli/test_main.py",
     "cli/train": "cli/test_main.py",
-    "method/distillation": "method/test_whole_layers.py",
     "method/layer_pass": "method/test_layers.py",
     "method/training_pass": "method/test_forward.py",
     "student/training_run": "hub/test_card.py",
