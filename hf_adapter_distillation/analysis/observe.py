@@ -180,8 +180,8 @@ def _unpadded(examples: list[Any]) -> Mapping[str, Any]:
 
 
 def _inputs(model: ModelAdaptersMixin, batch: Mapping[str, Any]) -> dict[str, Any]:
-    label_names = {name for head in heads_of(model).values() for name in head.get_label_names()}
-    accepted = label_names.union(forward_arguments(model))
+    heads: Mapping[str, Any] = heads_of(model)
+    accepted = {*forward_arguments(model), *(name for head in heads.values() for name in head.get_label_names())}
     return send_to_device({name: value for name, value in batch.items() if name in accepted}, model.device)
 
 
