@@ -1,1 +1,1 @@
-"""What the fusion makes of each teacher, as numbers and figures."""
+"""Measure and draw how much the fusion uses each teacher; read `observe`, then `plots`."""

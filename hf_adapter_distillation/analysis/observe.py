@@ -1,13 +1,12 @@
-"""Measure where the knowledge came from: how much the fusion uses each teacher on given data, with standard errors.
+"""Measure how much the fusion uses each teacher on given data, with standard errors.
 
-All of it needs the fusion: call it during or before training, or after a training with `keep_fusion=True` and another
-`model.train_adapter(student)`. `DistillationTrainingArguments(analysis=True)` writes it at the end of the training.
+The functions need the fusion: call them before or during a training, or after one with `keep_fusion=True` and another
+`model.train_adapter(student)`. `DistillationTrainingArguments(analysis=True)` writes them at the end of the training.
 """
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from math import nan, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from .._compat import forward_arguments
+from .._compat import forward_arguments, heads_of
 from ..composition import AdapterDistillation, block_of
 from ..method.distillation import distillation_of, distillations
 from ..method.layer_pass import LayerPass, Place
@@ -32,38 +31,37 @@ logger = logging.get_logger(__name__)
 
 Data: TypeAlias = Dataset | datasets.Dataset | DataLoader
 Collator: TypeAlias = Callable[[list[Any]], Mapping[str, Any]]
-
-
 AttentionTable: TypeAlias = dict[str, dict[str, Estimate]]
 
 
 def teacher_attention(
     model: ModelAdaptersMixin, dataset: Data, data_collator: Collator | None = None, batch_size: int = 16
 ) -> AttentionTable:
-    """The mean attention that the fusion pays to each teacher, by layer.
+    """Measure the mean attention of the fusion to each teacher, by layer.
 
     The model runs in evaluation mode, so that each layer sees the student's hidden states, as in production.
 
     Args:
-        model: The model, whose active setup is a distillation block with its fusion.
+        model: A model whose active setup is a distillation block with its fusion.
         dataset: Examples as a trainer takes them (columns that the model does not take are left out), or a
             `DataLoader` of batches.
-        data_collator: Makes batches of examples, `DataCollatorWithPadding(tokenizer)` for instance. By default
-            `transformers.default_data_collator`, which does not pad.
+        data_collator: A function that makes a batch, for instance `DataCollatorWithPadding(tokenizer)`. The default,
+            `transformers.default_data_collator`, does not pad.
         batch_size: The number of examples in a batch.
 
     Returns:
-        `{layer: {teacher: estimate}}`: the mean over the non-padding tokens of a sequence, and of these over all
-        sequences. The means of a layer sum to 1.
+        `{layer: {teacher: estimate}}`: the mean over sequences of the mean over non-padding tokens. The means of a
+        layer sum to 1.
 
     Raises:
         ValueError: If no distillation block is active, its fusion was dropped, or there are no examples.
     """
     block = _observed_block(model)
     table = {}
-    for location, seen in _observations(model, _loader(dataset, data_collator, batch_size)).items():
-        weights = dict(zip(seen.names, seen.attention.T, strict=True))
-        absent = torch.zeros(len(seen.attention))  # a teacher without a module in this layer
+    for location, parts in _observations(model, _loader(dataset, data_collator, batch_size)).items():
+        attention = torch.cat([part.attention for part in parts])  # (n_sequences, n_teachers)
+        weights = dict(zip(parts[0].names, attention.T, strict=True))
+        absent = torch.zeros(len(attention))  # a teacher without a module in this layer
         table[location] = {name: _estimate(weights.get(name, absent)) for name in block.teachers}
     return table
 
@@ -71,17 +69,11 @@ def teacher_attention(
 def student_distance(
     model: ModelAdaptersMixin, dataset: Data, data_collator: Collator | None = None, batch_size: int = 16
 ) -> dict[str, Estimate]:
-    """The distance of the student to its fused teachers, by layer.
+    """Measure the distance of the student to its fused teachers, by layer.
 
-    It is what `losses.FeatureLoss` measures, in evaluation mode: the squared distance of the updates in units of the
-    variance of the fused one. 0 is a student that does what its fused teachers do there, 1 is as far as one that adds
-    nothing.
-
-    Args:
-        model: As for `teacher_attention`.
-        dataset: The same.
-        data_collator: The same.
-        batch_size: The same.
+    The distance is that of `losses.FeatureLoss` in evaluation mode: the squared distance of the updates in units of
+    the variance of the fused update. It is 0 for a student that equals its fused teachers, and 1 for one that adds
+    nothing. The arguments are those of `teacher_attention`.
 
     Returns:
         `{layer: estimate}`, means over sequences.
@@ -89,28 +81,23 @@ def student_distance(
     Raises:
         ValueError: As for `teacher_attention`.
     """
-    seen = _observations(model, _loader(dataset, data_collator, batch_size))
-    return {location: _estimate(observation.distance) for location, observation in seen.items()}
+    observations = _observations(model, _loader(dataset, data_collator, batch_size))
+    return {place: _estimate(torch.cat([part.distance for part in parts])) for place, parts in observations.items()}
 
 
 def leave_one_teacher_out(
     model: ModelAdaptersMixin, dataset: Data, data_collator: Collator | None = None, batch_size: int = 16
 ) -> dict[str, Estimate]:
-    """What the fused teachers lose in task loss when one of them is left out, for each teacher.
+    """Measure the change of the fused teachers' task loss when one of them is left out, for each teacher.
 
-    Each layer passes on the fused output, without the student. For each teacher the examples run again with the
-    others alone, between which the attention is then shared out. It costs N + 1 passes over the examples and trains
-    nothing: it says what the fusion has of a teacher, not what a student trained without it would be.
-
-    Args:
-        model: As for `teacher_attention`.
-        dataset: Examples with labels, else as there.
-        data_collator: The same.
-        batch_size: The same.
+    Each layer passes on the fused output, without the student. The examples, which need labels, run once with all
+    teachers and once without each, when the others share the attention. Nothing is trained: the change measures the
+    use of a teacher for the fusion, not for a student trained without it. The arguments are those of
+    `teacher_attention`.
 
     Returns:
         `{teacher: estimate}`: the loss without the teacher minus the loss with all, above 0 where the teacher helps.
-        The means are over examples; the errors come from the differences of batches, NaN for a single one.
+        The means are over examples. The errors come from the differences of batches, and are NaN for a single batch.
 
     Raises:
         ValueError: As for `teacher_attention`; if there is a single teacher, or the outputs of the model have no loss.
@@ -135,19 +122,11 @@ def write_analysis(
     data_collator: Collator | None = None,
     batch_size: int = 16,
 ) -> AttentionTable:
-    """Writes all three as tables (CSV) and figures (PNG).
+    """Write the results of all three functions as tables (CSV) and figures (PNG), and return the attention.
 
-    Where teachers cannot be left out (a single one, no labels) a warning says so, and the other two are written.
-
-    Args:
-        model: As for `teacher_attention`.
-        dataset: Examples, best with labels and not trained on.
-        folder: The folder, which is made if it is missing.
-        data_collator: As for `teacher_attention`.
-        batch_size: The same.
-
-    Returns:
-        The attention.
+    If no teacher can be left out (a single teacher, no labels), a warning says so, and the other two are written. The
+    folder is created if it is missing. The other arguments are those of `teacher_attention`; the data set should have
+    labels and not be the training data.
 
     Raises:
         ValueError: As for `teacher_attention`.
@@ -157,34 +136,31 @@ def write_analysis(
     attention, distance = teacher_attention(model, loader), student_distance(model, loader)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [(layer, name, *cell) for layer, row in attention.items() for name, cell in row.items()]
-    _write_table(folder / "teacher_attention.csv", ("layer", "teacher"), cells)
-    plot_teacher_attention(attention).savefig(folder / "teacher_attention.png")
-    _write_table(folder / "student_distance.csv", ("layer",), [(layer, *cell) for layer, cell in distance.items()])
-    plot_student_distance(distance).savefig(folder / "student_distance.png")
+    cells: list[tuple] = [(layer, name, *cell) for layer, row in attention.items() for name, cell in row.items()]
+    _write(folder / "teacher_attention", ("layer", "teacher"), cells, plot_teacher_attention(attention))
+    cells = [(layer, *cell) for layer, cell in distance.items()]
+    _write(folder / "student_distance", ("layer",), cells, plot_student_distance(distance))
     try:
         differences = leave_one_teacher_out(model, loader)
     except ValueError as error:
         logger.warning(f"No teacher was left out: {error}")
         return attention
-    _write_table(
-        folder / "leave_one_teacher_out.csv", ("teacher",), [(name, *cell) for name, cell in differences.items()]
-    )
-    plot_leave_one_teacher_out(differences).savefig(folder / "leave_one_teacher_out.png")
+    cells = [(name, *cell) for name, cell in differences.items()]
+    _write(folder / "leave_one_teacher_out", ("teacher",), cells, plot_leave_one_teacher_out(differences))
     return attention
 
 
-def _write_table(path: Path, keys: tuple[str, ...], rows: Sequence[tuple]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+def _write(path: Path, keys: tuple[str, ...], rows: Sequence[tuple], figure: Any) -> None:
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([(*keys, *Estimate._fields), *rows])
+    figure.savefig(path.with_suffix(".png"))
 
 
 def _observed_block(model: ModelAdaptersMixin) -> AdapterDistillation:
-    block = block_of(model.active_adapters)
+    setup = model.active_adapters
+    block = block_of(setup)
     if block is None or block.student not in distillations(model.adapters_config):
-        raise ValueError(
-            f"The active setup {model.active_adapters} distils nothing; call model.train_adapter(student)."
-        )
+        raise ValueError(f"The active setup {setup} distils nothing; call model.train_adapter(student).")
     return block
 
 
@@ -204,31 +180,21 @@ def _unpadded(examples: list[Any]) -> Mapping[str, Any]:
 
 
 def _inputs(model: ModelAdaptersMixin, batch: Mapping[str, Any]) -> dict[str, Any]:
-    of_heads = (head.get_label_names() for head in getattr(model, "heads", {}).values())
-    taken = {*forward_arguments(model), *chain.from_iterable(of_heads)}
-    return send_to_device({name: value for name, value in batch.items() if name in taken}, model.device)
+    heads: Mapping[str, Any] = heads_of(model)
+    accepted = {*forward_arguments(model), *(name for head in heads.values() for name in head.get_label_names())}
+    return send_to_device({name: value for name, value in batch.items() if name in accepted}, model.device)
 
 
 class Observation(NamedTuple):
-    """One batch at one place in evaluation mode, sequence by sequence, without sequences of padding only.
+    """Measurements of the sequences of a batch at one place, without sequences of padding only."""
 
-    Args:
-        names: The teachers.
-        attention: The mean attention to each of them over the tokens of a sequence, (n_sequences, n_teachers).
-        distance: The distance of the student's update to the fused one (`losses.FeatureLoss`), (n_sequences,).
-    """
-
-    names: tuple[str, ...]
-    attention: torch.Tensor
-    distance: torch.Tensor
+    names: tuple[str, ...]  # of the teachers
+    attention: torch.Tensor  # (n_sequences, n_teachers), means over tokens
+    distance: torch.Tensor  # (n_sequences,), of the student's update to the fused one (`losses.FeatureLoss`)
 
 
 class ObservingPass(LayerPass):
-    """A pass that observes the fusion in each layer.
-
-    Args:
-        passes_fused_on: Whether a layer passes on the fused output, not the student's as in production.
-    """
+    """Forward pass that observes the fusion in each layer, and passes on the student's output or the fused one."""
 
     def __init__(self, passes_fused_on: bool) -> None:
         self.passes_fused_on = passes_fused_on
@@ -254,21 +220,14 @@ def _observing(model: ModelAdaptersMixin, passes_fused_on: bool) -> Iterator[Obs
         yield observing_pass
 
 
-def _observations(model: ModelAdaptersMixin, loader: DataLoader) -> dict[str, Observation]:
-    """Observe each place on all sequences."""
+def _observations(model: ModelAdaptersMixin, loader: DataLoader) -> dict[str, list[Observation]]:
+    """Observe each place on all batches."""
     with _observing(model, passes_fused_on=False) as observing_pass:
         for batch in loader:
             model(**_inputs(model, batch))
     if not observing_pass.observations:
         raise ValueError("There is no attention to show: there are no examples, or the fusion was dropped.")
-    return {
-        location: Observation(
-            parts[0].names,
-            torch.cat([part.attention for part in parts]).double().cpu(),
-            torch.cat([part.distance for part in parts]).double().cpu(),
-        )
-        for location, parts in observing_pass.observations.items()
-    }
+    return observing_pass.observations
 
 
 def _losses(
@@ -291,8 +250,8 @@ def _losses(
 
 
 def _estimate(values: torch.Tensor, weights: torch.Tensor | None = None) -> Estimate:
-    """The (weighted) mean of values, (n,), with its standard error."""
-    n = len(values)
+    """Return the (weighted) mean of values, (n,), with its standard error."""
+    n, values = len(values), values.double().cpu()
     weights = torch.ones_like(values) if weights is None else weights
     weights = weights / weights.sum()
     mean = (weights * values).sum()

@@ -1,4 +1,4 @@
-"""Figures of what `analysis` finds, for few teachers and layers or for many. Needs matplotlib."""
+"""Draw the results of `observe` with matplotlib, for few teachers and layers or for many."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
@@ -12,31 +12,21 @@ MISSING = 'Plots need matplotlib; pip install "hf-adapter-distillation[plots]".'
 
 
 class Estimate(NamedTuple):
-    """A mean over examples.
-
-    Args:
-        mean: The mean, which is also `float()` of the estimate.
-        standard_error: Its standard error, NaN for a single example.
-    """
+    """Mean over examples, which is also `float()` of the estimate, and its standard error."""
 
     mean: float
-    standard_error: float
+    standard_error: float  # NaN for a single example
 
     def __float__(self) -> float:
-        """The mean."""
         return self.mean
 
 
 def plot_teacher_attention(
     table: Mapping[str, Mapping[str, SupportsFloat]], title: str = "Attention over teachers"
 ) -> "Figure":
-    """Draws the table of `teacher_attention` as a heat map, layers from bottom to top.
+    """Draw a table of `teacher_attention`, estimates or numbers, as a heat map, layers from bottom to top.
 
-    Up to 16 teachers the cells show their numbers. The scale begins at 0; a mark on it is the equal share.
-
-    Args:
-        table: `{layer: {teacher: weight}}`, estimates or numbers.
-        title: The title of the figure.
+    Up to 16 teachers the cells show their numbers. The scale begins at 0; a red mark on it is the equal share.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.
@@ -49,8 +39,7 @@ def plot_teacher_attention(
         raise ValueError("The table is empty; make one with teacher_attention(model, dataset).")
     layers, teachers = list(table), list(next(iter(table.values())))
     numbered = len(teachers) <= NUMBERED
-    height = min(LONGEST, 1.6 + 0.42 * len(layers))
-    figure, axes = _axes(3.2 + len(teachers) * (0.8 if numbered else 0.24), height)
+    figure, axes = _axes(3.2 + len(teachers) * (0.8 if numbered else 0.24), 1.6 + 0.42 * len(layers))
     weights = [[float(table[layer][teacher]) for teacher in teachers] for layer in layers]
     highest = max(map(max, weights))
     image = axes.imshow(weights, origin="lower", aspect="auto", cmap="viridis", vmin=0)
@@ -71,14 +60,7 @@ def plot_teacher_attention(
 def plot_student_distance(
     distances: Mapping[str, Estimate], title: str = "Distance of the student to its fused teachers"
 ) -> "Figure":
-    """Draws what `student_distance` finds, layers from bottom to top, with bars of one standard error.
-
-    Args:
-        distances: `{layer: estimate}`.
-        title: The title of the figure.
-
-    Returns:
-        A matplotlib figure.
+    """Draw the result of `student_distance` as bars with one standard error, layers from bottom to top.
 
     Raises:
         ValueError: If there are no distances.
@@ -86,25 +68,17 @@ def plot_student_distance(
     """
     if not distances:
         raise ValueError("There are no distances; find them with student_distance(model, dataset).")
-    figure, axes = _bars(distances, title, "squared distance / variance of the fused update")
+    figure, axes = _bars(distances, title, "layer", "squared distance / variance of the fused update")
     axes.axvline(1, color="gray", linestyle="--", linewidth=1, label="a student that adds nothing")
     axes.legend(loc="lower right", fontsize=8)
     axes.set_xlim(left=0)
-    axes.set_ylabel("layer")
     return figure
 
 
 def plot_leave_one_teacher_out(
     differences: Mapping[str, Estimate], title: str = "Without one of the teachers"
 ) -> "Figure":
-    """Draws what `leave_one_teacher_out` finds, the most useful teacher on top, with bars of one standard error.
-
-    Args:
-        differences: `{teacher: estimate}`.
-        title: The title of the figure.
-
-    Returns:
-        A matplotlib figure.
+    """Draw the result of `leave_one_teacher_out` as bars with one standard error, the most useful teacher on top.
 
     Raises:
         ValueError: If there are no differences.
@@ -112,11 +86,10 @@ def plot_leave_one_teacher_out(
     """
     if not differences:
         raise ValueError("There are no differences; find them with leave_one_teacher_out(model, dataset).")
-    order = sorted(differences, key=lambda name: differences[name].mean)
+    ordered = dict(sorted(differences.items(), key=lambda item: item[1].mean))
     label = "task loss without it, minus with all: right of 0 it helps"
-    figure, axes = _bars({name: differences[name] for name in order}, title, label)
+    figure, axes = _bars(ordered, title, "teacher left out", label)
     axes.axvline(0, color="gray", linewidth=1)
-    axes.set_ylabel("teacher left out")
     return figure
 
 
@@ -125,18 +98,18 @@ def _axes(width: float, height: float) -> tuple["Figure", Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(MISSING) from error
-    figure = Figure(figsize=(min(LONGEST, width), height), layout="constrained", dpi=150)
+    figure = Figure(figsize=(min(LONGEST, width), min(LONGEST, height)), layout="constrained", dpi=150)
     return figure, figure.add_subplot()
 
 
-def _bars(estimates: Mapping[str, Estimate], title: str, label: str) -> tuple["Figure", Any]:
-    """One horizontal bar for each estimate, from bottom to top; an error that is not known is not drawn."""
-    figure, axes = _axes(6.4, min(LONGEST, 1.4 + 0.24 * len(estimates)))
+def _bars(estimates: Mapping[str, Estimate], title: str, name: str, label: str) -> tuple["Figure", Any]:
+    """Draw one horizontal bar for each estimate, from bottom to top; an error that is NaN is not drawn."""
+    figure, axes = _axes(6.4, 1.4 + 0.24 * len(estimates))
     means, errors = zip(*estimates.values(), strict=True)
     places = range(len(estimates))
     axes.barh(places, means, height=0.7, color="#4c72b0")
     axes.errorbar(means, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
     axes.set_yticks(places, list(estimates), fontsize=8 if len(estimates) > NUMBERED else 10)
-    axes.set(title=title, xlabel=label)
+    axes.set(title=title, xlabel=label, ylabel=name)
     axes.margins(y=0.01)
     return figure, axes

@@ -1,1 +1,4 @@
-"""The two stages of a training."""
+"""Train a student in two stages.
+
+Reading order: `trainer`, `preparation`, `steps`, `results`, `data`, `checkpoint`, `callbacks`, `checks`, `loss_log`.
+"""

@@ -15,13 +15,9 @@ logger = logging.get_logger(__name__)
 
 
 class StageCallback(TrainerCallback):
-    """Write the stage in front of Trainer's progress bar, if there is one.
+    """Write the stage in front of Trainer's progress bar, which is one of the callbacks of the handler.
 
     There is none with `disable_tqdm`, on processes other than the first, and in notebooks, which show a table.
-
-    Args:
-        first_distillation_step: Returns the number of the first step of stage 2, from 0.
-        handler: The trainer's callbacks, among them its progress bar.
     """
 
     def __init__(self, first_distillation_step: Callable[[], int], handler: CallbackHandler) -> None:
@@ -29,16 +25,12 @@ class StageCallback(TrainerCallback):
         self.handler = handler
         self.stage = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Forget the progress bar of an earlier training."""
         self.stage = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write the stage where it changes."""
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write the stage if it has changed."""
         stage = 2 if state.global_step >= self.first_distillation_step() else 1
         if stage == self.stage:
             return
@@ -49,13 +41,10 @@ class StageCallback(TrainerCallback):
 
 
 class SigtermCallback(TrainerCallback):
-    """At SIGTERM finish the running step, write a checkpoint, and exit with status 143.
+    """Finish the running step at SIGTERM, write a checkpoint, and exit with status 143.
 
-    Schedulers and spot machines send SIGTERM before they kill. Signals are caught while the callback is entered as a
-    context.
-
-    Args:
-        accelerator: The accelerator, whose processes stop at the same step.
+    Schedulers and spot machines send SIGTERM before they kill. The callback catches it while it is entered as a
+    context, and stops all processes of the accelerator at the same step.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -73,9 +62,7 @@ class SigtermCallback(TrainerCallback):
     def _receive(self, *args: object) -> None:
         self.received = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint, in all processes at the same step."""
         if args.world_size > 1:
             received = torch.tensor(float(self.received), device=args.device)
@@ -83,12 +70,8 @@ class SigtermCallback(TrainerCallback):
         if self.received:
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Exit as soon as the checkpoint is written.
-
-        Raises:
-            SystemExit: With the status of a process that SIGTERM has ended.
-        """
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Exit with the status of a process that SIGTERM has ended, as soon as the checkpoint is written."""
         if self.received:
             self.accelerator.wait_for_everyone()
             logger.warning(f"Stopped by SIGTERM after step {state.global_step}; resume_from_checkpoint=True goes on.")

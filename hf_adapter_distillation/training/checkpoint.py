@@ -1,8 +1,7 @@
-"""Checkpoints of a distillation: what they hold, and which of them are whole."""
+"""Checkpoints of a distillation: write, check and load them."""
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -13,13 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .._compat import (
-    ADAPTER_CONFIG_NAME,
-    HEAD_WEIGHTS_NAME,
-    SAFE_HEAD_WEIGHTS_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-)
+from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.parameters import is_fusion
 from ..student.provenance import adapter_digest, read_provenance
@@ -32,77 +25,60 @@ DIGESTS_NAME = "checkpoint_digests.json"
 
 
 def save_student(model: ModelAdaptersMixin, student: str, folder: str) -> None:
-    """Writes the student with its head, as `save_adapter` does, and the fusion, if it is on the model.
-
-    Args:
-        model: The model.
-        student: The name of the student.
-        folder: The folder of the checkpoint.
-    """
-    os.makedirs(folder, exist_ok=True)
-    save_weights(model, student, os.path.join(folder, student))
+    """Write the student with its head, as `save_adapter` does, and the fusion if it is on the model."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_weights(model, student, str(Path(folder) / student))
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
-        save_file(fusion, os.path.join(folder, FUSION_WEIGHTS_NAME))
+        save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME)
 
 
 def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:
-    """Reads back what `save_student` wrote.
-
-    Args:
-        model: The model, on which `train_adapter` was called.
-        block: The distillation block.
-        folder: The folder of the checkpoint.
+    """Load the checkpoint that `save_student` wrote into a model on which `train_adapter` was called.
 
     Raises:
-        ValueError: If it is one of another student, was made with other teachers, or lacks weights. The model is then
-            what it was.
+        ValueError: If the checkpoint is of another student, was made with other teachers, or lacks weights. The model
+            is then unchanged.
     """
-    saved = os.path.join(folder, block.student)
-    if not os.path.isfile(os.path.join(saved, ADAPTER_CONFIG_NAME)):
+    saved, fusion = Path(folder) / block.student, Path(folder) / FUSION_WEIGHTS_NAME
+    if not (saved / ADAPTER_CONFIG_NAME).is_file():
         raise ValueError(f"{saved} does not exist, so there is no checkpoint of {block.student!r} to resume.")
     _check_teachers(model, block, saved)
-    fusion = os.path.join(folder, FUSION_WEIGHTS_NAME)
-    if not os.path.isfile(fusion):
+    if not fusion.is_file():
         raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
     state = load_file(fusion)
-    for name in (SAFE_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME):
-        if os.path.exists(path := os.path.join(saved, name)):
-            state.update(load_file(path))
-    for name in (WEIGHTS_NAME, HEAD_WEIGHTS_NAME):
-        if os.path.exists(path := os.path.join(saved, name)):
-            state.update(torch.load(path, map_location="cpu", weights_only=True))
-    own = model.state_dict()
-    wrong = {name for name, value in state.items() if name not in own or own[name].shape != value.shape}
+    for path in saved.glob("*.safetensors"):
+        state |= load_file(path)
+    for path in saved.glob("*.bin"):  # of a student with a prefix
+        state |= torch.load(path, map_location="cpu", weights_only=True)
+    current = model.state_dict()
+    wrong = {name for name, value in state.items() if name not in current or current[name].shape != value.shape}
     wrong |= {name for name, p in model.named_parameters() if p.requires_grad and name not in state}
     if wrong:
         raise ValueError(
             f"The checkpoint {folder} does not fit {block.student!r}: {len(wrong)} weights "
             f"are missing, unknown or of another shape, {min(wrong)} the first; use the configs of that training."
         )
-    # Straight into the parameters: adapters would put a new head in the place of the one that is trained.
+    # Straight into the parameters: adapters would replace the head that is trained by a new one.
     model.load_state_dict(state, strict=False)
-    # Adapters lays out the bases of ReFT anew where it saves, and rounding follows the layout.
+    # Adapters changes the memory layout of the bases of ReFT when it saves, and rounding depends on the layout.
     model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
 
 
-def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:
+def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: Path) -> None:
     saved = {teacher.name: teacher.digest for teacher in read_provenance(folder).teachers}
-    here = {teacher: adapter_digest(model, teacher) for teacher in block.teachers}
-    if different := sorted(name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)):
+    current = {teacher: adapter_digest(model, teacher) for teacher in block.teachers}
+    if different := sorted({name for name, _ in saved.items() ^ current.items()}):
         raise ValueError(
             f"The checkpoint {folder} was made with other teachers than the model has now; different or missing: "
-            f"{', '.join(different)}. Load the same teachers, or start anew without resume_from_checkpoint."
+            f"{', '.join(different)}. Load the same teachers, or start again without resume_from_checkpoint."
         )
 
 
 def write_digests(folder: str) -> None:
-    """Notes the SHA-256 digest of each file of a checkpoint but the last one.
+    """Write the SHA-256 digest of each file of a checkpoint, and delete its last file, `trainer_state.json`.
 
-    That one is `trainer_state.json`: the checkpoint is whole once it is there, and not before, whatever an earlier
+    Trainer writes that file after the digests. A checkpoint is whole once the file exists, whatever an earlier
     training has left in the folder.
-
-    Args:
-        folder: The folder of the checkpoint.
     """
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != DIGESTS_NAME)
@@ -115,10 +91,7 @@ def _digest(path: Path) -> str:
 
 
 def check_whole(folder: str) -> None:
-    """Refuses a checkpoint that was not written to its end, or was damaged since.
-
-    Args:
-        folder: The folder of the checkpoint.
+    """Check that a checkpoint was written to its end and was not damaged since.
 
     Raises:
         ValueError: With the first file that is missing or damaged.
@@ -138,17 +111,14 @@ def check_whole(folder: str) -> None:
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that a training starts from.
+    """Return the folder of the checkpoint that a training starts from, if any.
 
     Args:
-        asked: The folder of a checkpoint, True for the newest whole one, or None or False for none.
+        asked: The folder of a checkpoint, True for the newest whole one in `output_dir`, None or False for none.
         output_dir: The folder of the training.
 
-    Returns:
-        The folder of the checkpoint, or None.
-
     Raises:
-        ValueError: If the folder that was asked for is not whole, or there is no whole one.
+        ValueError: If the given checkpoint is not whole, or no whole one exists.
     """
     if asked is True:
         if (newest := newest_whole_checkpoint(output_dir)) is None:
@@ -160,14 +130,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | Non
 
 
 def newest_whole_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint that was written to its end; a warning names those that are skipped.
-
-    Args:
-        output_dir: The folder of the training.
-
-    Returns:
-        The folder of the checkpoint, or None if there is none.
-    """
+    """Return the folder of the newest whole checkpoint of a training, or None; a warning names each skipped one."""
     steps = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)):

@@ -15,11 +15,11 @@ NOT_SHARDED = (
 
 
 def check_arguments(args: DistillationTrainingArguments) -> None:
-    """Check the arguments for ways to spread the training that make no sense for it.
+    """Check that the arguments neither shard the model nor, without matplotlib, ask for an analysis.
 
     Raises:
-        ValueError: With the setting.
-        ImportError: If an analysis is wanted and matplotlib is not installed.
+        ValueError: If the training would run on several GPUs in an unsupported way.
+        ImportError: If `analysis=True` and matplotlib is not installed.
     """
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name):
@@ -40,29 +40,16 @@ def check_combinations(
     model_has_labels: bool,
     has_unlabelled: bool,
 ) -> None:
-    """Check for settings that exclude one another.
-
-    Args:
-        args: The arguments.
-        distillation: The student's distillation.
-        distributed_type: How accelerate spreads the training.
-        model_has_labels: Whether the model gets the labels; label smoothing and `compute_loss_func` take them away.
-        has_unlabelled: Whether there are examples without labels.
-
-    Raises:
-        ValueError: With the settings.
-    """
+    """Check for settings that exclude one another; a loss computed outside the model leaves it without labels."""
     if (kind := distributed_type.value) != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"accelerate's distributed_type {kind} {NOT_SHARDED}")
     config = distillation.config
-    if args.torch_compile and distillation.level == "layer":
-        raise ValueError(
-            "torch_compile=True is not supported where whole layers are fused (level='layer'); leave it out."
-        )
-    if args.torch_compile and config.output_objectives:
-        raise ValueError(
-            f"torch_compile=True is not supported with the objective {min(config.output_objectives)!r}; leave it out."
-        )
+    if args.torch_compile and (distillation.level == "layer" or config.output_objectives):
+        if distillation.level == "layer":
+            reason = "where whole layers are fused (level='layer')"
+        else:
+            reason = f"with the objective {min(config.output_objectives)!r}"
+        raise ValueError(f"torch_compile=True is not supported {reason}; leave it out.")
     if config.carrier == "dual" and not model_has_labels:
         raise ValueError(
             "The carrier 'dual' needs the model's own loss in both of its passes; leave out "

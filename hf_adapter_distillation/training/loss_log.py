@@ -1,4 +1,4 @@
-"""Loss terms between two logs, and norms of gradients."""
+"""The means of the loss terms between two logs, and the norms of gradients."""
 
 from collections import defaultdict
 
@@ -14,11 +14,7 @@ from ..method.parameters import parameter_roles
 
 
 class LoggedTerms:
-    """Sums of the loss terms since the last log, and the norms of the last step's gradients.
-
-    Args:
-        accelerator: The accelerator, over whose processes the terms are averaged.
-    """
+    """Sums of the loss terms since the last log, and norms of the last step's gradients."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -26,7 +22,7 @@ class LoggedTerms:
         self.clear()
 
     def begin(self, model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-        """Begin a training: forget all sums, and find the trained parameters of each role."""
+        """Begin a training: forget all sums, and collect the trained parameters of each role."""
         self.clear()
         self.trained = {}
         role_of = parameter_roles(model, block)
@@ -43,11 +39,11 @@ class LoggedTerms:
     def note(
         self, loss: torch.Tensor, record: DistillationRecord, settings: StageSettings, step: float, share: float
     ) -> None:
-        """Add the terms of one micro-batch with labels.
+        """Add the terms of a micro-batch with labels.
 
         Args:
             loss: The whole loss as Trainer reports it, detached.
-            record: What distillation added to it.
+            record: The terms that distillation added to the loss.
             settings: The settings of this micro-batch.
             step: The share of the micro-batch in an optimizer step.
             share: The share of the micro-batch in the distillation loss.
@@ -68,12 +64,7 @@ class LoggedTerms:
         self.note_distillation(record, step * share)
 
     def note_distillation(self, record: DistillationRecord, step: float) -> None:
-        """Add the distillation terms of one micro-batch, with labels or without.
-
-        Args:
-            record: What distillation added.
-            step: The share of the micro-batch in the distillation loss of an optimizer step.
-        """
+        """Add the distillation terms of a micro-batch with a share `step` in the distillation loss of a step."""
         assert record.distillation_loss is not None
         assert record.fusion_regularization is not None
         self.sums["distillation_loss"] += step * record.distillation_loss
@@ -96,9 +87,8 @@ class LoggedTerms:
     def means(self) -> dict[str, float]:
         """Return the means per step since the last call, over all processes, and forget all sums.
 
-        Returns:
-            `task_loss` over all steps, `stage`, over those steps that were in stage 2 the other terms and
-            `attention/<name>`, and of the last step `grad_norm/<part>`; empty if nothing was noted.
+        `task_loss` is the mean over all steps; the other terms and `attention/<name>` are means over the steps in
+        stage 2. `stage` is 2 if there were any, and `grad_norm/<part>` that of the last step. Empty without steps.
         """
         if not self.sums:
             return {}

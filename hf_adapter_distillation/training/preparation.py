@@ -1,7 +1,5 @@
-"""What happens between `train()` and the first step: `prepare_training` reads in the order in which it happens."""
+"""The steps between `train()` and the first training step; `prepare_training` reads in their order."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from adapters import ModelAdaptersMixin
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -25,7 +23,7 @@ from ..student.provenance import adapter_digest
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from .checkpoint import load_student
-from .data import draw_examples
+from .data import Examples, draw_examples
 
 logger = logging.get_logger(__name__)
 
@@ -33,47 +31,13 @@ RANKED_EXAMPLES = 256  # of the training data
 MAX_BYTES = 10**9  # of main memory for predictions, in each process
 
 
-class Examples(NamedTuple):
-    """Access to the examples of a training.
-
-    Args:
-        train: The training data.
-        unlabelled: Examples without labels, if there are any.
-        seed: The seed of draws.
-        batches: Turns examples into inputs of the model, on its device. All processes read all of them: a share of
-            their own would be padded with examples that count twice.
-        autocast: The context in which the trainer runs the model.
-        labels_go_to_model: Whether the model gets the labels, since its own loss is trained.
-    """
-
-    train: Dataset | None
-    unlabelled: Dataset | None
-    seed: int
-    batches: Callable[[Dataset], Iterable[dict[str, Any]]]
-    autocast: Callable[[], AbstractContextManager]
-    labels_go_to_model: bool
-
-    def model_inputs(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
-        """Yield examples as the model gets them in the training."""
-        for inputs in self.batches(dataset):
-            yield {name: v for name, v in inputs.items() if name != "labels" or self.labels_go_to_model}
-
-
 class Preparation(NamedTuple):
-    """Result of `prepare_training`.
+    """Result of `prepare_training`."""
 
-    Args:
-        block: The distillation block with the teachers that were chosen.
-        teacher_modules: The modules of the teachers, which stay in evaluation mode.
-        digests: The digest of each teacher's weights.
-        calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
-        predictions: The teachers' predictions for the examples, if an objective needs them.
-    """
-
-    block: AdapterDistillation
-    teacher_modules: list[nn.Module]
-    digests: dict[str, str]
-    calibration: torch.Tensor | None
+    block: AdapterDistillation  # with the selected teachers
+    teacher_modules: list[nn.Module]  # which stay in evaluation mode
+    digests: dict[str, str]  # of the teachers' weights
+    calibration: torch.Tensor | None  # slope and offset of each teacher's scores, (n_teachers, 2), for `cross_task`
     predictions: PredictionCache | None
 
 
@@ -92,8 +56,6 @@ def prepare_training(
 
     Args:
         model: The model that is trained, not wrapped.
-        block: The distillation block.
-        examples: The examples.
         accelerator: The accelerator, over whose processes results are averaged.
         checkpoint: The folder of the checkpoint to resume from, if any.
         n_read: The number of examples that stage 2 reads.
@@ -129,7 +91,7 @@ def _show(table: str, show: bool) -> None:
 
 
 def _drawn_batches(examples: Examples, reason: str) -> list[dict[str, Any]]:
-    drawn = None if examples.train is None else draw_examples(examples.train, RANKED_EXAMPLES, examples.seed)
+    drawn = draw_examples(examples.train, RANKED_EXAMPLES, examples.seed)
     if drawn is None:
         raise ValueError(f"{reason} reads examples before the training; pass a train_dataset that can be read twice.")
     return list(examples.batches(drawn))
@@ -138,16 +100,10 @@ def _drawn_batches(examples: Examples, reason: str) -> list[dict[str, Any]]:
 def select_teachers(
     model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator, show: bool
 ) -> AdapterDistillation:
-    """Keep only the best teachers, if `DistillationConfig.teacher_selection` is a number.
+    """Keep only the best teachers if `DistillationConfig.teacher_selection` is a number; return the active block.
 
     A teacher that is not above chance is dropped, unless none is. A student that is still at its teachers' average is
     set to the average of the kept ones.
-
-    Returns:
-        The block with the kept teachers, which is active.
-
-    Raises:
-        ValueError: If the training data cannot be read before the training.
     """
     distillation = distillation_of(model, block.student)
     k = distillation.config.teacher_selection
@@ -177,17 +133,13 @@ def select_teachers(
 
 
 def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, accelerator: Accelerator) -> None:
-    """Move a student from the average of its teachers' weights to the average of their updates.
-
-    A student that was trained, loaded or resumed stays as it is, and so does one with a gate or a norm behind its
-    up-projections.
-    """
+    """Move a student that was neither trained nor loaded from its teachers' mean weights to their mean update."""
     distillation = distillation_of(model, student)
     if distillation.config.student_start != "teachers":
         return
     if distillation.start_digest != adapter_digest(model, student) or not can_be_fitted(model, student):
         return
-    drawn = None if examples.train is None else draw_examples(examples.train, START_EXAMPLES, examples.seed)
+    drawn = draw_examples(examples.train, START_EXAMPLES, examples.seed)
     if drawn is None:
         logger.warning(
             f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
@@ -196,9 +148,9 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
         return
 
     def forward_passes() -> None:
-        for inputs in examples.model_inputs(drawn):
-            with examples.autocast():
-                model(**inputs)
+        for inputs in examples.batches(drawn):
+            with accelerator.autocast():
+                model(**examples.model_inputs(inputs))
 
     with torch.random.fork_rng():  # the order of the training data stays the same
         explained = fit_start(model, student, forward_passes, partial(accelerator.reduce, reduction="mean"))
@@ -208,14 +160,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
 def calibrate(
     model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator
 ) -> torch.Tensor | None:
-    """Fit the calibration of the teachers' scores on the training data, for the objective `cross_task`.
-
-    Returns:
-        The slope and the offset of each teacher, (n_teachers, 2); None without the objective.
-
-    Raises:
-        ValueError: If the training data cannot be read before the training.
-    """
+    """Fit slope and offset of each teacher's scores to the training data, (n_teachers, 2), for `cross_task`."""
     if "cross_task" not in distillation_of(model, block.student).config.objectives:
         return None
     with torch.random.fork_rng():
@@ -229,10 +174,7 @@ def predict(
     """Let each teacher predict the examples that stage 2 reads more than once, if an objective needs predictions.
 
     A run of each teacher beside each training batch would cost more than the training. They run in one order before
-    the training, so that a resumed training finds the same predictions.
-
-    Returns:
-        The predictions; None if no objective needs them, or they cannot be stored.
+    the training, so that a resumed training finds the same predictions. None if they cannot be stored.
     """
     if not distillation_of(model, block.student).config.output_objectives:
         return None
@@ -249,26 +191,20 @@ def predict(
 
 
 def _predictions(
-    model: ModelAdaptersMixin,
-    block: AdapterDistillation,
-    dataset: Any,
-    examples: Examples,
-    accelerator: Accelerator,
-) -> Sequence[tuple[list[bytes], torch.Tensor]]:
+    model: ModelAdaptersMixin, block: AdapterDistillation, dataset: Any, examples: Examples, accelerator: Accelerator
+) -> list[tuple[list[bytes], torch.Tensor]]:
     """Return the keys of each batch of a data set with its logits, (batch, n_teachers, n_labels).
 
     Each process computes a share. Empty where the heads predict for tokens, or the logits would be too large to keep.
     """
     parts = []
-    with torch.random.fork_rng(), examples.autocast():
+    with torch.random.fork_rng(), accelerator.autocast():
         for number, inputs in enumerate(examples.batches(dataset)):
             if number % accelerator.num_processes != accelerator.process_index:
                 continue
             one_by_one = of_each_teacher(model, block, [inputs], "logits")
             logits = torch.stack([batches[0] for batches in one_by_one], dim=1)  # (B, N, n_labels), or more
             if logits.dim() > 3 or logits[0].nbytes * len(dataset) > MAX_BYTES:
-                break
+                return []
             parts.append((example_keys(inputs), logits.cpu()))
-        else:
-            return gather_object(parts)
-    return []
+    return gather_object(parts)

@@ -8,8 +8,7 @@ from transformers.utils import logging
 
 from ..analysis.observe import teacher_attention, write_analysis
 from ..student.provenance import adapter_digest
-from .data import draw_examples
-from .preparation import Examples
+from .data import Examples, draw_examples
 
 logger = logging.get_logger(__name__)
 
@@ -17,11 +16,7 @@ ANALYSED_EXAMPLES = 256
 
 
 def check_teachers_unchanged(model: ModelAdaptersMixin, digests: dict[str, str]) -> None:
-    """Compare the teachers' weights with their digests before the training.
-
-    Raises:
-        RuntimeError: If the weights of a teacher have changed.
-    """
+    """Compare the teachers' weights with their digests before the training; raise RuntimeError if they differ."""
     for name, digest in digests.items():
         if adapter_digest(model, name) != digest:
             raise RuntimeError(f"The weights of teacher {name!r} changed in training; reload it before you use it.")
@@ -30,21 +25,15 @@ def check_teachers_unchanged(model: ModelAdaptersMixin, digests: dict[str, str])
 def observe_attention(
     model: ModelAdaptersMixin, dataset: Dataset, examples: Examples, folder: Path | None
 ) -> dict[str, dict[str, float]]:
-    """Return the attention over the teachers for the provenance.
+    """Measure the mean attention by layer and teacher; write the whole analysis to a folder, if one is given.
 
-    Args:
-        model: The model, whose fusion is still there.
-        dataset: The data set to draw examples from.
-        examples: Access to them.
-        folder: The folder that the whole analysis is written to, if any.
-
-    Returns:
-        The mean attention by layer and teacher; nothing for a stream, which is not read twice.
+    Empty for a stream, which is not read twice.
     """
     drawn = draw_examples(dataset, ANALYSED_EXAMPLES, examples.seed)
     if drawn is None:
         return {}
-    loader: DataLoader = DataLoader(list(examples.model_inputs(drawn)), batch_size=None)  # type: ignore[arg-type]
+    batches = [examples.model_inputs(inputs) for inputs in examples.batches(drawn)]
+    loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     table = teacher_attention(model, loader)
     if folder is not None:
         try:

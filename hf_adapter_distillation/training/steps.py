@@ -1,4 +1,4 @@
-"""The steps of both stages: the settings of each step, its loss, and the terms that are logged."""
+"""The training steps of both stages: their settings, their loss, and the terms that are logged."""
 
 from functools import partial
 from math import ceil
@@ -19,7 +19,7 @@ PRIOR_EXAMPLES = 200  # the number of a task's own examples that outweigh its te
 
 
 class TwoStageTrainer(StudentPushingTrainer):
-    """A trainer whose steps belong to stage 1, the task alone, or to stage 2, with the distillation terms."""
+    """Trainer whose steps belong to stage 1, the task alone, or to stage 2, with the distillation terms."""
 
     _prepared: Preparation | None
     _unlabelled: UnlabelledBatches | None
@@ -28,7 +28,7 @@ class TwoStageTrainer(StudentPushingTrainer):
 
     @property
     def distillation(self) -> Distillation:
-        """The live distillation of the student."""
+        """The distillation of the student, with the settings of the running step."""
         return distillation_of(self.model, self.block.student)
 
     @property
@@ -59,7 +59,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         return ceil(self.distillation_start * self.state.max_steps)
 
     def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
-        """Tell the model the settings of the step."""
+        """Set the settings of the step on the model."""
         if self._prepared is None:
             raise RuntimeError(
                 "The training was not prepared; an overridden create_optimizer_and_scheduler must call super()."
@@ -125,15 +125,10 @@ class TwoStageTrainer(StudentPushingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Run a forward and a backward pass, in stage 2 also on examples without labels if there are any.
+        """Run a forward and a backward pass, in stage 2 also on examples without labels, and return the detached loss.
 
-        In stage 1 the optimizer does not see the fusion. The arguments are those of Trainer.
-
-        Returns:
-            The loss of the micro-batch, detached.
-
-        Raises:
-            FloatingPointError: If it is NaN or infinite, unless `stop_on_nan` is unset.
+        In stage 1 the optimizer does not see the fusion. The arguments are those of Trainer. A loss that is NaN or
+        infinite is a `FloatingPointError`, unless `stop_on_nan` is unset.
         """
         loss = self._micro_step(model, inputs, num_items_in_batch)
         settings, share = self.distillation.settings, 1 / self.current_gradient_accumulation_steps
@@ -155,20 +150,19 @@ class TwoStageTrainer(StudentPushingTrainer):
             # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
             for parameter in self._fusion_parameters:
                 parameter.grad = None
-        if self.args.stop_on_nan and not torch.isfinite(loss):
+        if not self.args.stop_on_nan or torch.isfinite(loss):
+            return loss
 
-            def once_more() -> None:
-                with self.compute_loss_context_manager():  # on the model itself: other processes may be well
-                    self.model(**self._model_inputs(self._prepare_inputs(inputs)))
+        def once_more() -> None:
+            with self.compute_loss_context_manager():  # on the model itself: in other processes all may be finite
+                self.model(**self._model_inputs(self._prepare_inputs(inputs)))
 
-            joins_student = distillation.config.carrier != "student"
-            find = partial(find_overflow, distillation, once_more, joins_student)
-            raise loss_error(self.state.global_step + 1, loss, distillation.take_record(), find)
-        return loss
+        find = partial(find_overflow, distillation, once_more, distillation.config.carrier != "student")
+        raise loss_error(self.state.global_step + 1, loss, distillation.take_record(), find)
 
     @property
     def _takes_labels_away(self) -> bool:
-        """Whether the loss is not the model's, which then gets no labels."""
+        """Whether the loss is computed outside the model, which then gets no labels."""
         return self.label_smoother is not None or self.compute_loss_func is not None
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -183,10 +177,6 @@ class TwoStageTrainer(StudentPushingTrainer):
         `distillation_loss/<objective>` where there are several, and for `task_specific` the `probe_loss` and the
         `task_specific_ratio`. `grad_norm/student`, `grad_norm/head` and in stage 2 `grad_norm/fusion` are the norms
         of the last step before clipping.
-
-        Args:
-            logs: What Trainer logs.
-            start_time: The start of the training, in seconds.
         """
         if "loss" in logs:
             logs |= self._terms.means()

@@ -1,6 +1,5 @@
 """The two-stage training of a distilled student."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy
@@ -28,9 +27,9 @@ from ..student.training_run import TrainingRun, finite_metrics
 from .callbacks import SigtermCallback, StageCallback
 from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .checks import check_arguments, check_combinations
-from .data import UnlabelledBatches
+from .data import Examples, UnlabelledBatches
 from .loss_log import LoggedTerms
-from .preparation import Examples, fit_student, prepare_training
+from .preparation import fit_student, prepare_training
 from .results import check_teachers_unchanged, observe_attention
 from .steps import TwoStageTrainer
 
@@ -100,20 +99,17 @@ class DistillationTrainer(TwoStageTrainer):
         self._terms = LoggedTerms(self.accelerator)
         self._fusion_parameters = []
         self.add_callback(StageCallback(lambda: self.first_distillation_step, self.callback_handler))
-        self._sigterm = SigtermCallback(self.accelerator)
-        if self.args.save_on_sigterm:
+        self._sigterm = SigtermCallback(self.accelerator) if args.save_on_sigterm else None
+        if self._sigterm is not None:
             self.add_callback(self._sigterm)
         self._allow_pushing()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Run both stages.
+        """Run both stages, and return the `TrainOutput` of Trainer.
 
         Args:
             resume_from_checkpoint: A checkpoint folder, or True for the last whole one in `output_dir`.
             **kwargs: As for `transformers.Trainer.train`.
-
-        Returns:
-            The `TrainOutput` of Trainer.
 
         Raises:
             ValueError: If the student has no head, or a checkpoint is not whole, was made with other teachers or lacks
@@ -124,7 +120,7 @@ class DistillationTrainer(TwoStageTrainer):
         self._prepared = self._checkpoint = None
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
-            with self._sigterm if self.args.save_on_sigterm else nullcontext():
+            with self._sigterm or nullcontext():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.distillation.settings = StageSettings()
@@ -137,15 +133,12 @@ class DistillationTrainer(TwoStageTrainer):
     # Before the first step
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Prepare the student, then create optimizer and scheduler.
+        """Prepare the student, then create optimizer and scheduler for the steps of both stages.
 
-        Trainer calls this once it has the model that is trained and the number of steps, before the first step.
-
-        Args:
-            num_training_steps: The number of steps of both stages.
+        Trainer calls this before the first step, with the model that is trained and the number of steps.
         """
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        prepared = self._prepared = prepare_training(
+        self._prepared = prepare_training(
             self.model,
             self.block if self.model_init is None else active_block(self.model),
             self._examples(),
@@ -155,7 +148,7 @@ class DistillationTrainer(TwoStageTrainer):
             needs_head=self.compute_loss_func is None,
             show=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
-        self.block = prepared.block
+        self.block = self._prepared.block
         self._terms.begin(self.model, self.block)
         super().create_optimizer_and_scheduler(num_training_steps)
 
@@ -163,23 +156,16 @@ class DistillationTrainer(TwoStageTrainer):
         self._checkpoint = resume_from_checkpoint  # loaded once the teachers are chosen
 
     def fit_start(self) -> None:
-        """Move a student that still is at the average of its teachers' weights to the average of their updates.
+        """Move a student that is still at the average of its teachers' weights to the average of their updates.
 
-        `train` does it before the first step; a student that was trained, loaded or resumed stays as it is, and so
+        `train` does this before the first step. A student that was trained, loaded or resumed stays as it is, and so
         does one with a gate or a norm behind its up-projections.
         """
         fit_student(self.model, self.block.student, self._examples(), self.accelerator)
 
     def _examples(self) -> Examples:
         unlabelled = None if self._unlabelled is None else self._unlabelled.dataset
-        return Examples(
-            self.train_dataset,
-            unlabelled,
-            self.args.seed,
-            self._batches,
-            self.accelerator.autocast,
-            labels_go_to_model=not self._takes_labels_away,
-        )
+        return Examples(self.train_dataset, unlabelled, self.args.seed, self._batches, self._model_inputs)
 
     def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
         """Return a data set and a collator without the columns that the model does not take."""
@@ -196,19 +182,15 @@ class DistillationTrainer(TwoStageTrainer):
     # Optimizer
 
     def create_optimizer(self) -> torch.optim.Optimizer:
-        """Create Trainer's optimizer, with the fusion in its own group: own learning rate, no weight decay.
-
-        Returns:
-            The optimizer.
-        """
+        """Create Trainer's optimizer, with a group for the fusion: its own learning rate, and no weight decay."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer()
         named = self.model.named_parameters()
         fusion = self._fusion_parameters = [p for name, p in named if is_fusion(name, self.block.student)]
-        chosen = {id(parameter) for parameter in fusion}
+        ids = set(map(id, fusion))
         for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
         rate = self.args.fusion_learning_rate
         rate = self.args.learning_rate / 2 if rate is None else rate
         optimizer.add_param_group({"params": fusion, "lr": rate, "weight_decay": 0.0})
@@ -231,19 +213,24 @@ class DistillationTrainer(TwoStageTrainer):
             derived["ranking"] = distillation.ranking
         sources = teacher_sources(self.model, distillation)
         distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
-        if not args.push_to_hub and not args.analysis:
-            return
-        if state.global_step > self.first_distillation_step:
-            has_one = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
-            dataset = self.eval_dataset if has_one else self.train_dataset
-            writes = args.analysis and self.is_world_process_zero()
-            folder = Path(args.output_dir) / "analysis" if writes else None
-            with torch.random.fork_rng(), self.compute_loss_context_manager():
-                distillation.run.attention = observe_attention(self.model, dataset, self._examples(), folder)
-            if args.analysis and not distillation.run.attention:
-                logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
-        elif args.analysis:
-            logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
+        if args.push_to_hub or args.analysis:
+            distillation.run.attention = self._observe_attention()
+
+    def _observe_attention(self) -> dict[str, dict[str, float]]:
+        """Measure the attention over the teachers on evaluation data if there is any, and write the analysis."""
+        args = self.args
+        if self.state.global_step <= self.first_distillation_step:
+            if args.analysis:
+                logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
+            return {}
+        one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+        dataset = self.eval_dataset if one_set else self.train_dataset
+        folder = Path(args.output_dir) / "analysis" if args.analysis and self.is_world_process_zero() else None
+        with torch.random.fork_rng(), self.compute_loss_context_manager():
+            attention = observe_attention(self.model, dataset, self._examples(), folder)
+        if args.analysis and not attention:
+            logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
+        return attention
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `transformers.Trainer` does, and note the metrics of a trained student for its provenance."""
@@ -255,13 +242,13 @@ class DistillationTrainer(TwoStageTrainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        output_dir = self.args.output_dir if output_dir is None else output_dir
         save_student(self.model, self.block.student, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         args = copy(self.args)
         args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
-        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        torch.save(args, Path(output_dir) / TRAINING_ARGS_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # the last that each process writes
