@@ -17,13 +17,10 @@ from .predictions import PredictionCache
 
 
 class TeacherAttention(NamedTuple):
-    """Mean attention over non-padding tokens at one place, (n,), and the adapters that were fused there.
+    """Mean attention over non-padding tokens to the adapters that were fused at one place."""
 
-    These are the teachers, and with the carriers `fused` and `mixed` the student.
-    """
-
-    names: tuple[str, ...]
-    weights: torch.Tensor
+    names: tuple[str, ...]  # the teachers, and with the carriers `fused` and `mixed` the student
+    weights: torch.Tensor  # (n,), detached
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from ..composition import block_of
 from .distillation import Distillation, DistillationRecord, distillations
 from .heads import check_objectives, kind_of_labels
 from .layer_pass import LayerPass, PassInputs
-from .losses import logit_matching_loss, token_weights, value_regularization
-from .predictions import match_logits, match_scores, teacher_logits
+from .losses import CrossTaskLoss, logit_matching_loss, token_weights, value_regularization
+from .predictions import calibrated, match_logits, scores, teacher_logits
 from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
 from .whole_layers import prepare_reruns
 
@@ -29,26 +29,21 @@ class _Call:
     args: tuple
     kwargs: dict[str, Any]
 
-    def create_context(self) -> ForwardContext:
+    def new_context(self) -> ForwardContext:
         """Return a new context for another run."""
         context = self.context_type(self.model, *self.args, **self.kwargs)
         _share_parameters(context, self.model)
         return context
 
-    def run(self, context: ForwardContext) -> Any:
-        """Run the model in a context."""
+    def run(self, context: ForwardContext, layer_pass: LayerPass | None) -> Any:
+        """Run the model in a context, with a pass at its layers or without."""
+        vars(context)["distillation_pass"] = layer_pass
         return self.original(context, self.model, self.forward, *self.args, **self.kwargs)
 
-    def run_again(self) -> Any:
+    def run_again(self, layer_pass: LayerPass | None = None) -> Any:
         """Run the model in a new context."""
-        with self.create_context() as context:
-            return self.run(context)
-
-    def run_pass(self, context: ForwardContext, layer_pass: LayerPass, inputs: PassInputs) -> Any:
-        """Run the model in a context with a pass at its layers."""
-        layer_pass.begin(inputs)
-        vars(context)["distillation_pass"] = layer_pass
-        return self.run(context)
+        with self.new_context() as context:
+            return self.run(context, layer_pass)
 
 
 def call_with_distillation(
@@ -75,16 +70,16 @@ def call_with_distillation(
     layer_pass = distillation.inspection or _training_pass(distillation)
     named = dict(zip(forward_arguments(model), args, strict=False)) | kwargs if args else kwargs
     runs_layers_again = distillation.level == "layer" and layer_pass.runs_teachers
-    reruns = prepare_reruns(call.create_context, block) if runs_layers_again else {}
+    reruns = prepare_reruns(call.new_context, block) if runs_layers_again else {}
     masks = _masks(model, named, is_half=distillation.halves is not None)
-    inputs = PassInputs(block, masks, named.get("labels"), reruns)
+    layer_pass.begin(PassInputs(block, masks, named.get("labels"), reruns))
     if not isinstance(layer_pass, TrainingPass):
-        return call.run_pass(context, layer_pass, inputs)
+        return call.run(context, layer_pass)
 
     if isinstance(layer_pass, DualStudentPass):
-        output = _run_both(context, call, layer_pass, inputs)
+        output = _run_both(call, context, layer_pass)
     else:
-        output = call.run_pass(context, layer_pass, inputs)
+        output = call.run(context, layer_pass)
     if distillation.settings.enabled and distillation.config.output_objectives:
         check_objectives(model, block)
         _match_predictions(layer_pass, call, named, output)
@@ -109,16 +104,16 @@ def _training_pass(distillation: Distillation) -> TrainingPass:
     return TRAINING_PASSES[config.carrier](distillation)
 
 
-def _run_both(context: ForwardContext, call: _Call, student_pass: DualStudentPass, inputs: PassInputs) -> Any:
+def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPass) -> Any:
     """Run both passes of the carrier `dual`; match each layer's output, the logits, and add the fused task loss."""
     fused_pass = DualFusedPass(student_pass.distillation)
-    with call.create_context() as fused_context:
-        fused_output = call.run_pass(fused_context, fused_pass, inputs)
+    fused_pass.begin(student_pass.inputs)
+    fused_output = call.run_again(fused_pass)
     # The head for question answering of adapters 1.3.0 clamps them in place, in the graph of the first pass.
     for name in ("start_positions", "end_positions"):
         if call.kwargs.get(name) is not None:
             call.kwargs[name] = call.kwargs[name].clone()
-    output = call.run_pass(context, student_pass, inputs)
+    output = call.run(context, student_pass)
     if not isinstance(output, dict) or output.get("loss") is None:
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
@@ -150,9 +145,11 @@ def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any]
             losses.append(match_logits(output[name], of_teachers, weights, kind, config.temperature))
         current.output_losses["logits"] = torch.stack(losses).mean()
     if "cross_task" in config.objectives:
-        current.output_losses["cross_task"] = match_scores(
-            output["logits"], teachers["logits"], current.inputs.labels, settings.calibration, config.temperature
-        )
+        student_scores, teacher_scores = scores(output["logits"]), scores(teachers["logits"])  # (B,), (N, B)
+        if settings.calibration is not None:
+            teacher_scores = calibrated(teacher_scores, settings.calibration)
+        loss = CrossTaskLoss(config.temperature)
+        current.output_losses["cross_task"] = loss(student_scores, teacher_scores, current.inputs.labels)
 
 
 def _logit_weights(
@@ -198,10 +195,7 @@ def fold(current: TrainingPass, output: Any) -> DistillationRecord:
 
 
 def _parameters_in_graph(current: TrainingPass) -> torch.Tensor:
-    """Return 0 with a graph to each parameter of the fusion, where a step can do without one.
-
-    DistributedDataParallel waits for the gradients of all parameters.
-    """
+    """Return 0, with the fusion's parameters in its graph if DistributedDataParallel could wait for one in vain."""
     zero, config = torch.zeros(()), current.distillation.config
     if current.losses and config.carrier != "mixed" and "task_specific" not in config.objectives:
         return zero

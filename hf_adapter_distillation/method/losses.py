@@ -17,10 +17,8 @@ PROJECTION_DIVISOR = 8  # `TaskSpecificLoss` matches the updates in their width 
 def token_weights(mask: torch.Tensor) -> torch.Tensor:
     """Return the weight of each token in the mean over the tokens of its sequence, (batch, seq_len).
 
-    The weights of a sequence sum to 1, or are all 0 if no token counts.
-
-    Args:
-        mask: True (or 1) at the tokens that count, (batch, seq_len).
+    The mask, of the same shape, is True (or 1) at the tokens that count. The weights of a sequence sum to 1, or are
+    all 0 if no token counts.
     """
     mask = mask.to(at_least_float32(mask.dtype))
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -225,11 +223,12 @@ class CrossTaskLoss(nn.Module):
         """Compute the loss, without a gradient to the teachers.
 
         The scores are logits of the positive label, (batch,) of the student and (n_teachers, batch), calibrated. The
-        labels are 0 or 1, (batch,); without labels no prediction is corrected, and all pairs count.
+        labels are 0 or 1, one for each score; without labels no prediction is corrected, and all pairs count.
         """
         student, teachers = _in_float32(student_scores, teacher_scores.detach())  # (B,), (N, B)
         corrected, of_one_label = teachers, student.new_ones(len(student), len(student))
         if labels is not None:
+            labels = labels.reshape(-1)  # (B,)
             sign = 2 * labels.to(student.dtype) - 1  # (B,)
             corrected = sign * (sign * teachers).clamp(min=self.margin)  # (N, B)
             of_one_label = (labels.unsqueeze(1) == labels).to(student.dtype)  # (B, B)

@@ -22,7 +22,7 @@ class OverflowPass(LayerPass):
 
     def run_layer(self, place: Place) -> torch.Tensor | None:
         """Compute the updates one by one, and check them."""
-        states = (torch.as_tensor(place.query_states), torch.as_tensor(place.base))
+        states = (place.query_states, torch.as_tensor(place.base))
         if not self.overflow and all(tensor.isfinite().all() for tensor in states):
             names = [repr(name) for name, update in place.updates().items() if not update.isfinite().all()]
             if names:

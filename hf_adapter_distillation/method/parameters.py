@@ -61,16 +61,12 @@ def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> st
     distillation = distillation_of(model, block.student)
     if distillation.level == "layer":
         reason = f" ({distillation.level_reason})" if distillation.level_reason else ""
-        lines.append(f"Stage 2 fuses whole layers, and runs each {len(block.teachers) + 2} times more{reason}.")
-        return "\n".join(lines)
-    copied = sum(
-        stacked_bytes({name: layer.adapter_modules[name] for name in block.teachers if name in layer.adapter_modules})
-        for _, layer in adapter_layers(model, block.student)
-    )
-    lines.append(
-        f"Stage 2 fuses inside the layers, and copies the teachers' weights side by side: {copied / 1e6:.2f} MB."
-    )
-    return "\n".join(lines)
+        cost = f"whole layers, and runs each {len(block.teachers) + 2} times more{reason}"
+    else:
+        modules = [layer.adapter_modules for _, layer in adapter_layers(model, block.student)]
+        copied = sum(stacked_bytes({name: at[name] for name in block.teachers if name in at}) for at in modules) / 1e6
+        cost = f"inside the layers, and copies the teachers' weights side by side: {copied:.2f} MB"
+    return "\n".join([*lines, f"Stage 2 fuses {cost}."])
 
 
 def check_trainable(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation
-from .losses import CrossTaskLoss, LogitLoss, logit_matching_loss, two_classes
+from .losses import LogitLoss, logit_matching_loss, two_classes
 
 Output = TypeVar("Output")
 
@@ -55,6 +55,12 @@ def scores(logits: torch.Tensor) -> torch.Tensor:
     return logits[..., 1] - logits[..., 0] if logits.shape[-1] == 2 else logits.squeeze(-1)
 
 
+def calibrated(teacher_scores: torch.Tensor, calibration: torch.Tensor) -> torch.Tensor:
+    """Apply the slope and the offset of each teacher, (n_teachers, 2), to its scores, (n_teachers, batch)."""
+    slope, offset = calibration.to(teacher_scores).T.unsqueeze(-1)  # (N, 1) each
+    return slope * teacher_scores + offset
+
+
 def teacher_logits(
     model: ModelAdaptersMixin, block: AdapterDistillation, run: Callable[[], Any]
 ) -> dict[str, torch.Tensor]:
@@ -79,32 +85,8 @@ def match_logits(
     return LogitLoss(temperature)(student, teachers, weights)
 
 
-def match_scores(
-    student: torch.Tensor,
-    teachers: torch.Tensor,
-    labels: torch.Tensor | None,
-    calibration: torch.Tensor | None,
-    temperature: float,
-) -> torch.Tensor:
-    """Compute the objective `cross_task` for logits (batch, n_labels) and (n_teachers, batch, n_labels).
-
-    The calibration is the slope and the offset of each teacher's scores, (n_teachers, 2).
-    """
-    teacher_scores = scores(teachers)  # (N, B)
-    if calibration is not None:
-        slope, offset = calibration.to(teacher_scores).T.unsqueeze(-1)  # (N, 1) each
-        teacher_scores = slope * teacher_scores + offset  # (N, B)
-    labels = None if labels is None else labels.reshape(-1)
-    return CrossTaskLoss(temperature)(scores(student), teacher_scores, labels)
-
-
 class PredictionCache:
-    """Logits of the teachers for examples, found by the inputs of the model.
-
-    Args:
-        logits: The logits of all teachers, (n_examples, n_teachers, n_labels).
-        keys: The `example_keys` of the examples, in the same order.
-    """
+    """Logits of the teachers, (n_examples, n_teachers, n_labels), found by the `example_keys` of the model's inputs."""
 
     def __init__(self, logits: torch.Tensor, keys: list[bytes]) -> None:
         self.logits = logits

@@ -68,10 +68,9 @@ class StudentPass(TrainingPass):
 
     runs_teachers = True
 
-    def run_layer(self, place: Place) -> torch.Tensor | None:
+    def run_layer(self, place: Place) -> None:
         """Match the student with the fused teachers, both of which the distillation loss trains."""
         self.match(place.fusion, place.student_output, self.fuse(place))
-        return None
 
 
 class FusedPass(TrainingPass):

@@ -106,9 +106,7 @@ def _inputs(args: tuple, kwargs: dict[str, Any], detach: bool) -> tuple[tuple, d
     return tuple(map(of_rerun, args)), {name: of_rerun(value) for name, value in kwargs.items()}
 
 
-def prepare_reruns(
-    create_context: Callable[[], ForwardContext], block: AdapterDistillation
-) -> dict[str | None, Rerun]:
+def prepare_reruns(new_context: Callable[[], ForwardContext], block: AdapterDistillation) -> dict[str | None, Rerun]:
     """Prepare the runs of the layers of a pass with the student, with each teacher, and with neither (None).
 
     Contexts hold what adapters computes once per pass: the states of prefixes and the positions of ReFT. They are
@@ -119,6 +117,6 @@ def prepare_reruns(
         names = [*block.children[:-1], *([] if name is None else [name])]
         setup = AdapterSetup(Stack(*names) if names else None)
         with setup, torch.set_grad_enabled(torch.is_grad_enabled() and name == block.student):
-            context = create_context()
+            context = new_context()
         reruns[name] = Rerun(setup, context)
     return reruns
