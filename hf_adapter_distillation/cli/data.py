@@ -33,7 +33,7 @@ class DataArguments:
     model: str = option("Base model of the adapters: a folder or a Hub id.")
     dataset_config: str | None = option("Configuration of a Hub dataset.", None)
     text_column: str = option("Column of the text.", "text")
-    text_pair_column: str | None = option("Column of a second text, for pairs.", None)
+    text_pair_column: str | None = option("Column of the second text, for pairs of texts.", None)
     label_column: str = option("Column of the label: names or whole numbers.", "label")
     max_length: int = option("Maximum number of tokens per example.", 128)
 

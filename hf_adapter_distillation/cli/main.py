@@ -84,13 +84,14 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
 
     def add(name: str, run: Callable[..., str], description: str, *dataclasses: type) -> Parser:
-        texts: dict[str, Any] = {
-            "help": description,
-            "description": description,
-            "epilog": f"examples:{EXAMPLES[name]}",
-        }
-        parents = [CONFIG] if dataclasses else []
-        command = commands.add_parser(name, dataclass_types=dataclasses, parents=parents, **texts)
+        command = commands.add_parser(
+            name,
+            dataclass_types=dataclasses,
+            parents=[CONFIG] if dataclasses else [],
+            help=description,
+            description=description,
+            epilog=f"examples:{EXAMPLES[name]}",
+        )
         command.set_defaults(run=run)
         return command
 

@@ -28,7 +28,7 @@ class TrainArguments(DataArguments):
     """Teachers, student and data of a training."""
 
     teachers: list[str] = option("Folders or Hub ids (with @revision) of saved adapters.")
-    student: str = option("Name of the new adapter.")
+    student: str = option("Name of the new adapter, and of its folder in output_dir.")
     adapter_config: str = option("Method of the student, such as seq_bn[reduction_factor=8] or lora.", "seq_bn")
     train_split: str = option("Split to train on; a file has only `train`.", "train")
     eval_split: str | None = option(
@@ -36,12 +36,12 @@ class TrainArguments(DataArguments):
     )
     eval_file: str | None = option("File or folder to evaluate on, instead of a split.", None)
     carrier: Carrier = option("Output that a layer passes on in stage 2.", "student")
-    student_start: StudentStart = option("Initialisation of the student.", "teachers")
-    level: Level = option("Place where teachers are fused and the student is matched.", "auto")
-    objective: str = option("Objective: a name, or weights by name such as {features: 1, logits: 0.5}.", "features")
+    student_start: StudentStart = option("Initial weights of the student.", "teachers")
+    level: Level = option("Place of the fusion and of the matching: adapters, or whole layers.", "auto")
+    objective: str = option("Objective by name, or weights by name as in {features: 1, logits: 0.5}.", "features")
     layer_weights: list[float] | None = option("One weight per layer, for objectives of layers.", None)
     temperature: float = option("Temperature of the objectives logits and cross_task.", 2.0)
-    teacher_selection: str = option("`all`, or the number of teachers to keep, the best on the training data.", "all")
+    teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
 
     def __post_init__(self) -> None:
         super().__post_init__()

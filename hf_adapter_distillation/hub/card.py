@@ -125,7 +125,7 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
     heat_map = ATTENTION_NAME if run.attention and find_spec("matplotlib") is not None else None
     if heat_map is not None:
         plot_teacher_attention(run.attention).savefig(Path(folder) / heat_map)
-    card = ModelCard.from_template(  # by Jinja2, which torch requires
+    ModelCard.from_template(  # by Jinja2, which torch requires
         data,
         template_path=str(TEMPLATE),
         **facts._asdict(),
@@ -135,8 +135,7 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
         heat_map=heat_map,
         evaluation=_evaluation_table(run.evaluation, finite_metrics(options.baseline or {})),
         losses=_loss_table(run.losses),
-    )
-    card.save(Path(folder) / CARD_NAME)
+    ).save(Path(folder) / CARD_NAME)
 
 
 def _static_head(model_class: str) -> Mapping[str, Any]:

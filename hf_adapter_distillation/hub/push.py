@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from shutil import copyfile, copytree
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -56,16 +56,11 @@ class PushOptions:
 
 
 @contextmanager
-def student_folder(
-    model: ModelAdaptersMixin, student: str, repo_id: str, card: CardOptions, checkpoint: str | Path | None = None
-) -> Iterator[Path]:
-    """Write the files of a push to a temporary folder: the student on the model, or its folder in a checkpoint."""
+def student_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: CardOptions) -> Iterator[Path]:
+    """Write the files of a push to a temporary folder, from the student on a model."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if checkpoint is None:
-            save_weights(model, student, name)
-        else:
-            copytree(checkpoint, folder, dirs_exist_ok=True)
+        save_weights(model, student, name)
         _write_weights(folder, folder, student)
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
         write_card(CardFacts.of_model(model, student), folder, repo_id, card)
@@ -73,8 +68,9 @@ def student_folder(
 
 
 @contextmanager
-def saved_student_folder(saved: str | Path, config: dict[str, Any], repo_id: str, card: CardOptions) -> Iterator[Path]:
+def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> Iterator[Path]:
     """Write the files of a push to a temporary folder, from a saved student; its own card wins over `card`."""
+    config = read_saved(saved)
     provenance_of(config, saved)
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,7 +110,7 @@ def _write_weights(saved: Path, folder: Path, student: str) -> None:
 
 
 def _drop_folders(path: Path) -> None:
-    """Replace the teachers' local folders in an adapter config by their names, which tell nothing of this machine."""
+    """Replace the teachers' local folders in an adapter config by their names."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for teacher in config["distillation"]["teachers"]:
         if teacher["revision"] is None:
@@ -227,9 +223,8 @@ def push_saved(
         OSError: If the Hub cannot be reached or refuses, as for `push_student`.
     """
     push = PushOptions(**options)
-    config = read_saved(folder)
-    student = str(config.get("name"))
+    student = str(read_saved(folder).get("name"))
     repo_id = check_push(student, repo_id, push.token)
     card = CardOptions(**(adapter_card_kwargs or {}))
-    with saved_student_folder(folder, config, repo_id, card) as files:
+    with saved_student_folder(folder, repo_id, card) as files:
         return _push(files, student, repo_id, push)

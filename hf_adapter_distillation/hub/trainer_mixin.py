@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..composition import AdapterDistillation
 from .card import CardFacts, CardOptions, write_card
-from .push import PushOptions, check_push, push_errors, student_folder, upload
+from .push import PushOptions, check_push, push_errors, saved_student_folder, student_folder, upload
 
 logger = logging.get_logger(__name__)
 
@@ -129,8 +129,7 @@ class StudentPushingTrainer(AdapterTrainer):
 
         with self._failure_as_warning(), ExitStack() as stack:
             saved = Path(checkpoint_folder) / student
-            files = student_folder(self.model, student, self.hub_model_id, CardOptions(), checkpoint=saved)
-            folder = stack.enter_context(files)
+            folder = stack.enter_context(saved_student_folder(saved, self.hub_model_id, CardOptions()))
             self._pushes = [*running, run_as_future(push, stack.pop_all(), folder)]
 
     @contextmanager
