@@ -24,7 +24,6 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from measure import SHAPES, autocast, compare, make_batch, make_model, peak_bytes, ratio
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method.distillation import distillations
 
 CARRIERS = ("student", "fused", "mixed")
 WHOLE_LAYERS = "whole layers"
@@ -92,9 +91,8 @@ class Steps:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.optimizers[method] = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         if method in CARRIERS:
-            distillations(self.model.adapters_config)[
-                method
-            ].fused_probability = 0.5  # its mean over stage 2, for `mixed`
+            settings = had.StageSettings(fused_probability=0.5)  # its mean over stage 2, for `mixed`
+            had.distillation_of(self.model, method).settings = settings
 
     def forward_backward(self, method: str) -> None:
         """Compute the loss and its gradients."""
@@ -104,7 +102,7 @@ class Steps:
         loss.backward()
 
     def step(self, method: str) -> None:
-        """One training step."""
+        """Run a training step."""
         self.forward_backward(method)
         self.optimizers[method].step()
         self.optimizers[method].zero_grad()

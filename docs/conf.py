@@ -19,10 +19,10 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of other libraries in signatures: their inventories would have to be downloaded.
-    ("py:class", r"(collections|concurrent|pathlib)\..+"),
+    ("py:class", r"(collections|concurrent|contextlib|pathlib)\..+"),
     ("py:class", r"(accelerate|adapters|datasets|huggingface_hub|torch|transformers)\..+"),
-    # Imported for type checking alone, so that autodoc sees no more than the bare name.
-    ("py:class", "DistillationPass|Figure|PredictionCache"),
+    # Imported only for type checking: autodoc sees the bare name.
+    ("py:class", "Figure"),
 ]
 
 # make linkcheck

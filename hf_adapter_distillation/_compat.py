@@ -1,4 +1,5 @@
 """Private names of adapters and transformers, differences between their models, and the tested versions."""
+# ruff: noqa: F401  (other modules import the private names from here)
 
 import importlib.metadata
 import inspect
@@ -19,31 +20,6 @@ from adapters.utils import HEAD_CONFIG_NAME, HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHT
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
-
-__all__ = [
-    "ADAPTER_CONFIG_NAME",
-    "COMPILES",
-    "HEAD_CONFIG_NAME",
-    "HEAD_WEIGHTS_NAME",
-    "SAFE_HEAD_WEIGHTS_NAME",
-    "SAFE_WEIGHTS_NAME",
-    "STATIC_TO_FLEX_HEAD_MAP",
-    "WEIGHTS_NAME",
-    "Adapter",
-    "AdapterLayerBase",
-    "AdapterLoader",
-    "BottleneckLayer",
-    "BottleneckState",
-    "ForwardContext",
-    "LoRA",
-    "LoRALinear",
-    "LoRAState",
-    "ParallelAdapter",
-    "forward_arguments",
-    "heads_of",
-    "loss_counts_items",
-    "warn_if_untested",
-]
 
 COMPILES = Version(torch.__version__) >= Version("2.9")  # older compilers fail in the contexts of adapters
 TESTED = {"adapters": ("1.3.0", "2"), "transformers": ("4.57.6", "4.58")}

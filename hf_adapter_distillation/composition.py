@@ -73,10 +73,7 @@ def _show(setup: object) -> str:
 def check_name(name: str, owner: str, remedy: str) -> None:
     """Check that an adapter can have a name, on a model and as a folder.
 
-    Args:
-        name: The name.
-        owner: The subject of the error message, for instance "The student".
-        remedy: The advice of the error message, for instance "rename the folder".
+    Messages begin with `owner`, for instance "The student", and advise `remedy`, for instance "rename the folder".
 
     Raises:
         TypeError: If the name is not a string, or is empty.
@@ -111,14 +108,10 @@ def check_teachers(student: str, teachers: Sequence[str]) -> None:
 
 
 def block_of(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation | None:
-    """Return the distillation block of a setup, together with the adapters that are stacked below it.
+    """Return the distillation block of a setup, with the adapters that are stacked below it; None if it has none.
 
-    Args:
-        setup: An adapter setup, for instance `model.active_adapters`. `Stack("german", AdapterDistillation(student,
-            teachers))` is the same as `AdapterDistillation(Stack("german", student), teachers)`.
-
-    Returns:
-        The block, or `None` if the setup has none.
+    `Stack("german", AdapterDistillation(student, teachers))` is the same as
+    `AdapterDistillation(Stack("german", student), teachers)`.
 
     Raises:
         ValueError: If anything is stacked on top of the student, or the block stands anywhere else.

@@ -1,9 +1,10 @@
 """Settings of the distillation (`DistillationConfig`) and of the training (`DistillationTrainingArguments`)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
+from math import inf
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +16,11 @@ StudentStart = Literal["teachers", "average", "random"]
 Level = Literal["auto", "adapter", "layer"]
 LayerObjective = Literal["features", "cosine", "task_specific"]  # match the outputs of layers
 OutputObjective = Literal["logits", "cross_task"]  # match the predictions of heads
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """Return a field of a dataclass that `HfArgumentParser` makes an option with this help."""
+    return field(default=default, metadata={"help": help})
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -33,23 +39,13 @@ def _read_number(name: str, value: object) -> float:
 
 
 def _check_positive(name: str, value: object) -> None:
-    if not 0 < _read_number(name, value) < float("inf"):
+    if not 0 < _read_number(name, value) < inf:
         raise _out_of_range(name, value, "a number above 0")
 
 
 def _check_not_negative(name: str, value: object) -> None:
-    if not 0 <= _read_number(name, value) < float("inf"):
+    if not 0 <= _read_number(name, value) < inf:
         raise _out_of_range(name, value, "finite and not negative")
-
-
-def _check_fraction(name: str, value: object) -> None:
-    if not 0 <= _read_number(name, value) <= 1:
-        raise _out_of_range(name, value, "a fraction of all steps, from 0 to 1")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise _out_of_range(name, value, "True or False")
 
 
 @dataclass
@@ -126,7 +122,7 @@ class DistillationConfig:
             self._check_layer_weights(self.layer_weights)
         k = self.teacher_selection
         if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f"teacher_selection={k!r} is out of range; it must be 'all' or a number of teachers.")
+            raise _out_of_range("teacher_selection", k, "'all' or a number of teachers")
 
     def _check_layer_weights(self, weights: object) -> None:
         if not isinstance(weights, Sequence) or isinstance(weights, str):
@@ -164,72 +160,56 @@ class DistillationTrainingArguments(TrainingArguments):
         ValueError: If a value is out of its range, or this torch is too old for `torch_compile`.
     """
 
-    distillation_start: float | None = field(
-        default=None,
-        metadata={
-            "help": "Fraction of all steps that is spent in stage 1, plain training of the student on its own data. "
-            "0 distils from the first step, 1 never distils. Default: 0 for a student that starts at its teachers, "
-            "0.5 for a student that starts at random."
-        },
+    distillation_start: float | None = option(
+        "Fraction of all steps that is spent in stage 1, plain training of the student on its own data. 0 distils "
+        "from the first step, 1 never distils. Default: 0 for a student that starts at its teachers, 0.5 for a "
+        "student that starts at random.",
+        None,
     )
-    distillation_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the distillation loss beside the task loss in stage 2. Default: 1 for up to 200 "
-            "training examples, 200 / n for n examples: with more data, the teachers count less."
-        },
+    distillation_weight: float | None = option(
+        "Weight of the distillation loss beside the task loss in stage 2. Default: 1 for up to 200 training "
+        "examples, 200 / n for n examples: with more data, the teachers count less.",
+        None,
     )
-    fusion_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate of the fusion (query, key, value). Default: half of learning_rate."},
+    fusion_learning_rate: float | None = option(
+        "Peak learning rate of the fusion (query, key, value). Default: half of learning_rate.", None
     )
-    fusion_regularization: float = field(
-        default=0.01,
-        metadata={"help": "Weight of the squared distance of each value matrix from the identity, in stage 2."},
+    fusion_regularization: float = option(
+        "Weight of the squared distance of each value matrix from the identity, in stage 2.", 0.01
     )
-    keep_fusion: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the fusion (query, key, value) on the model after training, for analysis. By default it is "
-            "dropped, and the student is an adapter like any other."
-        },
+    keep_fusion: bool = option(
+        "Keep the fusion (query, key, value) on the model after training, for analysis. By default it is dropped, "
+        "and the student is an adapter like any other.",
+        False,
     )
-    analysis: bool = field(
-        default=False,
-        metadata={
-            "help": "Analyse the student at the end of the training: write the attention over the teachers, the "
-            "student's distance to them and the value of each teacher to output_dir/analysis, as tables and figures, "
-            "on up to 256 examples of eval_dataset, or of train_dataset if eval_dataset is not a single data set."
-        },
+    analysis: bool = option(
+        "Analyse the student at the end of the training: write the attention over the teachers, the student's "
+        "distance to them and the value of each teacher to output_dir/analysis, as tables and figures, on up to 256 "
+        "examples of eval_dataset, or of train_dataset if eval_dataset is not a single data set.",
+        False,
     )
-    stop_on_nan: bool = field(
-        default=True,
-        metadata={
-            "help": "Stop when the loss is NaN or infinite, before the step changes a weight, with an error that "
-            "names the term and the layer, or the teacher. The check waits for the device at each step, as "
-            "logging_nan_inf_filter does."
-        },
+    stop_on_nan: bool = option(
+        "Stop when the loss is NaN or infinite, before the step changes a weight, with an error that names the term "
+        "and the layer, or the teacher. The check waits for the device at each step, as logging_nan_inf_filter does.",
+        True,
     )
-    save_on_sigterm: bool = field(
-        default=False,
-        metadata={
-            "help": "Finish the running step at SIGTERM, write a checkpoint and exit with status 143 (for spot "
-            "machines and schedulers with a time limit)."
-        },
+    save_on_sigterm: bool = option(
+        "Finish the running step at SIGTERM, write a checkpoint and exit with status 143 (for spot machines and "
+        "schedulers with a time limit).",
+        False,
     )
 
     def __post_init__(self) -> None:
         if not COMPILES and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             raise ValueError(f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out.")
         super().__post_init__()
-        if self.distillation_start is not None:
-            _check_fraction("distillation_start", self.distillation_start)
-        if self.distillation_weight is not None:
-            _check_not_negative("distillation_weight", self.distillation_weight)
-        if self.fusion_learning_rate is not None:
-            _check_not_negative("fusion_learning_rate", self.fusion_learning_rate)
+        start = self.distillation_start
+        if start is not None and not 0 <= _read_number("distillation_start", start) <= 1:
+            raise _out_of_range("distillation_start", start, "a fraction of all steps, from 0 to 1")
+        for name in ("distillation_weight", "fusion_learning_rate"):
+            if (value := vars(self)[name]) is not None:
+                _check_not_negative(name, value)
         _check_not_negative("fusion_regularization", self.fusion_regularization)
-        _check_flag("keep_fusion", self.keep_fusion)
-        _check_flag("analysis", self.analysis)
-        _check_flag("stop_on_nan", self.stop_on_nan)
-        _check_flag("save_on_sigterm", self.save_on_sigterm)
+        for name in ("keep_fusion", "analysis", "stop_on_nan", "save_on_sigterm"):
+            if not isinstance(value := vars(self)[name], bool):
+                raise _out_of_range(name, value, "True or False")

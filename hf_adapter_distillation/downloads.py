@@ -6,15 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import requests
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 STATUS = {
@@ -29,7 +21,7 @@ def is_repo_id(name: str) -> bool:
     """Check whether a name has the form of a repository, with or without an owner."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except errors.HFValidationError:
         return False
     return True
 
@@ -41,14 +33,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def download(source: str, files: Sequence[str]) -> Path:
-    """Download the named files of a repository, unless the cache has them.
-
-    Args:
-        source: A Hub id, with `@revision` if wanted.
-        files: The names of the files.
-
-    Returns:
-        The local folder, whose name is the commit.
+    """Download the named files of a Hub id, and return their folder, whose name is the commit.
 
     Raises:
         OSError: From requests or huggingface_hub, or because the disk is full.
@@ -58,7 +43,7 @@ def download(source: str, files: Sequence[str]) -> Path:
 
 
 def locate_saved(source: str, files: Sequence[str]) -> Path:
-    """Return the folder of a saved adapter, a local folder or a Hub id, and download its named files if need be.
+    """Return the folder of a saved adapter, given as a folder or a Hub id; download the named files if need be.
 
     Raises:
         ValueError: If the source has neither form.
@@ -76,17 +61,17 @@ def locate_saved(source: str, files: Sequence[str]) -> Path:
 
 def hub_reason(error: Exception) -> str:
     """Return why the Hub refused and what helps, from an error of `huggingface_hub`, without a full stop."""
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         return f"it is not in the cache, and {hub_reason(error.__cause__)}"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # from the upload of a large file
         return hub_reason(error.__cause__)
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return "it is gated; accept its terms on the Hub and log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return "it does not exist or is private; check the name, or log in with `hf auth login`"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, requests.ConnectionError | requests.Timeout):
         return f"{constants.ENDPOINT} cannot be reached or broke off; try again"

@@ -115,9 +115,7 @@ def _add_adapter(
     set_active: bool = False,
     distill_from: Sequence[str] | DistillationConfig | None = None,
 ) -> None:
-    def add_plain() -> None:
-        original(self, adapter_name, config=config, overwrite_ok=overwrite_ok, set_active=set_active)
-
+    add_plain = functools.partial(original, self, adapter_name, config, overwrite_ok, set_active)
     if distill_from is None:
         return add_plain()
     if adapter_name in self.adapters_config and not overwrite_ok:
@@ -187,7 +185,7 @@ def _push_adapter_to_hub(
     original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> str:
     if adapter_name in distillations(self.adapters_config):
-        from .hub.push import push_student  # here, since it imports datasets and the Trainer of transformers
+        from .hub.push import push_student  # imports datasets and the Trainer of transformers
 
         return push_student(self, repo_id, adapter_name, *args, **kwargs)
     if adapter_name not in self.adapters_config:  # adapters would create the repository first

@@ -1,10 +1,10 @@
-"""Runs the tests with the lowest or the highest versions that setup.py allows, and writes what came of it.
+"""Run the tests with the lowest or the highest versions that setup.py allows, and write the result.
 
 make compat                               # both
 make compat-lowest PYTHON=python3.10      # one of them, with another Python
 
-Each has a virtual environment of its own. "lowest" takes each requirement of the package and its tests at its floor,
-and all else as pip chooses it; "highest" takes what pip chooses for a new user today.
+Each has its own virtual environment. "lowest" installs each requirement of the package and its tests at its lowest
+version, and lets pip choose the rest; "highest" lets pip choose everything, as for a new user.
 """
 
 import argparse
@@ -25,26 +25,22 @@ PACKAGES = ("torch", "transformers", "adapters", "accelerate", "datasets", "eval
 
 
 def ask(python: str, function: str, names: tuple[str, ...]) -> dict:
-    """What a function of `importlib.metadata` says of packages in another environment."""
+    """Call a function of `importlib.metadata` for each package in another environment."""
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.{function}(n) for n in {names!r}}}))"
     return json.loads(subprocess.check_output([python, "-c", code], text=True))
 
 
 def floors(requirements: list[str]) -> str:
-    """The lines of a constraints file that holds each requirement at its floor.
+    """Return the lines of a constraints file with each requirement at its lowest version.
 
-    Args:
-        requirements: Requirements such as `adapters<2,>=1.3`, with or without a marker.
-
-    Returns:
-        Lines such as `adapters==1.3`. What is pinned already has none.
+    `adapters<2,>=1.3` becomes `adapters==1.3`. Requirements that are pinned already are left out.
     """
-    found = (re.match(r"([\w-]+)[^;]*[>~]=([\w.]+)", requirement) for requirement in requirements)
-    return "".join(f"{match[1]}=={match[2]}\n" for match in found if match)
+    matches = (re.match(r"([\w-]+)[^;]*[>~]=([\w.]+)", requirement) for requirement in requirements)
+    return "".join(f"{match[1]}=={match[2]}\n" for match in matches if match)
 
 
 def install(which: str) -> str:
-    """Makes the environment anew; returns the path of its Python."""
+    """Create the environment from scratch and return the path of its Python."""
     folder = ROOT / f".venv-compat-{which}"
     venv.create(folder, clear=True, with_pip=True)
     python = str(folder / "bin" / "python")
@@ -58,14 +54,7 @@ def install(which: str) -> str:
 
 
 def main(which: str) -> int:
-    """Installs, runs the tests, writes the result.
-
-    Args:
-        which: "lowest" or "highest".
-
-    Returns:
-        The exit status of the tests.
-    """
+    """Install, run the tests, write the result, and return the exit status of the tests."""
     python = install(which)
     report = ROOT / f".venv-compat-{which}" / "report.xml"
     skip = ("--ignore", "tests/project/test_reliability.py")  # it reads the results of the last run

@@ -1,4 +1,4 @@
-"""Writes the table of `docs/methods.md` from a run of the tests.
+"""Write the table of `docs/methods.md` from a run of the tests.
 
 make test ARGS="tests/behaviour/test_families.py -k every_method -m 'slow or not slow' --junitxml report.xml"
 .venv/bin/python scripts/methods_table.py report.xml
@@ -17,14 +17,7 @@ from adapter_kinds import METHODS  # noqa: E402
 
 
 def make_table(report: str) -> str:
-    """Makes the table of families and methods from the properties that the tests recorded.
-
-    Args:
-        report: The path of the JUnit report.
-
-    Returns:
-        The lines of the table.
-    """
+    """Return the table of families and methods from the properties in a JUnit report."""
     cells: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         properties = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}

@@ -1,8 +1,8 @@
-"""Builds the wheel and the sdist, looks into both, and installs the wheel in an environment of its own.
+"""Build the wheel and the sdist, check both, and install the wheel in a fresh environment.
 
 make release-check
 
-Files that git does not know have no part in it, and nothing is left behind.
+Files that git does not track are ignored. All work is done in a temporary folder.
 """
 
 import re
@@ -30,43 +30,40 @@ print(len(names), "names of", had.__version__, "imported from", had.__file__)
 
 
 def files_of_the_package(files: list[str]) -> set[str]:
-    """Those of the files that users import."""
+    """Return the files that users import."""
     return {name for name in files if name.startswith(f"{PACKAGE}/")}
 
 
 def faults_of_wheel(names: list[str], files: list[str]) -> list[str]:
-    """What is wrong with a wheel.
+    """Return a line for each file that a wheel lacks, and for each that does not belong in it.
 
     Args:
-        names: The names in it.
-        files: The files that git knows.
-
-    Returns:
-        A line for each file that is missing, and each that has no place in it.
+        names: The names in the wheel.
+        files: The files that git tracks.
     """
-    held = {name for name in names if not re.match(rf"{PACKAGE}-[^/]+\.dist-info/", name)}
+    modules = {name for name in names if not re.match(rf"{PACKAGE}-[^/]+\.dist-info/", name)}
     expected = files_of_the_package(files)
     no_license = [] if any(name.endswith("/LICENSE") for name in names) else ["the wheel lacks LICENSE"]
     return [
-        *(f"the wheel lacks {name}" for name in sorted(expected - held)),
-        *(f"the wheel has {name}" for name in sorted(held - expected)),
+        *(f"the wheel lacks {name}" for name in sorted(expected - modules)),
+        *(f"the wheel has {name}" for name in sorted(modules - expected)),
         *no_license,
     ]
 
 
 def faults_of_sdist(names: list[str], files: list[str]) -> list[str]:
-    """What is wrong with an sdist: the same, but more may stand in it."""
-    held = {name.partition("/")[2] for name in names}
-    return [f"the sdist lacks {name}" for name in sorted((files_of_the_package(files) | OF_THE_SDIST) - held)]
+    """Return a line for each file that an sdist lacks; it may contain more."""
+    contents = {name.partition("/")[2] for name in names}
+    return [f"the sdist lacks {name}" for name in sorted((files_of_the_package(files) | OF_THE_SDIST) - contents)]
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:
-    """Runs a command; what it says is shown."""
+    """Run a command and show its output."""
     subprocess.run(list(map(str, command)), check=True, cwd=cwd)
 
 
 def main() -> None:
-    """Builds, checks, installs."""
+    """Build, check and install."""
     files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -80,7 +77,7 @@ def main() -> None:
             faults = faults_of_wheel(opened_wheel.namelist(), files) + faults_of_sdist(opened_sdist.getnames(), files)
         if faults:
             sys.exit("\n".join(faults))
-        # -I: what PYTHONPATH and the folder hold is not what was installed.
+        # -I: import what is installed, nothing from PYTHONPATH or the folder.
         venv.create(folder / "venv", with_pip=True)
         python = folder / "venv" / "bin" / "python"
         install = (python, "-I", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")

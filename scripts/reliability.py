@@ -1,4 +1,4 @@
-"""Runs the tests that `docs/reliability.md` counts, and writes its tables.
+"""Run the tests that `docs/reliability.md` counts, and write its tables.
 
 make reliability
 """
@@ -16,8 +16,8 @@ PAGE = ROOT / "docs" / "reliability.md"
 COMPAT = ROOT / "docs" / "compat.json"
 REPORT = ROOT / "outputs" / "reliability.xml"
 
-# The sections of the page, and the tests that each counts: "module::test", in the form of a shell's wildcards. A test
-# counts once, in the first section that names it.
+# The sections of the page, and the tests that each counts, as shell patterns of "module::test". A test counts once, in
+# the first section that names it.
 SECTIONS = {
     "Killed": ["test_checkpoint::*kill*"],
     "Stopped by SIGTERM": ["*::*sigterm*"],
@@ -40,7 +40,7 @@ SECTIONS = {
         "*::*live_tensors*", "*::*leave_nothing_behind", "*::*leaves_nothing", "*::*two_models*", "*::*two_students*",
         "*::*two_threads*",
     ],
-    "Losses that are no numbers": ["test_nonfinite::*"],
+    "NaN and infinite losses": ["test_nonfinite::*"],
     "Teachers that stay as they are": [
         "*::test_both_stages", "*::test_training_moves_*", "test_families::test_every_method"
     ],
@@ -49,44 +49,27 @@ PACKAGES = ("torch", "transformers", "adapters", "accelerate", "datasets", "eval
 
 
 def section_of(test: str) -> str | None:
-    """The section that counts a test.
-
-    Args:
-        test: The test as `module::test`, without parameters.
-
-    Returns:
-        The name of the section, `None` if no section does.
-    """
+    """Return the section that counts a test, given as `module::test`, or `None`."""
     return next((name for name, patterns in SECTIONS.items() if any(fnmatch(test, p) for p in patterns)), None)
 
 
 def collected_tests() -> dict[str, list[str]]:
-    """Collects the tests, slow ones too.
-
-    Returns:
-        The ids of the tests of each section.
-    """
+    """Collect the ids of the tests of each section, slow ones too."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow or not slow", "tests"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    found: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    tests: dict[str, list[str]] = {name: [] for name in SECTIONS}
     for line in lines:
         match = re.match(r"tests/(?:\w+/)*(\w+)\.py::(\w+)", line)
         section = match and section_of(f"{match[1]}::{match[2]}")
         if section:
-            found[section].append(line)
-    return found
+            tests[section].append(line)
+    return tests
 
 
 def make_table(report: Path) -> str:
-    """Makes the table of sections from a JUnit report.
+    """Return the table of sections from a JUnit report.
 
-    A test counts for one case, or for the sum of the numbers that it has recorded as "cases".
-
-    Args:
-        report: The path of the report.
-
-    Returns:
-        The lines of the table.
+    A test counts for one case, or for the sum of the numbers that it recorded as "cases".
     """
     rows = {name: {"tests": 0, "cases": 0, "survived": 0, "skipped": 0} for name in SECTIONS}
     for test in ElementTree.parse(report).iter("testcase"):
@@ -111,11 +94,7 @@ def make_table(report: Path) -> str:
 
 
 def make_compat_table() -> str:
-    """Makes the table of versions from what `make compat` has written.
-
-    Returns:
-        The lines of the table.
-    """
+    """Return the table of versions from the results of `make compat`."""
     results = json.loads(COMPAT.read_text())
     rows = [["", *(name for name in ("lowest", "highest") if name in results)]]
     runs = [results[name] for name in rows[0][1:]]
@@ -128,22 +107,13 @@ def make_compat_table() -> str:
 
 
 def write(marker: str, table: str) -> None:
-    """Writes a table behind its marker in the page.
-
-    Args:
-        marker: The word in the marker, as in `<!-- table: cases -->`.
-        table: The lines of the table.
-    """
+    """Write a table below its marker in the page, such as `<!-- table: cases -->`."""
     pattern = rf"(<!-- table: {marker} -->\n\n)(?:\|.*\n)*\n*"
     PAGE.write_text(re.sub(pattern, lambda match: f"{match[1]}{table}\n", PAGE.read_text()))
 
 
 def main() -> int:
-    """Runs the tests of all sections and writes both tables.
-
-    Returns:
-        The exit status of the tests.
-    """
+    """Run the tests of all sections, write both tables, and return the exit status of the tests."""
     REPORT.parent.mkdir(exist_ok=True)
     functions = sorted({test.split("[")[0] for tests in collected_tests().values() for test in tests})
     command = [sys.executable, "-m", "pytest", "-n", "auto", "-m", "slow or not slow", "--junitxml", str(REPORT)]

@@ -4,6 +4,7 @@ import pickle
 import pytest
 from adapters import Fuse, Parallel, Stack
 from adapters.composition import AdapterCompositionBlock, parse_composition
+from messages import exactly
 from model_state import everything
 from tiny_models import TEACHERS, make_model, make_student, with_teachers
 
@@ -76,12 +77,12 @@ BLOCK = AdapterDistillation("bank", ["work"])
 def test_a_block_stands_alone_or_last_in_a_stack(call, setup):
     model = with_teachers()
     before = everything(model)
-    with pytest.raises(ValueError) as caught:
-        getattr(model, call)(setup)
-    assert str(caught.value) == (
+    message = (
         f"AdapterDistillation[bank; teachers: work] stands inside {setup}; "
         "only a Stack may hold it, after names of adapters."
     )
+    with pytest.raises(ValueError, match=exactly(message)):
+        getattr(model, call)(setup)
     assert everything(model) == before
 
 
@@ -89,9 +90,9 @@ def test_a_block_stands_alone_or_last_in_a_stack(call, setup):
 def test_a_block_that_would_not_distil_is_not_activated(block):
     model = make_student(make_model(), train=False)
     before = everything(model)
-    with pytest.raises(ValueError) as caught:
+    message = f"{block} is not prepared; call model.train_adapter with it, which makes it active."
+    with pytest.raises(ValueError, match=exactly(message)):
         model.active_adapters = block
-    assert str(caught.value) == f"{block} is not prepared; call model.train_adapter with it, which makes it active."
     assert everything(model) == before
     model.train_adapter(block)
     model.active_adapters = None

@@ -17,11 +17,9 @@ from .predictions import PredictionCache
 
 
 class TeacherAttention(NamedTuple):
-    """Attention at one place.
+    """Mean attention over non-padding tokens at one place, (n,), and the adapters that were fused there.
 
-    Args:
-        names: The adapters that were fused: the teachers, and with the carriers `fused` and `mixed` the student.
-        weights: The mean attention to each of them over non-padding tokens, (n,), detached.
+    These are the teachers, and with the carriers `fused` and `mixed` the student.
     """
 
     names: tuple[str, ...]
@@ -30,7 +28,7 @@ class TeacherAttention(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StageSettings:
-    """What a training forward pass is told. `DistillationTrainer` replaces it before each step.
+    """Settings of a training forward pass. `DistillationTrainer` replaces them before each step.
 
     Args:
         enabled: Whether the pass distils (stage 2) or not (stage 1).
@@ -54,49 +52,46 @@ class StageSettings:
 
 @dataclass
 class DistillationRecord:
-    """What one training forward pass added to the task loss.
+    """Terms that one training forward pass added to the task loss; detached, and None in stage 1.
 
     Args:
         added: The sum that stands, or belongs, in the loss: (weighted distillation loss + regularisation) x scale.
+        attention: The attention at each place, by its name.
         in_loss: Whether it was added to the loss of the model's output. False where the output has no loss; then
             `added` still carries its graph and the caller adds it.
-        distillation_loss: Mean over layers, unweighted, detached; None in stage 1.
-        fusion_regularization: Weighted, detached; None in stage 1.
-        fused_task_loss: The task loss of the fused pass of the carrier `dual`, detached; None for the others.
-        attention: The attention at each place, by its name.
-        layer_losses: The parts of `distillation_loss`, in the order of the layers, detached; None in stage 1, and
-            where no objective matches layers.
-        terms: Other logged values, detached: each objective where there are several, and for `task_specific` the loss
-            of its probes and its ratio.
+        distillation_loss: The mean over layers, unweighted.
+        fusion_regularization: The regularisation, weighted.
+        fused_task_loss: The task loss of the fused pass of the carrier `dual`.
+        layer_losses: The parts of `distillation_loss` in the order of the layers, if an objective matches layers.
+        terms: Other logged values: each objective where there are several, and for `task_specific` the loss of its
+            probes and its ratio.
     """
 
     added: torch.Tensor
-    in_loss: bool
-    distillation_loss: torch.Tensor | None
-    fusion_regularization: torch.Tensor | None
-    fused_task_loss: torch.Tensor | None
     attention: dict[str, TeacherAttention]
+    in_loss: bool = False
+    distillation_loss: torch.Tensor | None = None
+    fusion_regularization: torch.Tensor | None = None
+    fused_task_loss: torch.Tensor | None = None
     layer_losses: torch.Tensor | None = None
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)  # so that setting a field of `settings` here is an error
 class Distillation:
-    """The distillation of one student on one model.
+    """Distillation of one student on one model.
 
-    In a training loop of your own `settings` keeps its defaults until you replace it, and `take_record` returns what
-    the last forward pass added to the loss.
+    In a training loop of your own `settings` keeps its defaults until you replace it, and `take_record` returns the
+    terms that the last forward pass added to the loss.
 
     Args:
         config: The configuration; `config.teachers` holds the names on the model.
         level: The level that `config.level` led to.
-        level_reason: Why it is "layer" where `config.level` is "auto".
-        sources: Where each teacher came from: `{"source": name, folder or Hub id, "revision": commit or None}`.
-        start_digest: The digest of the student's weights at the average of its teachers, where it started; else None.
+        level_reason: The reason for "layer" where `config.level` is "auto".
+        sources: The origin of each teacher: `{"source": name, folder or Hub id, "revision": commit or None}`.
+        start_digest: The digest of the student's weights if they started at the average of its teachers.
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
-        settings: What the next training forward pass is told.
-        record: What the last one added, until it is taken.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
         halves: The passes of encoder and decoder while an `EncoderDecoderModel` runs.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
@@ -132,13 +127,9 @@ class Distillation:
 
 
 def distillations(adapters_config: ModelAdaptersConfig) -> dict[str, Distillation]:
-    """Return the distillations of a model by the names of their students.
+    """Return the live dict of a model's distillations by student, which the model shares with its layers.
 
-    Args:
-        adapters_config: `model.adapters_config`, which the model shares with its layers.
-
-    Returns:
-        The live dict; for a model without any an empty one, which only `add_distillation` keeps.
+    For a model without any it is an empty one, which only `add_distillation` keeps.
     """
     return vars(adapters_config).get("distillations", {})
 
@@ -149,11 +140,7 @@ def add_distillation(adapters_config: ModelAdaptersConfig, student: str, distill
 
 
 def distillation_of(model: ModelAdaptersMixin, student: str | None = None) -> Distillation:
-    """Return the live distillation of a student.
-
-    Args:
-        model: The model, not wrapped.
-        student: The name of the student. By default the one that is active.
+    """Return the live distillation of a student, by default of the active one.
 
     Raises:
         TypeError: If the model has no adapters.
@@ -161,30 +148,25 @@ def distillation_of(model: ModelAdaptersMixin, student: str | None = None) -> Di
     """
     if student is None:
         student = active_block(model).student
-    known = distillations(model.adapters_config)
-    if student not in known:
-        names = ", ".join(map(repr, known)) or "none"
+    students = distillations(model.adapters_config)
+    if student not in students:
+        names = ", ".join(map(repr, students)) or "none"
         raise ValueError(f"{student!r} is not distilled from teachers; distilled students on the model: {names}.")
-    return known[student]
+    return students[student]
 
 
 def active_block(model: nn.Module) -> AdapterDistillation:
-    """Return the active distillation block: what `train_adapter` activated, or a student on top of a `Stack`.
-
-    Raises:
-        TypeError: If the model has no adapters.
-        ValueError: If no distilled student is active, or it has no teachers.
-    """
+    """Return the active distillation block: from `train_adapter`, or of a student on top of a `Stack`."""
     if not isinstance(model, ModelAdaptersMixin):
         raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
-    setup, known = model.active_adapters, distillations(model.adapters_config)
+    setup, students = model.active_adapters, distillations(model.adapters_config)
     block = block_of(setup)
     if type(setup) is Stack and len(setup) > 1 and all(isinstance(name, str) for name in setup):
         # How adapters puts a task adapter on a language adapter; a Stack of the student alone is plain training.
-        distillation = known.get(setup.last())
+        distillation = students.get(setup.last())
         if distillation is not None and distillation.config.teachers:
             block = AdapterDistillation(setup, distillation.config.teachers)
-    if block is None or block.student not in known:
+    if block is None or block.student not in students:
         raise ValueError(
             f"No distilled student is active (the active setup is {setup}); add one with "
             "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "

@@ -11,9 +11,9 @@ from .._compat import ForwardContext, forward_arguments
 from ..composition import block_of
 from .distillation import Distillation, DistillationRecord, distillations
 from .heads import check_objectives, kind_of_labels
-from .layer_pass import LayerPass, PassInputs, share_parameters
+from .layer_pass import LayerPass, PassInputs
 from .losses import logit_matching_loss, token_weights, value_regularization
-from .predictions import output_losses, teacher_logits
+from .predictions import match_logits, match_scores, teacher_logits
 from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
 from .whole_layers import prepare_reruns
 
@@ -29,15 +29,20 @@ class _Call:
     args: tuple
     kwargs: dict[str, Any]
 
-    def named(self) -> dict[str, Any]:
-        """Return all arguments of forward by their names."""
-        names = forward_arguments(self.model) if self.args else ()
-        return dict(zip(names, self.args, strict=False)) | self.kwargs
+    def create_context(self) -> ForwardContext:
+        """Return a new context for another run."""
+        context = self.context_type(self.model, *self.args, **self.kwargs)
+        _share_parameters(context, self.model)
+        return context
 
     def run(self, context: ForwardContext) -> Any:
         """Run the model in a context."""
-        share_parameters(context, self.model)
         return self.original(context, self.model, self.forward, *self.args, **self.kwargs)
+
+    def run_again(self) -> Any:
+        """Run the model in a new context."""
+        with self.create_context() as context:
+            return self.run(context)
 
     def run_pass(self, context: ForwardContext, layer_pass: LayerPass, inputs: PassInputs) -> Any:
         """Run the model in a context with a pass at its layers."""
@@ -56,21 +61,8 @@ def call_with_distillation(
 ) -> Any:
     """Run a model's forward, and fold the terms of its layers into the loss of its output.
 
-    Evaluation, and training of anything but a distillation block, runs the original and nothing else.
-
-    Args:
-        context: The forward context of adapters.
-        original: adapters' own `ForwardContext._call_forward`.
-        model: The model that is called.
-        forward: Its forward function.
-        *args: The arguments of forward.
-        **kwargs: The keyword arguments of forward.
-
-    Returns:
-        The output of the model; its loss, if it has one, includes the distillation terms.
-
-    Raises:
-        ValueError: If the heads do not meet the needs of an objective.
+    Evaluation, and training of anything but a distillation block, runs only `original`, which is adapters' own
+    `ForwardContext._call_forward`.
     """
     block = block_of(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
@@ -78,12 +70,12 @@ def call_with_distillation(
     if block is None or distillation is None or not (training or distillation.inspection):
         return original(context, model, forward, *args, **kwargs)
 
+    _share_parameters(context, model)
     call = _Call(original, type(context), model, forward, args, kwargs)
     layer_pass = distillation.inspection or _training_pass(distillation)
-    named = call.named()
-    reruns = {}
-    if distillation.level == "layer" and layer_pass.runs_teachers:
-        reruns = prepare_reruns(type(context), model, block, args, kwargs)
+    named = dict(zip(forward_arguments(model), args, strict=False)) | kwargs if args else kwargs
+    runs_layers_again = distillation.level == "layer" and layer_pass.runs_teachers
+    reruns = prepare_reruns(call.create_context, block) if runs_layers_again else {}
     masks = _masks(model, named, is_half=distillation.halves is not None)
     inputs = PassInputs(block, masks, named.get("labels"), reruns)
     if not isinstance(layer_pass, TrainingPass):
@@ -103,6 +95,12 @@ def call_with_distillation(
     return output
 
 
+def _share_parameters(context: ForwardContext, model: ModelAdaptersMixin) -> None:
+    """Give a context the shared parameters of all adapters; adapters gives it those of the active ones only."""
+    if shared := model.base_model.shared_parameters:
+        vars(context)["shared_parameters"] = dict(shared)
+
+
 def _training_pass(distillation: Distillation) -> TrainingPass:
     """Return the pass of the stage and the carrier."""
     config = distillation.config
@@ -114,7 +112,7 @@ def _training_pass(distillation: Distillation) -> TrainingPass:
 def _run_both(context: ForwardContext, call: _Call, student_pass: DualStudentPass, inputs: PassInputs) -> Any:
     """Run both passes of the carrier `dual`; match each layer's output, the logits, and add the fused task loss."""
     fused_pass = DualFusedPass(student_pass.distillation)
-    with call.context_type(call.model, *call.args, **call.kwargs) as fused_context:
+    with call.create_context() as fused_context:
         fused_output = call.run_pass(fused_context, fused_pass, inputs)
     # The head for question answering of adapters 1.3.0 clamps them in place, in the graph of the first pass.
     for name in ("start_positions", "end_positions"):
@@ -136,25 +134,25 @@ def _run_both(context: ForwardContext, call: _Call, student_pass: DualStudentPas
 
 
 def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any], output: Any) -> None:
-    """Compute the objectives of predictions, with stored predictions of the teachers or by running them."""
-    distillation, block, model = current.distillation, current.inputs.block, call.model
-    cache = distillation.settings.predictions
-    stored = None if cache is None else cache.get(named)
+    """Compute the objectives of predictions, from stored predictions of the teachers or by running them."""
+    config, settings = current.distillation.config, current.distillation.settings
+    model, block = call.model, current.inputs.block
+    stored = None if settings.predictions is None else settings.predictions.get(named)
     if stored is None:
-        teachers = teacher_logits(call.context_type, call.run, model, block, call.args, call.kwargs)
+        teachers = teacher_logits(model, block, call.run_again)
     else:
         teachers = {"logits": stored}
-    student = {name: output[name] for name in teachers}
-    current.output_losses = output_losses(
-        distillation.config.output_objectives,
-        distillation.config.temperature,
-        kind_of_labels(model, block.student),
-        student,
-        teachers,
-        {name: _logit_weights(current, model, name, logits) for name, logits in student.items()},
-        current.inputs.labels,
-        distillation.settings.calibration,
-    )
+    if "logits" in config.objectives:
+        kind = kind_of_labels(model, block.student)
+        losses = []
+        for name, of_teachers in teachers.items():
+            weights = _logit_weights(current, model, name, output[name])
+            losses.append(match_logits(output[name], of_teachers, weights, kind, config.temperature))
+        current.output_losses["logits"] = torch.stack(losses).mean()
+    if "cross_task" in config.objectives:
+        current.output_losses["cross_task"] = match_scores(
+            output["logits"], teachers["logits"], current.inputs.labels, settings.calibration, config.temperature
+        )
 
 
 def _logit_weights(
@@ -169,28 +167,18 @@ def _logit_weights(
 
 
 def fold(current: TrainingPass, output: Any) -> DistillationRecord:
-    """Add the terms of a pass to the loss of the output, if it has one.
-
-    Args:
-        current: The pass.
-        output: The output of the model.
-
-    Returns:
-        The record of what was added.
-    """
-    config, settings, fusions = current.distillation.config, current.distillation.settings, current.fusions.values()
-    added = torch.zeros(())
-    if not current.losses or config.carrier == "mixed" or "task_specific" in config.objectives:
-        # Each parameter of the fusion stays in the graph of each step, or DistributedDataParallel waits for it.
-        added = sum((parameter.sum() * 0.0 for fusion in fusions for parameter in fusion.parameters()), added)
-    record = DistillationRecord(added, False, None, None, None, current.attention)
+    """Add the terms of a pass to the loss of the output, if it has one, and return the record of what was added."""
+    config, settings = current.distillation.config, current.distillation.settings
+    added = _parameters_in_graph(current)
+    record = DistillationRecord(added, current.attention)
     means, record.layer_losses = _means(current)
     if means:
         weighted = [weight * means[name] for name, weight in config.objectives.items()]
         distillation_loss = sum(weighted[1:], weighted[0]) + current.logit_loss
         regularization = torch.zeros_like(distillation_loss)
         if current.runs_teachers:
-            regularization = settings.regularization * value_regularization(f.value.weight for f in fusions)
+            values = (fusion.value.weight for fusion in current.fusions.values())
+            regularization = settings.regularization * value_regularization(values)
         added = added + settings.scale * (settings.weight * distillation_loss + regularization)
         record.distillation_loss, record.fusion_regularization = distillation_loss.detach(), regularization.detach()
         if len(means) > 1:
@@ -207,6 +195,18 @@ def fold(current: TrainingPass, output: Any) -> DistillationRecord:
     record.in_loss = _join(added, output)
     record.added = added.detach() if record.in_loss else added
     return record
+
+
+def _parameters_in_graph(current: TrainingPass) -> torch.Tensor:
+    """Return 0 with a graph to each parameter of the fusion, where a step can do without one.
+
+    DistributedDataParallel waits for the gradients of all parameters.
+    """
+    zero, config = torch.zeros(()), current.distillation.config
+    if current.losses and config.carrier != "mixed" and "task_specific" not in config.objectives:
+        return zero
+    parameters = (parameter for fusion in current.fusions.values() for parameter in fusion.parameters())
+    return sum((parameter.sum() * 0.0 for parameter in parameters), zero)
 
 
 def _means(current: TrainingPass) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
@@ -237,7 +237,7 @@ def _join(added: torch.Tensor, output: Any) -> bool:
 def begin_halves(student: str, model: ModelAdaptersMixin, args: tuple) -> None:
     """Begin to collect the passes of encoder and decoder; a hook before the forward of an `EncoderDecoderModel`.
 
-    adapters gives that model no context of its own, and runs each half as a model. `fold_halves` joins their passes.
+    adapters gives that model no context of its own, and runs each half as a model.
     """
     distillations(model.adapters_config)[student].halves = []
 

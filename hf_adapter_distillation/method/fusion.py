@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from .losses import TaskSpecificLoss
+from .losses import TaskSpecificLoss, at_least_float32
 from .stacking import StackCache, StackedAdapters
 
 
@@ -31,8 +31,6 @@ class TeacherFusion(nn.Module):
         output_size: The width of their updates. By default the same.
         location: The name of the layer in the base model, for logs and plots.
         in_decoder: Whether the layer reads states of a decoder, where padding follows the decoder's mask.
-        device: The device of the weights.
-        dtype: The data type of the weights.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class TeacherFusion(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, updates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the fused update from the update of each adapter, whatever its shape.
+        """Compute the fused update from the update of each adapter, whatever the adapter's form.
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
@@ -99,12 +97,8 @@ class TeacherFusion(nn.Module):
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
-            stacks: The adapters.
+            stacks: The adapters, in the order of the returned attention.
             features: The features of each stack, (batch, seq_len, n, m).
-
-        Returns:
-            The fused output, (batch, seq_len, output), and the detached attention over the adapters in the order of
-            the stacks, (batch, seq_len, n_teachers), whose rows sum to 1.
         """
         width = sum(stacked.up.shape[1] for stacked in stacks)
         tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
@@ -143,7 +137,7 @@ def _scores(
     matrix, bias = projection
     columns, offsets = linear(query, matrix.T, bias).split([n * m, n], dim=-1)  # (B, T, n * m), (B, T, n)
     products = columns.unflatten(-1, (n, m)) * z  # (B, T, n, m)
-    return products.sum(dim=-1, dtype=_at_least_float32(z.dtype)) + offsets  # (B, T, n)
+    return products.sum(dim=-1, dtype=at_least_float32(z.dtype)) + offsets  # (B, T, n)
 
 
 def _weighted_update(attention: torch.Tensor, up: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -154,12 +148,8 @@ def _weighted_update(attention: torch.Tensor, up: torch.Tensor, z: torch.Tensor)
     return linear(weighted, weights) + linear(attention, biases)  # (B, T, d)
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    return scores.softmax(dim=-1, dtype=_at_least_float32(scores.dtype))
+    return scores.softmax(dim=-1, dtype=at_least_float32(scores.dtype))
 
 
 def fusions_at(module: nn.Module) -> Any:

@@ -47,11 +47,7 @@ def number_of_labels(model: ModelAdaptersMixin, student: str) -> int | None:
 
 
 def check_head(model: ModelAdaptersMixin, student: str) -> None:
-    """Refuse a student without a head, on a model with flexible heads.
-
-    Raises:
-        ValueError: With the call that adds one.
-    """
+    """Check that the student has a head, on a model with flexible heads."""
     if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) and student not in heads_of(model):
         raise ValueError(
             f"{student!r} has no head; add one of that name, "
@@ -60,11 +56,7 @@ def check_head(model: ModelAdaptersMixin, student: str) -> None:
 
 
 def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Refuse objectives that the heads do not allow.
-
-    Raises:
-        ValueError: With the head that is missing or has other labels.
-    """
+    """Check that the heads allow the objectives."""
     student = block.student
     config = distillations(model.adapters_config)[student].config
     if "task_specific" in config.objectives and number_of_labels(model, student) is None:
@@ -106,11 +98,9 @@ def _describe(config: dict[str, Any]) -> str:
 
 def is_of_sequences(model: ModelAdaptersMixin, student: str) -> bool:
     """Return whether a head predicts classes of sequences, or a single label that holds or not."""
-    config = head_config(model, student)
-    kind = kind_of_labels(model, student)
-    if not str(config.get("head_type")).endswith("classification"):
-        return False
-    return kind == "classes" or (kind == "labels" and config.get("num_labels") == 1)
+    config, kind = head_config(model, student), kind_of_labels(model, student)
+    is_classification = str(config.get("head_type")).endswith("classification")
+    return is_classification and (kind == "classes" or (kind == "labels" and config.get("num_labels") == 1))
 
 
 def is_binary(model: ModelAdaptersMixin, student: str) -> bool:

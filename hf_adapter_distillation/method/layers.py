@@ -1,4 +1,4 @@
-"""What an adapter layer computes for an `AdapterDistillation` block: the student, and its teachers beside it."""
+"""The layers that hold adapters: the student runs in them, and its teachers beside it."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -26,14 +26,7 @@ def compose_distillation(
 ) -> BottleneckState | LoRAState:
     """Run the student, and offer the layer to the current pass, which may run the teachers beside it.
 
-    Args:
-        layer: The bottleneck layer, or the projection with LoRA.
-        block: The distillation block.
-        state: The layer's state, `hidden_states` (batch, seq_len, hidden).
-        lvl: The depth of the block in the setup.
-
-    Returns:
-        The state after the student, or after the fused output, as the pass decides.
+    The state has `hidden_states` (batch, seq_len, hidden); `lvl` is the depth of the block in the setup.
     """
     current, fusions = current_pass(), fusions_at(layer)
     if current is None or block.student not in fusions or not current.visit(fusions[block.student]):
@@ -57,7 +50,7 @@ class AdapterInput(NamedTuple):
     residual: torch.Tensor | float
 
     def detach(self) -> "AdapterInput":
-        """Return the same without a graph."""
+        """Return the input without a graph."""
         residual = self.residual.detach() if isinstance(self.residual, torch.Tensor) else self.residual
         return AdapterInput(self.hidden_states.detach(), residual)
 
@@ -71,16 +64,7 @@ def _input_of(adapter: Adapter | LoRA, state: BottleneckState | LoRAState) -> Ad
 
 
 class AdapterPlace(Place):
-    """A bottleneck layer, or a projection with LoRA, in which the student has just run.
-
-    Args:
-        layer: The layer.
-        block: The distillation block.
-        state: Its state before the student, from which adapters of another kind take their input.
-        student_input: The student's input.
-        student_state: Its state after the student.
-        in_graph: Whether gradients flow through the teachers.
-    """
+    """Bottleneck layer, or projection with LoRA, in which the student has just run."""
 
     def __init__(
         self,
@@ -93,7 +77,7 @@ class AdapterPlace(Place):
     ) -> None:
         self.layer = layer
         self.block = block
-        self.state = state
+        self.state = state  # before the student, from which adapters of another kind take their input
         self.student = layer.adapter_modules[block.student]
         student_output = _student_output(self.student, student_input, student_state)  # (B, T, d)
         self.student_input = student_input if in_graph else student_input.detach()
@@ -136,15 +120,11 @@ class AdapterPlace(Place):
         names = tuple(name for stacked in stacks for name in stacked.names)
         return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, features))
 
-    def is_finite_without_teachers(self) -> bool:
-        """Return whether the input of the adapters is finite."""
-        return bool(self.query_states.isfinite().all())
-
 
 def _student_output(
     student: Adapter | LoRA, student_input: AdapterInput, after: BottleneckState | LoRAState
 ) -> torch.Tensor:
-    """Return the student's update without its dropout: what the layer computed already, where that is the same."""
+    """Return the student's update without its dropout; the layer has already computed it where that is the same."""
     if isinstance(after, LoRAState):
         has_dropout = isinstance(student.lora_dropout, nn.Dropout)
         return adapter_update(student, *student_input) if has_dropout else after.hidden_states
@@ -156,11 +136,11 @@ def _student_output(
 def adapter_update(
     adapter: Adapter | LoRA, hidden_states: torch.Tensor, residual: torch.Tensor | float
 ) -> torch.Tensor:
-    """Compute what an adapter adds to the residual, or LoRA to the output of a projection, without its dropout.
+    """Compute the addition of an adapter to the residual, or of LoRA to the output of a projection, without dropout.
 
     Args:
         adapter: The adapter's module.
-        hidden_states: Its input, (batch, seq_len, hidden).
+        hidden_states: The input, (batch, seq_len, hidden).
         residual: The residual, which an adapter may normalise together with its update, (batch, seq_len, hidden).
 
     Returns:

@@ -1,4 +1,8 @@
-"""Loss terms that distillation adds to the task loss."""
+"""Loss terms that distillation adds to the task loss.
+
+Each is a scalar in float32 (float64 for float64 inputs). Its weights, (batch, seq_len), are the `token_weights` of the
+padding mask.
+"""
 
 from collections.abc import Iterable
 
@@ -11,17 +15,33 @@ PROJECTION_DIVISOR = 8  # `TaskSpecificLoss` matches the updates in their width 
 
 
 def token_weights(mask: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each token in the mean over the tokens of its sequence.
+    """Return the weight of each token in the mean over the tokens of its sequence, (batch, seq_len).
+
+    The weights of a sequence sum to 1, or are all 0 if no token counts.
 
     Args:
         mask: True (or 1) at the tokens that count, (batch, seq_len).
-
-    Returns:
-        The weights, (batch, seq_len), float32 (float64 for a float64 mask). The weights of a sequence sum to 1, or are
-        all 0 if no token counts.
     """
-    mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
+    mask = mask.to(at_least_float32(mask.dtype))
     return mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 for float64: the data type of scores, weights and losses."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _in_float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors in float32, or in float64 if the first is."""
+    return [tensor.to(at_least_float32(tensors[0].dtype)) for tensor in tensors]
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of values; with weights, of the tokens and then of the sequences, (batch, seq_len, ...)."""
+    if weights is None:
+        return values.mean()
+    of_tokens = values.flatten(2).mean(dim=2) if values.dim() > 2 else values  # (B, T)
+    return (weights.to(values.dtype) * of_tokens).sum(dim=1).mean()
 
 
 class FeatureLoss(nn.Module):
@@ -39,7 +59,7 @@ class FeatureLoss(nn.Module):
     """
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Compute the loss, a float32 scalar (float64 for float64 inputs), 0 for a batch of padding only.
+        """Compute the loss, 0 for a batch of padding only.
 
         Args:
             student_output: The student's update to the residual stream, (batch, seq_len, hidden).
@@ -51,15 +71,14 @@ class FeatureLoss(nn.Module):
     @staticmethod
     def of_sequences(student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the loss of each sequence, (batch,), whose mean `forward` returns."""
-        dtype = torch.promote_types(student_output.dtype, torch.float32)
-        weights = weights.to(dtype)
+        student, fused, weights = _in_float32(student_output, fused_output, weights)
         # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
-        target = fused_output.detach().to(dtype)
+        target = fused.detach()
         means = target.mean(dim=-1)  # (B, T)
         variances = (target - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
         mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
         variance = (weights * (variances + (means - mean).square())).sum(dim=1)  # (B,)
-        errors = (student_output.to(dtype) - fused_output.to(dtype)).square().mean(dim=-1)  # (B, T)
+        errors = (student - fused).square().mean(dim=-1)  # (B, T)
         error = (weights * errors).sum(dim=1)  # (B,)
         return error / variance.clamp(min=MINIMAL_VARIANCE)
 
@@ -75,13 +94,9 @@ class CosineLoss(nn.Module):
     """
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Compute the loss, from 0 to 2, a float32 scalar (float64 for float64 inputs).
-
-        The outputs are (batch, seq_len, hidden), the weights (batch, seq_len), as for `FeatureLoss`.
-        """
-        dtype = torch.promote_types(student_output.dtype, torch.float32)
-        cosines = cosine_similarity(student_output.to(dtype), fused_output.to(dtype), dim=-1)  # (B, T)
-        return (weights.to(dtype) * (1 - cosines)).sum(dim=1).mean()
+        """Compute the loss, from 0 to 2, of the arguments of `FeatureLoss`."""
+        student, fused = _in_float32(student_output, fused_output)
+        return _mean(1 - cosine_similarity(student, fused, dim=-1), weights)
 
 
 class TaskSpecificLoss(nn.Module):
@@ -95,14 +110,8 @@ class TaskSpecificLoss(nn.Module):
     not train P. So the student follows its teachers where it matters for the task, and is free elsewhere.
 
     After the supervised projection of TSKD (BrainDistill, Xie et al., https://arxiv.org/abs/2601.17625). There the
-    teacher has learnt the task and a classifier, which the projection preserves; here the teachers have learnt other
-    tasks, so each layer's projection learns the new one from its labels while the student is trained.
-
-    Args:
-        hidden_size: The width of the updates.
-        n_labels: The number of labels.
-        device: The device of the weights.
-        dtype: The data type of the weights.
+    projection preserves the classifier of a teacher of the task; here the teachers have learnt other tasks, so each
+    layer's projection learns the new one from its labels while the student is trained.
     """
 
     def __init__(
@@ -117,10 +126,7 @@ class TaskSpecificLoss(nn.Module):
         self.match = FeatureLoss()
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Compute the match, a float32 scalar (float64 for float64 inputs) without gradient to the projection.
-
-        The outputs are (batch, seq_len, hidden), the weights (batch, seq_len), as for `FeatureLoss`.
-        """
+        """Compute the match, of the arguments of `FeatureLoss`, without gradient to the projection."""
         projection = self.projection.weight.detach()  # (p, d)
         student, fused = (linear(o.to(projection.dtype), projection) for o in (student_output, fused_output))
         return self.match(student, fused, weights)
@@ -128,14 +134,11 @@ class TaskSpecificLoss(nn.Module):
     def probe_loss(self, fused_output: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the task loss that trains projection and classifier: cross-entropy, or the squared error of values.
 
-        Args:
-            fused_output: The teachers' fused update, (batch, seq_len, hidden).
-            weights: The `token_weights` of the padding mask, (batch, seq_len).
-            labels: Classes of sequences, (batch,), or of tokens, (batch, seq_len), -100 where there is none; several
-                labels at once, (batch, n_labels), or values, (batch,), as floating point numbers.
+        The labels are classes of sequences, (batch,), or of tokens, (batch, seq_len), -100 where there is none; or
+        several labels at once, (batch, n_labels), or values, (batch,), as floating point numbers.
         """
         logits = self.classifier(self.projection(fused_output.detach().to(self.projection.weight.dtype)))  # (B, T, C)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(at_least_float32(logits.dtype))
         if labels.dim() == 2 and not labels.is_floating_point():
             counted = (labels != -100).sum().clamp(min=1)
             return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / counted
@@ -150,17 +153,11 @@ class TaskSpecificLoss(nn.Module):
     def ratio(self, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the task-specific ratio: the share of the fused output's variance that the projection keeps.
 
-        Args:
-            fused_output: The teachers' fused update, (batch, seq_len, hidden).
-            weights: The `token_weights` of the padding mask, (batch, seq_len).
-
-        Returns:
-            A scalar from 0 (the match ignores the teachers) to 1 (it sees all of their output).
+        It is 0 where the match ignores the teachers, and 1 where it sees all of their output.
         """
-        dtype = torch.promote_types(fused_output.dtype, torch.float32)
-        basis, _ = torch.linalg.qr(self.projection.weight.to(dtype).T)  # (d, p)
-        weights = weights.to(dtype) / len(weights)
-        fused = fused_output.to(dtype)
+        fused, projection, weights = _in_float32(fused_output, self.projection.weight, weights)
+        basis, _ = torch.linalg.qr(projection.T)  # (d, p)
+        weights = weights / len(weights)
         fused = fused - torch.einsum("bt,btd->d", weights, fused)  # (B, T, d)
         kept, total = ((weights * part.square().sum(dim=-1)).sum() for part in (fused @ basis, fused))
         return kept / total.clamp(min=MINIMAL_VARIANCE)
@@ -176,9 +173,6 @@ class LogitLoss(nn.Module):
     with the logits y of the student and y_n of teacher n, each with its own head. The factor keeps the size of the
     gradient where the temperature changes (Hinton et al., https://arxiv.org/abs/1503.02531, who average several
     teachers in the same way). Unlike `FeatureLoss`, it needs a common label space.
-
-    Args:
-        temperature: The temperature, above 0; the higher, the softer the labels.
     """
 
     def __init__(self, temperature: float = 2.0) -> None:
@@ -188,21 +182,16 @@ class LogitLoss(nn.Module):
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute the mean over all predictions outside padding, a float32 scalar (float64 for float64 inputs).
+        """Compute the mean over all predictions outside padding, without a gradient to the teachers.
 
-        Args:
-            student_logits: The student's logits, (..., n_labels).
-            teacher_logits: The teachers' logits, (n_teachers, ..., n_labels). No gradient flows through them.
-            weights: For logits of tokens, (batch, seq_len, ...), the `token_weights` of the padding mask.
+        The logits are (..., n_labels) and (n_teachers, ..., n_labels). Logits of tokens, (batch, seq_len, ...,
+        n_labels), have weights.
         """
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        soft = (teacher_logits.detach().to(dtype) / self.temperature).softmax(dim=-1).mean(dim=0)  # (..., C)
-        predicted = (student_logits.to(dtype) / self.temperature).log_softmax(dim=-1)  # (..., C)
+        student, teachers = _in_float32(student_logits, teacher_logits.detach())
+        soft = (teachers / self.temperature).softmax(dim=-1).mean(dim=0)  # (..., C)
+        predicted = (student / self.temperature).log_softmax(dim=-1)  # (..., C)
         divergences = self.temperature**2 * (torch.xlogy(soft, soft) - soft * predicted).sum(dim=-1)  # (...)
-        if weights is None:
-            return divergences.mean()
-        divergences = divergences.reshape(*weights.shape, -1).mean(dim=2)  # (B, T)
-        return (weights.to(dtype) * divergences).sum(dim=1).mean()
+        return _mean(divergences, weights)
 
 
 class CrossTaskLoss(nn.Module):
@@ -220,40 +209,30 @@ class CrossTaskLoss(nn.Module):
     of their probabilities, so near ties hardly count.
 
     After CrossDistil (Yang et al., AAAI 2022, https://arxiv.org/abs/2202.09852): calibration, error correction, and a
-    pairwise term by which another task orders the items that share a label. There all tasks have labels for the same
-    items and train each other; here the teachers are frozen and their tasks have no labels for these items, so their
-    scores replace the labels that form the quadruplets, and are calibrated once.
-
-    Pairs are formed within a micro-batch, as in-batch negatives are: a smaller micro-batch has fewer.
-
-    Args:
-        temperature: The temperature, above 0.
-        margin: The distance of a clipped score from 0, on the right side of the label.
+    pairwise term. There all tasks have labels for the same items and train each other; here the teachers are frozen,
+    and their scores, calibrated once, replace the labels that form the quadruplets. Pairs are formed within a
+    micro-batch, as in-batch negatives are: a smaller micro-batch has fewer.
     """
 
     def __init__(self, temperature: float = 2.0, margin: float = 1.0) -> None:
         super().__init__()
-        self.temperature = temperature
         self.margin = margin
         self.soft_labels = LogitLoss(temperature)
 
     def forward(
         self, student_scores: torch.Tensor, teacher_scores: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compute the loss, a float32 scalar (float64 for float64 inputs).
+        """Compute the loss, without a gradient to the teachers.
 
-        Args:
-            student_scores: The logit of the positive label, (batch,).
-            teacher_scores: The teachers' calibrated logits, (n_teachers, batch). No gradient flows through them.
-            labels: 0 or 1, (batch,); without labels no prediction is corrected, and all pairs count.
+        The scores are logits of the positive label, (batch,) of the student and (n_teachers, batch), calibrated. The
+        labels are 0 or 1, (batch,); without labels no prediction is corrected, and all pairs count.
         """
-        dtype = torch.promote_types(student_scores.dtype, torch.float32)
-        student, teachers = student_scores.to(dtype), teacher_scores.detach().to(dtype)  # (B,), (N, B)
-        corrected, of_one_label = teachers, torch.ones(len(student), len(student), dtype=dtype, device=student.device)
+        student, teachers = _in_float32(student_scores, teacher_scores.detach())  # (B,), (N, B)
+        corrected, of_one_label = teachers, student.new_ones(len(student), len(student))
         if labels is not None:
-            sign = 2 * labels.to(dtype) - 1  # (B,)
+            sign = 2 * labels.to(student.dtype) - 1  # (B,)
             corrected = sign * (sign * teachers).clamp(min=self.margin)  # (N, B)
-            of_one_label = (labels.unsqueeze(1) == labels).to(dtype)  # (B, B)
+            of_one_label = (labels.unsqueeze(1) == labels).to(student.dtype)  # (B, B)
         matched = self.soft_labels(two_classes(student), two_classes(corrected))
 
         mean = teachers.mean(dim=0)  # (B,)
@@ -271,24 +250,14 @@ def two_classes(scores: torch.Tensor) -> torch.Tensor:
 def logit_matching_loss(
     student_logits: torch.Tensor, fused_logits: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute the squared difference between the student's and the fused pass's logits, for the carrier `dual`.
+    """Compute the mean squared difference of the student's and the fused pass's logits, for the carrier `dual`.
 
     Logit regression (Ba and Caruana, https://arxiv.org/abs/1312.6184) fits all heads: classes, labels, scores, tokens.
 
-    Args:
-        student_logits: The student's logits, of any shape.
-        fused_logits: The logits of the fused pass, of the same shape. No gradient flows through them.
-        weights: For logits of tokens, (batch, seq_len, ...), the `token_weights` of the padding mask.
-
-    Returns:
-        The mean over all logits outside padding, a float32 scalar (float64 for float64 inputs).
+    No gradient flows through the fused pass. Logits of tokens, (batch, seq_len, ...), have weights.
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    errors = (student_logits.to(dtype) - fused_logits.detach().to(dtype)).square()
-    if weights is None:
-        return errors.mean()
-    errors = errors.reshape(*weights.shape, -1).mean(dim=2)  # (B, T)
-    return (weights.to(dtype) * errors).sum(dim=1).mean()
+    student, fused = _in_float32(student_logits, fused_logits.detach())
+    return _mean((student - fused).square(), weights)
 
 
 def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -296,9 +265,6 @@ def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:
 
     As in AdapterFusion (Pfeiffer et al., https://arxiv.org/abs/2005.00247): it keeps each fused output near a convex
     combination of the teachers' outputs.
-
-    Args:
-        values: The value matrices, (hidden, hidden) each.
     """
     distances = [
         (value - torch.eye(len(value), dtype=value.dtype, device=value.device)).square().sum() for value in values

@@ -60,24 +60,21 @@ def parameter_table(model: ModelAdaptersMixin, block: AdapterDistillation) -> st
     lines += [f"{role:<32}{total:>14,}{trained:>14,}" for role, (total, trained) in counts.items()]
     distillation = distillation_of(model, block.student)
     if distillation.level == "layer":
-        why = f" ({distillation.level_reason})" if distillation.level_reason else ""
-        lines.append(f"Stage 2 fuses whole layers, and runs each {len(block.teachers) + 2} times more{why}.")
+        reason = f" ({distillation.level_reason})" if distillation.level_reason else ""
+        lines.append(f"Stage 2 fuses whole layers, and runs each {len(block.teachers) + 2} times more{reason}.")
         return "\n".join(lines)
     copied = sum(
         stacked_bytes({name: layer.adapter_modules[name] for name in block.teachers if name in layer.adapter_modules})
         for _, layer in adapter_layers(model, block.student)
     )
-    size = f"{copied / 1e6:.2f} MB"
-    lines.append(f"Stage 2 fuses inside the layers, and copies the teachers' weights side by side: {size}.")
+    lines.append(
+        f"Stage 2 fuses inside the layers, and copies the teachers' weights side by side: {copied / 1e6:.2f} MB."
+    )
     return "\n".join(lines)
 
 
 def check_trainable(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Check that nothing is trainable but the student, its head and the fusion.
-
-    Raises:
-        ValueError: With the first such parameter.
-    """
+    """Check that nothing is trainable but the student, its head and the fusion."""
     allowed = {f"student {block.student}", f"head {block.student}", "head", "fusion (training only)"}
     role_of = parameter_roles(model, block)
     for name, parameter in model.named_parameters():

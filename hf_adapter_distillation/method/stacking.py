@@ -30,17 +30,8 @@ class StackedAdapters(NamedTuple):
     up: torch.Tensor
     activation: nn.Module | None
 
-    @property
-    def width(self) -> int:
-        """Number of bottleneck features of all adapters, n * m."""
-        return len(self.down_weight)
-
     def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the bottleneck features of all adapters, (batch, seq_len, n, m).
-
-        Args:
-            hidden_states: The input of the adapters, (batch, seq_len, hidden).
-        """
+        """Return the bottleneck features of all adapters, (batch, seq_len, n, m), for (batch, seq_len, hidden)."""
         down = nn.functional.linear(hidden_states, self.down_weight, self.down_bias)  # (B, T, n * m)
         features = down if self.activation is None else self.activation(down)
         return features.unflatten(-1, (len(self.names), -1))  # (B, T, n, m)
@@ -102,9 +93,7 @@ def update_sizes(adapter: Adapter | LoRA) -> tuple[int, int]:
 def stack(adapters: dict[str, Adapter | LoRA], dtype: torch.dtype | None = None) -> StackedAdapters:
     """Copy the weights of adapters of one width, activation and input side by side; gradients flow to trained weights.
 
-    Args:
-        adapters: The adapters' modules by name.
-        dtype: The data type of the copy. By default the data type of the weights.
+    By default the copy has the data type of the weights.
     """
     ends = [_ends(adapter) for adapter in adapters.values()]
     scales = [s.unsqueeze(-1) if isinstance(s, torch.Tensor) else s for s in (m.scaling for m in adapters.values())]
@@ -153,10 +142,7 @@ class StackCache:
     def get(
         self, teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
     ) -> list[StackedAdapters] | None:
-        """Return a stack for each combination of the teachers' width, activation and input.
-
-        None if one of the teachers cannot be stacked.
-        """
+        """Return a stack for each width, activation and input of the teachers; None if one cannot be stacked."""
         if torch.compiler.is_compiling():  # compiled code cannot check a cache, and copies by itself
             return _stack_alike(teachers, adapters_config, dtype)
         if dtype != self._dtype or not self._is_fresh(teachers):

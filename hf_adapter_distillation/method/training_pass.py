@@ -1,17 +1,17 @@
-"""The passes of a training: what is matched in the layers, and what a layer passes on, for each carrier."""
+"""The passes of a training: for each carrier, the match in the layers and the states that a layer passes on."""
 
 import torch
 
 from .distillation import Distillation, TeacherAttention
 from .fusion import TeacherFusion
-from .layer_pass import Fused, LayerPass, Place
+from .layer_pass import LayerPass, Place
 from .losses import CosineLoss, FeatureLoss
 
 LAYER_LOSSES = {"features": FeatureLoss(), "cosine": CosineLoss()}  # the objectives without weights of their own
 
 
 class TrainingPass(LayerPass):
-    """Forward pass of stage 1, or of stage 2 where nothing of the layers is matched: the teachers do not run.
+    """Forward pass of stage 1, or of stage 2 without a match in the layers: the teachers do not run.
 
     The terms of all training passes are collected here; `forward.fold` makes a loss of them.
     """
@@ -35,28 +35,21 @@ class TrainingPass(LayerPass):
         self.fusions[fusion.location] = fusion
         return self.runs_teachers
 
-    def note_attention(self, fusion: TeacherFusion, fused: Fused) -> None:
-        """Keep the mean attention over non-padding tokens."""
-        _, batch_weights = self.token_weights(fusion, fused.output)
+    def fuse(self, place: Place, with_student: bool = False) -> torch.Tensor:
+        """Return the fused output of a place, (B, T, d), and keep the mean attention over non-padding tokens."""
+        fused = place.fuse(with_student)
+        _, batch_weights = self.token_weights(place.fusion, fused.output)
         attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))  # (n,)
-        self.attention[fusion.location] = TeacherAttention(fused.names, attention)
+        self.attention[place.fusion.location] = TeacherAttention(fused.names, attention)
+        return fused.output
 
     def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
-        """Compute the objectives of one layer.
-
-        Args:
-            fusion: The fusion of the layer.
-            student_output: The student's update, (batch, seq_len, hidden).
-            target: The teachers' fused update, (batch, seq_len, hidden).
-
-        Raises:
-            ValueError: If an objective has no probe, since the head was added after `train_adapter`.
-        """
+        """Compute the objectives of one layer from the student's and the fused update, (batch, seq_len, hidden)."""
         weights, _ = self.token_weights(fusion, student_output)
         losses = {}
         for name in self.distillation.config.layer_objectives:
             loss = LAYER_LOSSES.get(name, fusion.task_specific)
-            if loss is None:
+            if loss is None:  # the head was added after `train_adapter`
                 student = self.inputs.block.student
                 raise ValueError(
                     f"The objective {name!r} needs the head of {student!r} in train_adapter; add one for "
@@ -77,9 +70,7 @@ class StudentPass(TrainingPass):
 
     def run_layer(self, place: Place) -> torch.Tensor | None:
         """Match the student with the fused teachers, both of which the distillation loss trains."""
-        fused = place.fuse()
-        self.note_attention(place.fusion, fused)
-        self.match(place.fusion, place.student_output, fused.output)
+        self.match(place.fusion, place.student_output, self.fuse(place))
         return None
 
 
@@ -91,22 +82,21 @@ class FusedPass(TrainingPass):
 
     def run_layer(self, place: Place) -> torch.Tensor:
         """Match the student with the fused output, and pass the fused output on."""
-        fused = place.fuse(with_student=True)
-        self.note_attention(place.fusion, fused)
-        self.match(place.fusion, place.student_output, fused.output.detach())
-        return place.base + fused.output  # (B, T, d)
+        fused_output = self.fuse(place, with_student=True)  # (B, T, d)
+        self.match(place.fusion, place.student_output, fused_output.detach())
+        return place.base + fused_output
 
 
 class MixedPass(FusedPass):
     """Carrier `mixed`: each layer passes on the fused output with a probability, else the student's."""
 
     def run_layer(self, place: Place) -> torch.Tensor:
-        """Match as `FusedPass`, and draw what is passed on."""
+        """Match as `FusedPass`, and draw the states that are passed on."""
         fused_states = super().run_layer(place)
         probability = self.distillation.settings.fused_probability
         if torch.compiler.is_compiling():  # compiled code cannot branch on a draw, and computes both
-            drawn = torch.rand((), device=fused_states.device) < probability
-            return torch.where(drawn, fused_states, place.student_states)
+            takes_fused = torch.rand((), device=fused_states.device) < probability
+            return torch.where(takes_fused, fused_states, place.student_states)
         return fused_states if bool(torch.rand(()) < probability) else place.student_states
 
 
@@ -137,9 +127,4 @@ class DualStudentPass(TrainingPass):
         self.outputs.append((place.fusion, place.student_output))
 
 
-TRAINING_PASSES: dict[str, type[TrainingPass]] = {
-    "student": StudentPass,
-    "fused": FusedPass,
-    "mixed": MixedPass,
-    "dual": DualStudentPass,
-}
+TRAINING_PASSES = {"student": StudentPass, "fused": FusedPass, "mixed": MixedPass, "dual": DualStudentPass}

@@ -5,6 +5,7 @@ change of the layer's output can be fused: the layer runs again without any adap
 teacher, all on the same input.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Cache
 from .._compat import AdapterLayerBase, ForwardContext
 from ..composition import AdapterDistillation
 from .fusion import fusions_at
-from .layer_pass import LayerPass, Place, Rerun, current_pass, share_parameters
+from .layer_pass import LayerPass, Place, Rerun, current_pass
 from .predictions import without_dropout
 
 
@@ -43,17 +44,10 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
 
     The update of an adapter is here :math:`u_n = f_n(x) - f_0(x)`, with f_n the layer with adapter n and f_0 the layer
     without any. The layer runs again without dropout, and with the carrier `student` on detached inputs, so that each
-    layer is matched at the states that it reads.
-
-    Args:
-        student: The student that the hook was placed for.
-        layer: The layer, whose hidden states are (batch, seq_len, hidden).
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        output: Its output with the student.
+    layer is matched at the states that it reads, (batch, seq_len, hidden).
 
     Returns:
-        The output with the states that the pass decides on; None where they stay.
+        The output with the states that the pass decides on; None where the student's stay.
     """
     current = current_pass()
     if current is None or current.inputs.block.student != student or not current.visit(fusions_at(layer)[student]):
@@ -66,15 +60,7 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
 
 
 class LayerPlace(Place):
-    """A whole transformer layer, in which the student has just run.
-
-    Args:
-        current: The current pass.
-        layer: The layer.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        output: Its output with the student.
-    """
+    """Whole transformer layer, in which the student has just run and put out `output`."""
 
     base: torch.Tensor
 
@@ -83,8 +69,7 @@ class LayerPlace(Place):
         self.layer = layer
         self.args, self.kwargs = _inputs(args, kwargs, detach=not current.joins_student)
         self.student = current.inputs.block.student
-        with self._teachers_in_graph():
-            base = self._run(None)  # (B, T, d)
+        base = self._run(None)  # (B, T, d)
         super().__init__(
             fusions_at(layer)[self.student],
             self.args[0] if self.args else self.kwargs["hidden_states"],
@@ -93,24 +78,17 @@ class LayerPlace(Place):
             _states(output),
         )
 
-    def _teachers_in_graph(self) -> torch.set_grad_enabled:
-        return torch.set_grad_enabled(torch.is_grad_enabled() and self.current.joins_student)
-
     def _run(self, adapter: str | None) -> torch.Tensor:
         setup, context = self.current.inputs.reruns[adapter]
-        with setup, context:
+        in_graph = torch.is_grad_enabled() and (adapter == self.student or self.current.joins_student)
+        with setup, context, torch.set_grad_enabled(in_graph):
             return _states(self.layer(*self.args, **self.kwargs))
 
     def updates(self, with_student: bool = False) -> dict[str, torch.Tensor]:
         """Run the layer with each teacher, (batch, seq_len, hidden) each."""
         teachers = self.current.inputs.block.teachers
-        with self._teachers_in_graph():
-            updates = {name: self._run(name) - self.base for name in teachers if holds(self.layer, name)}
+        updates = {name: self._run(name) - self.base for name in teachers if holds(self.layer, name)}
         return updates | {self.student: self.student_output} if with_student else updates
-
-    def is_finite_without_teachers(self) -> bool:
-        """Return whether the layer's output without any adapter is finite."""
-        return bool(self.base.isfinite().all())
 
 
 def _states(output: torch.Tensor | tuple) -> torch.Tensor:
@@ -129,11 +107,7 @@ def _inputs(args: tuple, kwargs: dict[str, Any], detach: bool) -> tuple[tuple, d
 
 
 def prepare_reruns(
-    context_type: type[ForwardContext],
-    model: ModelAdaptersMixin,
-    block: AdapterDistillation,
-    args: tuple,
-    kwargs: dict[str, Any],
+    create_context: Callable[[], ForwardContext], block: AdapterDistillation
 ) -> dict[str | None, Rerun]:
     """Prepare the runs of the layers of a pass with the student, with each teacher, and with neither (None).
 
@@ -145,7 +119,6 @@ def prepare_reruns(
         names = [*block.children[:-1], *([] if name is None else [name])]
         setup = AdapterSetup(Stack(*names) if names else None)
         with setup, torch.set_grad_enabled(torch.is_grad_enabled() and name == block.student):
-            context = context_type(model, *args, **kwargs)
-        share_parameters(context, model)
+            context = create_context()
         reruns[name] = Rerun(setup, context)
     return reruns

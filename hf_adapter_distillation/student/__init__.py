@@ -1,1 +1,4 @@
-"""A student on a model: add it, place its fusions, start it, save it."""
+"""A student on a model, from its addition to its files.
+
+Reading order: `adding`, `preparing`, `fusions`, `warm_start`, `least_squares`, `training_run`, `provenance`, `saving`.
+"""

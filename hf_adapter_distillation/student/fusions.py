@@ -7,6 +7,7 @@ from adapters import ModelAdaptersMixin
 from torch import nn
 from transformers import EncoderDecoderModel
 
+from .._compat import LoRALinear
 from ..composition import AdapterDistillation
 from ..method.distillation import Distillation, distillation_of, distillations
 from ..method.forward import begin_halves, fold_halves
@@ -22,9 +23,7 @@ from ..method.whole_layers import distill_layer, hidden_size, holds, whole_layer
 def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     """Add the missing fusions, and leave only them and the student trainable.
 
-    Args:
-        model: The model after adapters' `train_adapter`, which froze all but the adapters of the block.
-        block: The distillation block.
+    Adapters' `train_adapter` has frozen all but the adapters of the block before.
     """
     student, distillation = block.student, distillation_of(model, block.student)
     decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
@@ -49,11 +48,10 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     if isinstance(model, EncoderDecoderModel):
         distillation.hooks.append(model.register_forward_pre_hook(partial(begin_halves, student)))
         distillation.hooks.append(model.register_forward_hook(partial(fold_halves, student)))
-    base = model.base_model
     for below in block.children[:-1]:
         model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
         model.apply_to_basemodel_childs(lambda i, child, below=below: child.freeze_adapter(below))
-        for modules in (getattr(base, "invertible_adapters", {}), base.shared_parameters):
+        for modules in (getattr(model.base_model, "invertible_adapters", {}), model.base_model.shared_parameters):
             if below in modules:
                 modules[below].requires_grad_(False)
 
@@ -72,11 +70,7 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
 
 
 def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location: str) -> float:
-    """Return the weight of the layer that a place is in, relative to the mean over all layers.
-
-    Raises:
-        ValueError: If the model has another number of layers.
-    """
+    """Return the weight of the layer that a place is in, relative to the mean over all layers."""
     layers = [layer for _, layer in model.base_model.iter_layers()]
     if len(layers) != len(weights):
         raise ValueError(f"layer_weights has {len(weights)} numbers, but the model has {len(layers)} layers.")
@@ -102,7 +96,7 @@ def _places(
 def _reads_encoder(name: str, layer: nn.Module) -> bool:
     """Return whether a projection of a decoder reads the encoder's states, with the encoder's mask."""
     in_cross_attention = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
-    return in_cross_attention and getattr(layer, "attn_key", None) in ("k", "v")
+    return in_cross_attention and isinstance(layer, LoRALinear) and layer.attn_key in ("k", "v")
 
 
 def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
@@ -117,8 +111,8 @@ def _remove_hooks(distillation: Distillation) -> None:
 
 def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
     """Remove the fusion of a student from all layers."""
-    if student in distillations(model.adapters_config):
-        _remove_hooks(distillations(model.adapters_config)[student])
+    if distillation := distillations(model.adapters_config).get(student):
+        _remove_hooks(distillation)
     for module in list(model.base_model.modules()):
         if student in (fusions := fusions_at(module)):
             del fusions[student]

@@ -29,13 +29,7 @@ class UpProjectionFit:
         self.gram, self.moment, self.square = reduce(self.gram), reduce(self.moment), reduce(self.square)
 
     def add(self, features: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            features: The bottleneck features, (batch, seq_len, m).
-            target: The updates, (batch, seq_len, hidden).
-            mask: Positive where a token counts, (batch, seq_len).
-        """
+        """Add tokens: features (batch, seq_len, m), updates (batch, seq_len, hidden), mask (batch, seq_len)."""
         counted = mask > 0
         z = features[counted].double()  # (n, m)
         z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)  # (n, m + 1), the last for the bias
@@ -45,11 +39,7 @@ class UpProjectionFit:
         self.square = u.square().sum() + self.square
 
     def solve(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Solve the normal equations.
-
-        Args:
-            weight: The present weights, (hidden, m).
-            bias: The present biases, (hidden,).
+        """Solve the normal equations, given the present weights (hidden, m) and biases (hidden,).
 
         Returns:
             The new weights and biases, in the data type of the old ones, and the unexplained share of the target's

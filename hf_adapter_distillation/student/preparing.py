@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adapters import AdapterCompositionBlock, ModelAdaptersMixin, Stack
+from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Stack
 
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
@@ -12,20 +12,14 @@ from ..method.distillation import Distillation, add_distillation, distillation_o
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
 from .fusions import drop_fusion, fusions_of
-from .provenance import adapter_digest
-from .warm_start import start_at_average, start_head
+from .warm_start import is_at_average, start_at_average, start_head
 
 
 def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
     """Return the block that `train_adapter(setup)` trains, or None if it trains no distilled student.
 
-    Args:
-        model: The model.
-        setup: The user's argument: the name of a student (also in a list), or an `AdapterDistillation` (also on top
-            of a `Stack`). A `Stack` of a student's name is plain training of the student.
-
-    Returns:
-        The block, whose teachers are on the model.
+    A setup of a distillation is the name of a student (also in a list), or an `AdapterDistillation` (also on top of a
+    `Stack`). A `Stack` of a student's name is plain training of the student.
 
     Raises:
         ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse,
@@ -34,8 +28,8 @@ def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillat
     setup = _as_setup(setup)
     if isinstance(setup, str):
         distillation = distillations(model.adapters_config).get(setup)
-        has_teachers = distillation is not None and distillation.config.teachers
-        block = AdapterDistillation(setup, distillation.config.teachers) if distillation and has_teachers else None
+        teachers = distillation.config.teachers if distillation else []
+        block = AdapterDistillation(setup, teachers) if teachers else None
     else:
         block = block_of(setup)
         if block is not None and not _is_known(model, block):
@@ -46,11 +40,7 @@ def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillat
 
 
 def check_prepared(model: ModelAdaptersMixin, setup: object) -> None:
-    """Check that a setup which is to be active holds no block that would silently distil nothing.
-
-    Raises:
-        ValueError: If a block is at a wrong place of the setup, or unknown to its student.
-    """
+    """Refuse to activate a setup whose block is misplaced, or would silently distil nothing."""
     block = block_of(_as_setup(setup))
     if block is not None and not _is_known(model, block):
         raise ValueError(f"{block} is not prepared; call model.train_adapter with it, which makes it active.")
@@ -74,21 +64,19 @@ def _is_known(model: ModelAdaptersMixin, block: AdapterDistillation) -> bool:
 
 def _add_written_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     """Check a block that a user wrote, and add its distillation; one with other teachers replaces the student's."""
-    before = distillations(model.adapters_config).get(block.student)
     for name in (*block.children, *block.teachers):
         check_supported(repr(name), model.adapters_config.get(name))
-    for name in block.teachers:
-        check_weights(model, name, name)
+    labels = {name: f"Teacher {name!r}" for name in block.teachers}
+    for name, label in labels.items():
+        check_weights(model, label, name)
     config = DistillationConfig(teachers=list(block.teachers), student_start="random")
     sources: dict[str, Source] = {name: {"source": name, "revision": None} for name in block.teachers}
-    if before is not None:
+    if before := distillations(model.adapters_config).get(block.student):
         drop_fusion(model, block.student)
         config = replace(before.config, teachers=list(block.teachers))
         sources |= {name: source for name, source in before.sources.items() if name in sources}
-    labels = {name: f"Teacher {name!r}" for name in block.teachers}
     level, reason = choose_level(model, config.level, labels, model.adapters_config.get(block.student))
-    distillation = Distillation(config=config, level=level, level_reason=reason, sources=sources)
-    add_distillation(model.adapters_config, block.student, distillation)
+    add_distillation(model.adapters_config, block.student, Distillation(config, level, reason, sources))
 
 
 def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: Sequence[str]) -> None:
@@ -97,11 +85,11 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
     A student that is still at the average of its teachers is set to the average of the kept ones, and so is its head.
     """
     student, distillation = block.student, distillation_of(model, block.student)
-    at_start = distillation.start_digest == adapter_digest(model, student)
+    at_start = is_at_average(model, student)
     kept = [name for name in block.teachers if name in names]
     distillation.config = replace(distillation.config, teachers=kept)
     if at_start:
-        start_at_average(model, student, distillation)
+        start_at_average(model, student)
     drop_fusion(model, student)
     model.train_adapter(AdapterDistillation(Stack(*block.children), kept))
 
@@ -109,19 +97,15 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
 def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool, is_first: bool) -> None:
     """Put the whole model into training mode, activate the student's head and freeze all other heads.
 
-    A model with one static head keeps it trainable.
-
-    Args:
-        model: The model that holds the heads.
-        student: The name of the student.
-        train_embeddings: Whether the embeddings, which a language modelling head may share, are trained.
-        is_first: Whether the student had no fusion before, so that its head may start at its teachers' heads.
+    A model with one static head keeps it trainable. `train_embeddings` says whether the embeddings, which a language
+    modelling head may share, are trained; `is_first` whether the student had no fusion before, so that its head may
+    start at its teachers' heads.
     """
     model.train()  # adapters puts only the base model into training mode
-    if not hasattr(model, "heads"):
+    if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
         return
     if is_first:
-        start_head(model, student, distillation_of(model, student))
+        start_head(model, student)
     for name, head in model.heads.items():
         head.requires_grad_(name == student)
     if student in model.heads:
@@ -136,14 +120,13 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     Its students keep their other teachers: the fusion has no weights of a single teacher. A student that loses its
     last teacher is a plain adapter from then on.
     """
-    active = block_of(model.active_adapters)
-    known = distillations(model.adapters_config)
-    if name in known:
+    active, by_student = block_of(model.active_adapters), distillations(model.adapters_config)
+    if name in by_student:
         drop_fusion(model, name)
-        del known[name]
+        del by_student[name]
     if active is not None and name in active.children:
         model.set_active_adapters(None)
-    for student, distillation in known.items():
+    for student, distillation in by_student.items():
         if name not in distillation.config.teachers:
             continue
         left = [teacher for teacher in distillation.config.teachers if teacher != name]

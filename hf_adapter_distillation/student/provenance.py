@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from adapters import ModelAdaptersMixin
 
 from .._compat import ADAPTER_CONFIG_NAME
-from ..downloads import one_line
 from ..method.distillation import Distillation
+from ..teachers.loading import read_adapter_config as read_saved
 from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, typed
 
 METHOD = "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)"
@@ -25,11 +24,9 @@ class Provenance:
     """Origin of a distilled student, which `save_adapter` writes under `"distillation"` into `adapter_config.json`.
 
     Args:
-        teachers: The teachers.
         settings: The fields of `DistillationConfig` without the teachers, and the level that was chosen.
         versions: The versions of the libraries, by package.
         run: The training, with the same teachers; without settings and results before a training has ended.
-        method: The method and its paper.
     """
 
     teachers: Sequence[TeacherSource]
@@ -66,11 +63,7 @@ class Provenance:
     @property
     def known_settings(self) -> dict[str, Any]:
         """The settings of the distillation and of the training that have a value."""
-        settings = self.settings | self.run.settings
-        return {name: value for name, value in settings.items() if value is not None}
-
-
-# Saved students
+        return {name: value for name, value in (self.settings | self.run.settings).items() if value is not None}
 
 
 def read_provenance(folder: str | Path) -> Provenance:
@@ -82,32 +75,8 @@ def read_provenance(folder: str | Path) -> Provenance:
     return provenance_of(read_saved(folder), folder)
 
 
-def read_saved(folder: str | Path) -> dict[str, Any]:
-    """Return the content of the `adapter_config.json` in a folder.
-
-    Raises:
-        ValueError: If the file is missing or damaged.
-    """
-    path = Path(folder) / ADAPTER_CONFIG_NAME
-    if not path.is_file():
-        inside = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
-        hint = f"did you mean {inside[0].parent}?" if inside else "give a folder made by save_adapter."
-        raise ValueError(f"{folder} holds no {ADAPTER_CONFIG_NAME}; {hint}")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter anew.") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} is no adapter config; save the adapter anew.")
-    return saved
-
-
 def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
-    """Return the provenance in the config of a saved adapter.
-
-    Args:
-        saved: The config, from `read_saved`.
-        source: Where it was read, for messages.
+    """Return the provenance in the config of a saved adapter; `source` is its folder or Hub id, for messages.
 
     Raises:
         ValueError: If the adapter was not distilled, or its provenance is damaged.
@@ -119,21 +88,15 @@ def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
             raise ValueError(f"the adapter has no name: {saved.get('name')!r}")
         return Provenance.from_dict(saved["distillation"])
     except ValueError as error:
-        raise ValueError(
-            f'"distillation" in the {ADAPTER_CONFIG_NAME} of {source} is damaged; save the student anew.'
-        ) from error
-
-
-# Students on a model
+        file = f"{ADAPTER_CONFIG_NAME} of {source}"
+        raise ValueError(f'"distillation" in the {file} is damaged; save the student again.') from error
 
 
 def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
     """Return the SHA-256 digest of the weights of an adapter: their places in the base model, types, shapes, values.
 
-    The digest is the same for an adapter under another name, on another copy of the base model, with or without heads.
-
-    Returns:
-        64 hexadecimal digits.
+    The digest, 64 hexadecimal digits, is the same for an adapter under another name, on another copy of the base
+    model, with or without heads.
     """
     digest = hashlib.sha256()
     for place, modules in sorted(model.get_adapter(name).items()):
@@ -146,8 +109,8 @@ def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
 
 def teacher_sources(model: ModelAdaptersMixin, distillation: Distillation) -> list[TeacherSource]:
     """Return the teachers of a student with the digests of their weights on the model."""
-    named = [(name, distillation.sources[name]) for name in distillation.config.teachers]
-    return [
-        TeacherSource(name, str(origin["source"]), origin["revision"], adapter_digest(model, name))
-        for name, origin in named
-    ]
+    teachers = []
+    for name in distillation.config.teachers:
+        source = distillation.sources[name]
+        teachers.append(TeacherSource(name, str(source["source"]), source["revision"], adapter_digest(model, name)))
+    return teachers

@@ -26,7 +26,6 @@ class TeacherSource:
     """Origin and weights of a teacher.
 
     Args:
-        name: The name on the model.
         source: The name, folder or Hub id by which the teacher was given.
         revision: The commit on the Hub; None for a teacher from elsewhere.
         digest: The `adapter_digest` of the weights.
@@ -111,8 +110,7 @@ class TrainingRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds, without the teachers and without empty results."""
-        values = (self.dataset, self.losses, self.evaluation, self.attention)
-        return self.settings | {name: value for name, value in zip(RUN_RESULTS, values, strict=True) if value}
+        return self.settings | {name: value for name in RUN_RESULTS if (value := vars(self)[name])}
 
     def mean_attention(self, teacher: str) -> float | None:
         """Return the mean attention to a teacher over the layers; None where it was not measured."""

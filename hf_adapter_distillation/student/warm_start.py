@@ -3,15 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin
+from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from torch import nn
 from transformers.utils import logging
 
 from .._compat import LoRA
-from ..method.distillation import Distillation, distillation_of
+from ..method.distillation import distillation_of
 from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterPlace, adapter_layers
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
+from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
 from .least_squares import UpProjectionFit
 from .provenance import adapter_digest
@@ -39,11 +40,7 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
 
     LoRA is linear, so the mean weight change gives the mean update. A truncated singular value decomposition, computed
     from the factors, is the minimum (Eckart and Young, https://doi.org/10.1007/BF02288367). The average of A times the
-    average of B would differ: it is not the average of the products.
-
-    Args:
-        student: The module to set; its rank may differ from the teachers'.
-        teachers: The teachers' modules of the same projection.
+    average of B would differ: it is not the average of the products. The ranks may differ.
     """
     scales = [teacher.scaling / (len(teachers) * student.scaling) for teacher in teachers]
     up = torch.cat([t.lora_B.double() * scale for t, scale in zip(teachers, scales, strict=True)], dim=1)  # (out, N r)
@@ -58,25 +55,24 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
     student.lora_B[:, rank:] = 0
 
 
-def start_at_average(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     """Set the student to the average of its teachers' weights, if there is one; `start_head` sets the head."""
+    distillation = distillation_of(model, student)
     # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
     ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
 
-    teachers = distillation.config.teachers
+    teachers, reason = distillation.config.teachers, ""
     if others := [name for name in teachers if relevant(name) != relevant(student)]:
+        reason = f"its config is not that of teacher {others[0]!r}, so there is no average to start from"
+    elif _has_factors(model.adapters_config.get(student), distillation.level):
+        reason = "the average of the teachers' factors does not average their products"
+    if reason:
         logger.warning(
-            f"{student!r} starts at random weights: its config is not that of teacher {others[0]!r}, so there is no "
-            f"average to start from. Pass DistillationConfig(student_start='random') to silence this."
-        )
-        return
-    if _has_factors(model.adapters_config.get(student), distillation.level):
-        logger.warning(
-            f"{student!r} starts at random weights: the average of the teachers' factors is no average of what they "
-            f"multiply to. Pass DistillationConfig(student_start='random') to silence this."
+            f"{student!r} starts at random weights: {reason}. "
+            "Pass DistillationConfig(student_start='random') to silence this."
         )
         return
     modules_of_teachers = [model.get_adapter(name) for name in teachers]
@@ -105,16 +101,19 @@ def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         student.load_state_dict(_mean(teachers))
 
 
-def start_head(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
+    """Return whether a student is still at the average of its teachers, where it started."""
+    start = distillation_of(model, student).start_digest
+    return start is not None and start == adapter_digest(model, student)
+
+
+def start_head(model: ModelWithFlexibleHeadsAdaptersMixin, student: str) -> None:
     """Set the student's head to the average of its teachers' heads, where their shapes agree; add it if missing.
 
     A student that was trained or loaded since it was added keeps its head.
     """
-    if distillation.start_digest is None:
-        return
-    teachers = distillation.config.teachers
-    at_start = distillation.start_digest == adapter_digest(model, student)
-    if not at_start or any(name not in model.heads for name in teachers):
+    teachers = distillation_of(model, student).config.teachers
+    if any(name not in model.heads for name in teachers) or not is_at_average(model, student):
         return
     heads = [model.heads[name] for name in teachers]
     if student not in model.heads:
@@ -135,7 +134,7 @@ def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
 
 
 class FittingPass(LayerPass):
-    """A pass that gathers what the fit of each up-projection needs, and passes the teachers' mean update on."""
+    """Pass that adds each place to the fit of its up-projection, and passes the teachers' mean update on."""
 
     def __init__(self) -> None:
         self.fits: dict[str, UpProjectionFit] = {}
@@ -159,9 +158,9 @@ def fit_start(
 ) -> float:
     """Move a student from the average of its teachers' weights to the average of their updates.
 
-    The average of the weights has smaller updates than the teachers on average: what they have learned stands in
-    different features. The student keeps the averaged down-projections. Its up-projections are fitted to the mean of
-    the teachers' updates by least squares, in a forward pass that passes this mean on. The mean is also the output of
+    The average of the weights has smaller updates than the teachers on average, since the teachers use different
+    features. The student keeps the averaged down-projections. Its up-projections are fitted to the mean of the
+    teachers' updates by least squares, in a forward pass that passes this mean on. The mean is also the output of
     `TeacherFusion` before its training. No labels are used.
 
     Args:
@@ -179,13 +178,8 @@ def fit_start(
     distillation = distillation_of(model, student)
 
     def run() -> None:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                forward_passes()
-        finally:
-            model.train(training)
+        with without_dropout(model), torch.no_grad():
+            forward_passes()
 
     fitting_pass = FittingPass()
     with distillation.inspected_by(fitting_pass):

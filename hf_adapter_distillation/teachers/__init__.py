@@ -1,1 +1,4 @@
-"""Where teachers come from, whether they fit, and how good they are."""
+"""Teachers: where they come from, whether they fit, how good they are.
+
+Reading order: `loading`, `peft_lora`, `compatibility`, `ranking`.
+"""

@@ -1,4 +1,4 @@
-"""Checks of teachers against a student: can they be fused, inside the layers or in the layers' outputs."""
+"""Checks of teachers against a student: whether they can be fused, inside the layers or in the layers' outputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -22,11 +22,7 @@ from ..method.whole_layers import holds, whole_layers
 
 
 def check_supported(label: str, config: AdapterConfig) -> None:
-    """Refuse the methods that cannot be fused at any level.
-
-    Raises:
-        ValueError: For prompt tuning and MTL-LoRA, alone or in a union.
-    """
+    """Refuse prompt tuning and MTL-LoRA, which cannot be fused at any level; `label` is the adapter in messages."""
     for part in _parts(config):
         if isinstance(part, PromptTuningConfig):
             raise ValueError(
@@ -44,7 +40,7 @@ def _parts(config: AdapterConfig) -> Sequence[AdapterConfig]:
 
 
 def _method(config: AdapterConfig) -> type[AdapterConfig] | None:
-    """Return the method of an adapter that adds an update inside the layer; None for all others."""
+    """Return the method of an adapter that adds an update inside the layer; None for other adapters."""
     if isinstance(config, BnConfig):
         return BnConfig
     plain = {"composition_mode": "add", "use_dora": False, "use_gating": False, "vera_d": None, "vera_b": None}
@@ -55,12 +51,13 @@ def _method(config: AdapterConfig) -> type[AdapterConfig] | None:
 
 def differs_in_layer(label: str, config: AdapterConfig, student_config: AdapterConfig) -> str:
     """Return why a teacher cannot be fused where the student adds its update inside a layer; "" if it can."""
-    if _method(config) is None or _method(config) is not _method(student_config):
+    method = _method(config)
+    if method is None or method is not _method(student_config):
         return (
             f"{label} is a {type(config).__name__}, the student a {type(student_config).__name__}; inside the layers "
             "bottleneck adapters are fused with bottleneck adapters, and plain LoRA with plain LoRA"
         )
-    if _method(config) is LoRAConfig:
+    if method is LoRAConfig:
         return ""
 
     def place(config: AdapterConfig) -> tuple[bool, bool]:
@@ -76,14 +73,14 @@ def differs_in_layer(label: str, config: AdapterConfig, student_config: AdapterC
     return f"{label} adds its update at another place of the layer than the student: it has {differs}"
 
 
+def _attention_key(layer: FusedLayer) -> str | None:
+    return layer.attn_key if isinstance(layer, LoRALinear) else None
+
+
 def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
     """Return whether an adapter of a config has a module in a layer, unless it leaves the layer out."""
     key = _attention_key(layer)
     return bool(config.get(layer.location_key)) and (key is None or key in config.attn_matrices)
-
-
-def _attention_key(layer: FusedLayer) -> str | None:
-    return layer.attn_key if isinstance(layer, LoRALinear) else None
 
 
 def misses_in_layer(model: ModelAdaptersMixin, label: str, name: str, student_config: AdapterConfig) -> str:
@@ -105,11 +102,7 @@ def choose_level(
 ) -> tuple[Literal["adapter", "layer"], str]:
     """Choose where teachers and student meet: inside the layers if they can, else in the layers' outputs.
 
-    Args:
-        model: The model, with all teachers.
-        level: The value of `DistillationConfig.level`.
-        teachers: The teachers in messages, by their names on the model.
-        student_config: The student's config.
+    `teachers` holds the labels in messages by the names on the model.
 
     Returns:
         The level, and the reason for "layer" where `level` is "auto".
@@ -117,16 +110,18 @@ def choose_level(
     Raises:
         ValueError: If the requested level is impossible, or a teacher has no layer in common with the student.
     """
-    config_of = model.adapters_config.get
-    reasons = (
-        differs_in_layer(label, config_of(name), student_config) or misses_in_layer(model, label, name, student_config)
-        for name, label in teachers.items()
-    )
-    reason = "" if level == "layer" else next(filter(None, reasons), "")
-    if level == "adapter" and reason:
-        raise ValueError(f"{reason}; choose level='layer', or give all of them one method and place.")
-    if level != "layer" and not reason:
-        return "adapter", ""
+    reason = ""
+    if level != "layer":
+        reasons = (
+            differs_in_layer(label, model.adapters_config.get(name), student_config)
+            or misses_in_layer(model, label, name, student_config)
+            for name, label in teachers.items()
+        )
+        reason = next(filter(None, reasons), "")
+        if not reason:
+            return "adapter", ""
+        if level == "adapter":
+            raise ValueError(f"{reason}; choose level='layer', or give all of them one method and place.")
     for name, label in teachers.items():
         in_common = (_covers(student_config, i) and holds(layer, name) for i, layer in model.iter_layers())
         if not any(in_common):
@@ -138,42 +133,28 @@ def choose_level(
 
 def _covers(config: AdapterConfig, index: int) -> bool:
     """Return whether an adapter of a config has modules in the layer of an index."""
+    # ReFT lists the layers that it has, the other methods the layers that they leave out.
+    return any(
+        index not in part.get("leave_out", ()) and (part.get("layers", "all") == "all" or index in part["layers"])
+        for part in _parts(config)
+    )
 
-    def covers(part: AdapterConfig) -> bool:  # ReFT lists the layers that it has, the others the layers to leave out
-        layers = part.get("layers", "all")
-        return index not in part.get("leave_out", ()) and (layers == "all" or index in layers)
 
-    return any(map(covers, _parts(config)))
-
-
-def check_weights(model: ModelAdaptersMixin, teacher: str, name: str) -> None:
-    """Refuse a teacher with weights that are NaN or infinite; `teacher` is its entry in the list of teachers.
-
-    Raises:
-        ValueError: With the teacher and the first such weight.
-    """
+def check_weights(model: ModelAdaptersMixin, label: str, name: str) -> None:
+    """Refuse a teacher with weights that are NaN or infinite; `label` is the teacher in messages."""
     for key, parameter in model.base_model.named_parameters():
         if owner(key, {name}) and not torch.isfinite(parameter).all():
-            raise ValueError(f"Teacher {teacher!r} has weights that are NaN or infinite ({key}); train it again.")
+            raise ValueError(f"{label} has weights that are NaN or infinite ({key}); train it again.")
 
 
 def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
-    """Refuse teachers on another device than the student in a layer; layers may be on several devices.
-
-    Data types may differ: teachers are cast where they are fused.
-
-    Raises:
-        ValueError: With the first such teacher and both devices.
-    """
+    """Refuse teachers on another device than the student in a layer; layers and data types may differ."""
     for layer_name, layer in whole_layers(model, student):
-        devices: dict[str, torch.device] = {}
-        for key, parameter in layer.named_parameters():
-            if (name := owner(key, {student, *teachers})) is not None:
-                devices.setdefault(name, parameter.device)
-        target = devices.get(student)
-        for name, device in devices.items():
-            if target is not None and device != target:
+        devices = {owner(key, {student, *teachers}): parameter.device for key, parameter in layer.named_parameters()}
+        for teacher in teachers:
+            target = devices.get(student)
+            if target is not None and devices.get(teacher, target) != target:
                 raise ValueError(
-                    f"Teacher {name!r} is on {device}, {student!r} on {target} ({layer_name}); "
+                    f"Teacher {teacher!r} is on {devices[teacher]}, {student!r} on {target} ({layer_name}); "
                     f"call model.to({str(target)!r}) once all adapters are added."
                 )

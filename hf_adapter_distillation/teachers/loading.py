@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 
 import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
-from adapters import (
-    AdapterConfig,
-    LoRAConfig,
-    ModelAdaptersMixin,
-    ModelWithFlexibleHeadsAdaptersMixin,
-    ModelWithHeadsAdaptersMixin,
-)
+from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
 from .._compat import (
     ADAPTER_CONFIG_NAME,
@@ -28,8 +22,7 @@ from .._compat import (
 )
 from ..composition import check_name
 from ..downloads import download, hub_reason, is_hub_id, one_line, suggestion
-from .peft_lora import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
-from .peft_lora import is_peft, load_peft_lora, peft_lora_config
+from .peft_lora import PEFT_WEIGHTS_NAME, is_peft, load_peft_lora, peft_lora_config
 
 Source = dict[str, str | None]
 
@@ -40,32 +33,48 @@ ADAPTER_FILES = [
 ]  # fmt: skip
 
 
-def locate_teacher(model: ModelAdaptersMixin, teacher: str) -> tuple[str, Path | None, Source]:
+class SavedAdapter(NamedTuple):
+    """Saved adapter that suits a model."""
+
+    folder: Path
+    label: str  # the adapter in messages
+    saved_name: Any  # as it stands in the file
+    config: dict | LoRAConfig  # a LoRAConfig where it was converted from PEFT
+
+
+class Teacher(NamedTuple):
+    """Entry of `distill_from`, located and checked."""
+
+    name: str  # on the model, now or once it is loaded
+    label: str  # the teacher in messages
+    source: Source
+    saved: SavedAdapter | None  # None for an adapter that is on the model already
+
+
+def locate_teacher(model: ModelAdaptersMixin, entry: str) -> Teacher:
     """Resolve one entry of `distill_from`: an adapter on the model, a local folder, or a Hub id (with `@revision`).
 
     An adapter on the Hub is downloaded. Nothing is added to the model.
 
-    Returns:
-        The name that the teacher has or will have on the model, its folder (None if it is on the model already), and
-        its source.
-
     Raises:
-        ValueError: If it is none of these, or cannot be downloaded, or its name is taken.
+        ValueError: If it is none of these, cannot be downloaded, suits another base model, or its name is taken.
     """
-    if teacher in model.adapters_config:
-        return teacher, None, {"source": teacher, "revision": None}
-    folder, revision = Path(teacher), None
-    if not os.path.isdir(teacher):
-        folder = _download(model, teacher)
+    label = f"Teacher {entry!r}"
+    if entry in model.adapters_config:
+        return Teacher(entry, label, {"source": entry, "revision": None}, None)
+    if os.path.isdir(entry):
+        folder, revision = Path(entry), None
+    else:
+        folder = _download(model, entry)
         revision = folder.name
-    label = f"Teacher {teacher!r}"
-    name = name_from_folder(teacher.partition("@")[0] if revision else teacher, label)
+    name = name_from_folder(entry.partition("@")[0] if revision else entry, label)
     if name in model.adapters_config or name in heads_of(model):
         raise ValueError(
             f"{label} would be named {name!r}, and the model has an adapter or head of that name; "
             f"distill from {name!r} if it is the same, else rename the folder."
         )
-    return name, folder, {"source": teacher, "revision": revision}
+    source = {"source": entry, "revision": revision}
+    return Teacher(name, label, source, check_saved_adapter(model, folder, label))
 
 
 def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
@@ -90,11 +99,7 @@ def name_from_folder(folder: str | Path, label: str) -> str:
 
 
 def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[str, Any]:
-    """Read the `adapter_config.json` of a folder; `label` (by default the folder) is the adapter in messages.
-
-    Raises:
-        ValueError: If the file is missing or damaged.
-    """
+    """Read the `adapter_config.json` of a folder; `label` (by default the folder) is the adapter in messages."""
     path = Path(folder) / ADAPTER_CONFIG_NAME
     if not path.is_file():
         nested = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
@@ -103,29 +108,16 @@ def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[st
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error)}); save the adapter again.") from error
+        raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter again.") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is no adapter config (it holds no object); save the adapter again.")
     return saved
 
 
-class SavedAdapter(NamedTuple):
-    """Saved adapter that suits a model."""
-
-    folder: Path
-    label: str  # the adapter in messages
-    saved_name: Any  # as it stands in the file
-    config: dict | LoRAConfig  # a LoRAConfig where it was converted from PEFT
-
-
 def load_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, name: str, label: str | None = None) -> None:
     """Load an adapter that adapters or PEFT saved, with its head if there is one and the model's heads are flexible.
 
-    Args:
-        model: The model to load it on.
-        folder: The local folder.
-        name: The name that it gets on the model.
-        label: The adapter in messages, for instance "Student 'bank'". By default "Adapter" and the folder.
+    `label` is the adapter in messages, for instance "Student 'bank'"; by default "Adapter" and the folder.
 
     Raises:
         ValueError: If the folder holds no adapter, or one for another base model, or weights that cannot be read.
@@ -134,12 +126,7 @@ def load_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, name: str,
 
 
 def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: str) -> SavedAdapter:
-    """Read the config of a saved adapter, and refuse one that was made for another base model.
-
-    Raises:
-        ValueError: If the folder holds no adapter, or one for another model type, hidden size or base model, or an
-            adapter of PEFT that cannot be converted.
-    """
+    """Read the config of a saved adapter; refuse another base model, and a PEFT adapter that cannot be converted."""
     folder = Path(folder)
     saved = read_adapter_config(folder, label)
     of_model = {
@@ -154,12 +141,12 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
         raise ValueError(f"{path} is no adapter config ({missing[0]!r} is missing); save the adapter again.")
     else:
         made_for = {key: saved[key] for key in of_model}
+    names = of_model["model_name"], made_for["model_name"]
+    # Local paths name the same model differently on each machine, so only two Hub ids are compared.
+    if any(not name or os.path.isabs(name) or os.path.exists(name) for name in names):
+        del made_for["model_name"]
     for key, value in made_for.items():
-        # Local paths name the same model differently on each machine, so only two Hub ids are compared.
-        is_path = key == "model_name" and any(
-            not v or os.path.isabs(v) or os.path.exists(v) for v in (of_model[key], value)
-        )
-        if value != of_model[key] and not is_path:
+        if value != of_model[key]:
             raise ValueError(
                 f"{label} was made for {key} {value!r}, the model has {of_model[key]!r}; "
                 f"use one trained on the same base model."
@@ -169,24 +156,18 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
 
 
 def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: str) -> None:
-    """Add an adapter that `check_saved_adapter` returned under a name, with its head if there is one.
-
-    Raises:
-        ValueError: If weights are missing from the folder or cannot be read.
-    """
+    """Add an adapter that `check_saved_adapter` returned, with its head; refuse missing and unreadable weights."""
     folder, label, saved_name, config = adapter
     if isinstance(config, LoRAConfig):
         return load_peft_lora(model, folder, name, config, label)
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a saved head would overwrite it.
-    has_flexible_heads = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
-    with_head = {"with_head": has_flexible_heads} if isinstance(model, ModelWithHeadsAdaptersMixin) else {}
+    with_head = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
     # A file of the head "bank" holds that of "bank2", too, if the model had one.
-    heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if has_flexible_heads else {}
+    heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if with_head else {}
     try:
         _check_foreign_weights(model, folder, saved_name, name)
-        model.load_adapter(str(folder), load_as=name, use_safetensors=True, loading_info=info, **with_head)
-
+        model.load_adapter(str(folder), load_as=name, with_head=with_head, use_safetensors=True, loading_info=info)
     except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
         raise ValueError(f"{label} cannot be loaded: {one_line(error)}") from error
     finally:
@@ -228,7 +209,7 @@ def _saved_keys(folder: Path, safe_name: str, pickled_name: str) -> list[str]:
 
 
 def read_config(label: str, config: object) -> AdapterConfig:
-    """Make an adapter config of a dict or string; raise a `ValueError` about its owner (`label`) if it is none."""
+    """Make an adapter config of a dict or string; raise a `ValueError` about its owner (`label`) if it is invalid."""
     try:
         adapter_config = AdapterConfig.load(config)
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:

@@ -1,7 +1,6 @@
 """Conversion of LoRA adapters that PEFT saved (https://github.com/huggingface/peft)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from adapters import LoRAConfig, ModelAdaptersMixin
@@ -10,19 +9,13 @@ from safetensors.torch import load_file
 
 from .._compat import LoRALinear
 
-WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Settings that change what a saved LoRA computes, by the value that does not.
-PLAIN: dict[str, Any] = {
-    "bias": "none",
-    "use_dora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "trainable_token_indices": None,
-    "target_parameters": None,
-}
+# Settings that change what a LoRA computes, unless they are empty, False or "none".
+NOT_CONVERTED = (
+    "bias", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
 
 
 def is_peft(saved: dict) -> bool:
@@ -33,22 +26,21 @@ def is_peft(saved: dict) -> bool:
 def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label: str) -> LoRAConfig:
     """Return the config under which adapters computes the same as a LoRA of PEFT.
 
+    It may add modules where PEFT left out layers; they compute zero, as LoRA does before training.
+
     Args:
         model: The model that the LoRA is meant for.
         folder: The local folder.
         saved: The contents of its `adapter_config.json`.
         label: The LoRA in messages, for instance "Teacher 'bank'".
 
-    Returns:
-        The config. It may add modules where PEFT left out layers; they compute zero, as LoRA does before training.
-
     Raises:
         ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
     """
     if saved["peft_type"] != "LORA":
         raise ValueError(f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted.")
-    for key, value in PLAIN.items():
-        if saved.get(key) and saved[key] != value:
+    for key in NOT_CONVERTED:
+        if saved.get(key) and saved[key] != "none":
             raise ValueError(f"{label} is a PEFT adapter with {key}={saved[key]!r}; it cannot be converted.")
     projections = [projection for projection, _, _ in _match(model, folder, label)]
     rank = saved["r"]
@@ -69,12 +61,7 @@ def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label
 def load_peft_lora(model: ModelAdaptersMixin, folder: Path, name: str, config: LoRAConfig, label: str) -> None:
     """Add an adapter that computes the same as a LoRA of PEFT, without a head that was saved with it.
 
-    Args:
-        model: The model to load it on.
-        folder: The local folder.
-        name: The name that it gets on the model.
-        config: The result of `peft_lora_config`.
-        label: The LoRA in messages, for instance "Teacher 'bank'".
+    `config` is the result of `peft_lora_config` for the same folder and label.
     """
     matches = _match(model, folder, label)
     model.add_adapter(name, config=config)
@@ -86,11 +73,10 @@ def load_peft_lora(model: ModelAdaptersMixin, folder: Path, name: str, config: L
 def _match(model: ModelAdaptersMixin, folder: Path, label: str) -> list[tuple[LoRALinear, torch.Tensor, torch.Tensor]]:
     """Return the projections that the saved weights belong to, with A (r, in) and B (out, r)."""
     try:
-        state = load_file(folder / WEIGHTS_NAME)
+        state = load_file(folder / PEFT_WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{label} cannot be loaded: {folder / WEIGHTS_NAME} is missing or damaged; save it again."
-        ) from error
+        file = folder / PEFT_WEIGHTS_NAME
+        raise ValueError(f"{label} cannot be loaded: {file} is missing or damaged; save it again.") from error
     projections = {path: m for path, m in model.base_model.named_modules() if isinstance(m, LoRALinear)}
     weights: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
@@ -113,5 +99,5 @@ def _match(model: ModelAdaptersMixin, folder: Path, label: str) -> list[tuple[Lo
             )
         matches[path] = (projection, down, up)
     if not matches:
-        raise ValueError(f"{label} has no LoRA weights in {folder / WEIGHTS_NAME}; save it again.")
+        raise ValueError(f"{label} has no LoRA weights in {folder / PEFT_WEIGHTS_NAME}; save it again.")
     return list(matches.values())

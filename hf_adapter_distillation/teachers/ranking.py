@@ -1,4 +1,4 @@
-"""Value of teachers for a new task, read from its data before the first step: ranking and calibration."""
+"""Value of teachers for a new task, from its data before the first step: ranking and calibration."""
 
 from collections.abc import Sequence
 from math import sqrt
@@ -22,7 +22,7 @@ def area_under_curve(scores: torch.Tensor, labels: torch.Tensor) -> float:
         labels: 0 or 1, (n_examples,).
 
     Returns:
-        The area under the ROC curve, from 0 to 1; 0.5 where one of the labels is missing.
+        The area under the ROC curve; 0.5 where one of the labels is missing.
     """
     positive, negative = scores[labels == 1].unsqueeze(1), scores[labels == 0]
     above = (positive > negative).double() + 0.5 * (positive == negative).double()  # (n_positive, n_negative)
@@ -46,10 +46,9 @@ class Ranking(NamedTuple):
 def own_logits(
     model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the logits of teachers that share the student's labels, each with its own head, for sequences.
+    """Compute the logits of the teachers' heads, (n_teachers, n_examples, n_labels), and the labels, (n_examples,).
 
-    Returns:
-        The logits, (n_teachers, n_examples, n_labels), and the labels, (n_examples,).
+    The heads share the student's labels, and predict classes of sequences.
     """
     logits = [torch.cat(batches) for batches in of_each_teacher(model, block, inputs, "logits")]
     return torch.stack(logits), torch.cat([batch["labels"].reshape(-1) for batch in inputs])
@@ -62,11 +61,7 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     the ROC curve for two classes, the accuracy for several, else the loss. Elsewhere a teacher is scored by the cosine
     between its update of the last hidden states and the mean update of the others: a teacher that agrees with none
     has nothing to add. The level of chance lies two standard errors above a guess (area: Mann and Whitney, 1947).
-
-    Args:
-        model: The model.
-        block: The distillation block.
-        inputs: Examples of the new task, batch by batch.
+    `inputs` holds examples of the new task, batch by batch.
 
     Raises:
         ValueError: If there is neither a common label space nor hidden states in the outputs of the model.
@@ -107,8 +102,8 @@ def _agreement(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Se
             updates = torch.stack(states[1:]).float() - states[0].float()  # (N, B, T, d)
             others = (updates.sum(dim=0) - updates) / (len(updates) - 1)  # (N, B, T, d)
             mask = batch.get("attention_mask")
-            shape = updates.shape[1:3]
-            mask = torch.ones(shape) if mask is None or mask.shape != shape else mask
+            if mask is None or mask.shape != updates.shape[1:3]:
+                mask = torch.ones(updates.shape[1:3])
             weights = token_weights((mask != 0).to(updates.device))  # (B, T)
             totals += (weights * cosine_similarity(updates, others, dim=-1)).sum(dim=(1, 2)).cpu()
             n_examples += len(weights)

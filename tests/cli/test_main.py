@@ -472,10 +472,10 @@ def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
         says_why(capsys, 1 if command == ["inspect"] else 2, not_distilled, *command, "adapters/banking")
         for run_ in broken:
             Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": run_}))
-            message = '"distillation" in the adapter_config.json of quiet is damaged; save the student anew.'
+            message = '"distillation" in the adapter_config.json of quiet is damaged; save the student again.'
             says_why(capsys, 2, message, *command, "quiet")
         Path("quiet/adapter_config.json").write_text("{")
-        says_why(capsys, 2, "quiet/adapter_config.json is damaged (*); save the adapter anew.", *command, "quiet")
+        says_why(capsys, 2, "quiet/adapter_config.json is damaged (*); save the adapter again.", *command, "quiet")
     Path("quiet/adapter_config.json").write_text(json.dumps({**config, "distillation": empty}))
     says_why(capsys, 2, "quiet has no record of the attention over its teachers; *", "plot", "quiet", "-o", "a.png")
     message = "--output a.xyz has no supported extension; choose one of *"

@@ -71,7 +71,8 @@ def test_a_pushed_student_loads_in_stock_adapters_by_the_code_of_its_card(hub, t
     loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert set(loaded) == set(logits)
     for repo, both in loaded.items():
-        assert len(both) == 2 and all(torch.equal(each, logits[repo]) for each in both), repo
+        assert len(both) == 2, repo
+        assert all(torch.equal(each, logits[repo]) for each in both), repo
 
 
 def test_the_weights_of_a_push_are_the_students_and_no_others(hub, trainer_args):

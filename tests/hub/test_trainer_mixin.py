@@ -97,8 +97,8 @@ def test_a_push_that_fails_in_training_is_a_warning(where, hub, trainer_args, ca
 def test_no_repository_is_made_for_a_training_that_cannot_start(hub, trainer_args, monkeypatch):
     model = make_student(make_model())
     args = trainer_args(push_to_hub=True, hub_model_id="me/faq")
+    dual = make_student(make_model(), carrier="dual")
     with hub.quiet(), pytest.raises(ValueError, match="carrier 'dual' needs the model's own loss"):
-        dual = make_student(make_model(), carrier="dual")
         had.DistillationTrainer(dual, args, train_dataset=make_dataset(), compute_loss_func=lambda *a, **k: 0)
     monkeypatch.delenv("HF_TOKEN")
     with hub.quiet():

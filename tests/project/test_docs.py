@@ -68,7 +68,7 @@ def learnt_and_merged(names_of_page, hub):
     return difference < 1e-4 and learnt and names_of_page["trainer"].distillation.level == "adapter"
 
 
-# What a page leaves behind.
+# Checks of the files and objects that a page leaves behind.
 LEFT_BEHIND = {
     "README.md": pushed,
     "docs/index.md": has_files("faq-insurance/adapter_config.json"),
@@ -125,7 +125,7 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
         repo = hub.create(f"someone/faq-{name}", files)
         repo.refs["v1"] = repo.refs["main"]
     monkeypatch.setenv("DISABLE_TQDM", "1")
-    # What the how-to guides say that there is.
+    # Names that the how-to guides take for granted.
     args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
     names = {"had": had, "model": platform, "args": args}
     names |= {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1), "query_log": make_dataset(seed=2)}
@@ -158,6 +158,17 @@ def test_every_public_name_is_in_the_reference():
     assert all(hasattr(had, name) for name in had.__all__)
 
 
+def test_contributing_lists_each_module():
+    package = ROOT / "hf_adapter_distillation"
+    rows = re.findall(r"^\| (?:`(\w+)/`|\(root\)) \|[^|]*\| ([^|]*) \|$", read("CONTRIBUTING.md"), flags=re.M)
+    listed = {room: sorted(re.findall(r"`(\w+)`", modules)) for room, modules in rows}
+    rooms = {"": package} | {path.parent.name: path.parent for path in package.glob("*/__init__.py")}
+    assert listed == {
+        room: sorted(path.stem for path in folder.glob("*.py") if not path.name.startswith("__"))
+        for room, folder in rooms.items()
+    }
+
+
 @pytest.mark.parametrize(("name", "n_equations"), [("concepts", 10), ("objectives", 9)])
 def test_each_equation_stands_beside_its_function(name, n_equations):
     _, *behind = re.split(r"^\$\$.*?\$\$.*?$", read(f"docs/{name}.md"), flags=re.M | re.S)
@@ -166,7 +177,7 @@ def test_each_equation_stands_beside_its_function(name, n_equations):
         assert "{py:" in re.split(r"^#+ ", text, flags=re.M)[0], text[:200]
 
 
-def test_the_table_of_the_readme_is_that_of_the_result_file():
+def test_the_table_of_the_readme_matches_the_result_file():
     results = json.loads((ROOT / "benchmarks" / "results" / "faq_retrieval.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert results["command"] in readme
@@ -179,7 +190,7 @@ def test_the_table_of_the_readme_is_that_of_the_result_file():
         assert f"| {method} | {' | '.join(cells)} |" in readme
 
 
-def test_the_costs_in_the_readme_are_those_of_the_result_files():
+def test_the_costs_in_the_readme_match_the_result_files():
     results = {
         name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         for name in ("stage2_step", "inference")
@@ -200,7 +211,7 @@ def test_the_costs_in_the_readme_are_those_of_the_result_files():
     assert sentences in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_the_quality_in_the_readme_is_that_of_the_result_file():
+def test_the_quality_in_the_readme_matches_the_result_file():
     lines = report.read(ROOT / "benchmarks" / "results" / "streaming_tenants_3.jsonl")
     accuracy, times = quality.runs_of(lines, "accuracy_at_1"), quality.runs_of(lines, "ms_ratio")
     student = accuracy["AdapterDistillation"]
@@ -226,7 +237,7 @@ def test_the_quality_in_the_readme_is_that_of_the_result_file():
 
 
 @pytest.mark.parametrize(("name", "n_tables"), [("performance", 7), ("quality", 8), ("how_to/serve", 1)])
-def test_the_tables_of_a_page_are_those_of_the_result_files(name, n_tables):
+def test_the_tables_of_a_page_match_the_result_files(name, n_tables):
     path = ROOT / "docs" / f"{name}.md"
     page = path.read_text()
     markers = re.findall(r"<!-- table: (\w+) ([^>]+) -->\n\n((?:\|.*\n)+)", page)

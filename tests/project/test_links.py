@@ -15,11 +15,11 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(`{3,})(\S*)[^\n]*\n(.*?)^\1 *$", flags=re.M | re.S)
 GONE = "hf_adapter_distillation.TeacherFusion.gone"
-OF_READERS = {"train.py"}  # scripts that the reader of a page has
+SCRIPTS_OF_READERS = {"train.py"}
 
 
 def prose(page):
-    """The text without blocks of code, inline code and addresses of the web."""
+    """Return the text without blocks of code, inline code and addresses of the web."""
     return re.sub(r"`[^`\n]*`", "``", re.sub(r"https?://[^\s)>]*", "https://", FENCE.sub("", page.read_text())))
 
 
@@ -29,18 +29,18 @@ def shell_commands(text):
 
 
 def headings(page):
-    """The anchors of a page, as GitHub and MyST make them."""
-    found = {}
+    """Return the anchors of a page, as GitHub and MyST make them, with their levels."""
+    levels = {}
     for level, title in re.findall(r"^(#+) +(.+?) *$", FENCE.sub("", page.read_text()), flags=re.M):
         title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
         slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-        number = sum(1 for other in found if other == slug or re.fullmatch(rf"{re.escape(slug)}-\d+", other))
-        found[f"{slug}-{number}" if number else slug] = len(level)
-    return found
+        number = sum(1 for other in levels if other == slug or re.fullmatch(rf"{re.escape(slug)}-\d+", other))
+        levels[f"{slug}-{number}" if number else slug] = len(level)
+    return levels
 
 
 def broken_links(page):
-    """Links of a page that lead nowhere."""
+    """Return the links of a page that lead nowhere."""
     broken = []
     targets = re.findall(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)", prose(page))
     targets += re.findall(r"^\[[^\]]+\]: +(\S+)", prose(page), flags=re.M)
@@ -57,7 +57,7 @@ def broken_links(page):
 
 
 def broken_roles(page):
-    """`{doc}` without a page, `{ref}` without a label, `{py:...}` without a name in the package."""
+    """Return each `{doc}` without a page, `{ref}` without a label, `{py:...}` without a name in the package."""
     text = FENCE.sub("", page.read_text())
     labels = set(re.findall(r"^\((.+)\)=$", "\n".join(path.read_text() for path in PAGES), flags=re.M))
     broken = []
@@ -66,18 +66,18 @@ def broken_roles(page):
         if role == "doc":
             name = f"{target}.md"
             file = DOCS / name.removeprefix("/") if name.startswith("/") else page.parent / name
-            found = file.is_file()
+            exists = file.is_file()
         elif role == "ref":
-            found = target in labels
+            exists = target in labels
         else:
-            found = not role.startswith("py:") or is_documented(target)
-        if not found:
+            exists = not role.startswith("py:") or is_in_package(target)
+        if not exists:
             broken.append(f"{{{role}}}`{content}`")
     return broken
 
 
-def is_documented(name):
-    """Whether there is an object of that name."""
+def is_in_package(name):
+    """Return whether an object of that name can be imported."""
     parts = name.split(".")
     for n_modules in range(len(parts), 0, -1):
         try:
@@ -93,13 +93,13 @@ def is_documented(name):
 
 
 def missing_paths(page):
-    """Paths of this repository in the text or the code of a page that do not exist."""
+    """Return the paths of this repository that the text or the code of a page names and that do not exist."""
     text = re.sub(r"https?://[^\s)>]*", "", page.read_text())
-    # {a,b} is the shell's; what stands behind < or * is not one file.
+    # {a,b} is the shell's; a path with < or * is not one file.
     roots = r"\.ci|benchmarks|docs|examples|hf_adapter_distillation|scripts|tests"
-    found = re.findall(rf"(?<![\w/.-])((?:{roots})/[\w./{{}},*<-]*[\w}}])", text)
+    paths = re.findall(rf"(?<![\w/.-])((?:{roots})/[\w./{{}},*<-]*[\w}}])", text)
     missing = []
-    for path in found:
+    for path in paths:
         braces = re.search(r"\{(.+?)\}", path)
         names = braces[1].split(",") if braces else [""]
         for name in names:
@@ -110,7 +110,7 @@ def missing_paths(page):
 
 
 def missing_of_commands(page):
-    """Make targets, scripts and extras that shell blocks and inline code name, and the project lacks."""
+    """Return the make targets, scripts and extras that shell blocks and inline code name and the project lacks."""
     text = page.read_text()
     commands = shell_commands(text) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text))
     targets = set(re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.M))
@@ -121,7 +121,7 @@ def missing_of_commands(page):
         if match := re.match(r"make ([a-z][\w-]*)", command):
             missing += [f"make {match[1]}"] if match[1] not in targets else []
         for script in re.findall(r"(?:^|[\s;]|bin/)python3? ((?!-)\S+\.py)", command):
-            missing += [script] if script not in OF_READERS and not (ROOT / script).is_file() else []
+            missing += [script] if script not in SCRIPTS_OF_READERS and not (ROOT / script).is_file() else []
         for names in re.findall(r"hf-adapter-distillation\[([^\]]+)\]", command):
             missing += [f"[{name}]" for name in names.split(",") if name not in extras]
     return missing
@@ -158,7 +158,7 @@ def test_each_page_is_in_a_toctree():
 
 
 @pytest.mark.parametrize(
-    ("text", "find", "found"),
+    ("text", "find", "faults"),
     [
         ("[a](there.md) [b](there.md#one-two) [c](#here) [d](https://x.y) ![e](there.md)", broken_links, []),
         ("[a](gone.md) ![b](gone.png)", broken_links, ["gone.md", "gone.png"]),
@@ -186,8 +186,8 @@ def test_each_page_is_in_a_toctree():
         ('```bash\npip install "hf-adapter-distillation[plots,gone]"\n```\n', missing_of_commands, ["[gone]"]),
     ],
 )  # fmt: skip
-def test_what_leads_nowhere_is_found(text, find, found, tmp_path):
+def test_broken_links_are_reported(text, find, faults, tmp_path):
     (tmp_path / "there.md").write_text("# One, two\n\n## Again\n\n## Again\n\n#### Four deep\n")
     page = tmp_path / "page.md"
     page.write_text(f"# Here\n\n{text}\n")
-    assert find(page) == found
+    assert find(page) == faults

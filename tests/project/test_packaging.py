@@ -111,6 +111,7 @@ from typing import Any, Literal, assert_type
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.analysis.observe import Estimate
+from hf_adapter_distillation.method.distillation import Distillation
 
 model: Any = None
 Carrier = Literal["student", "fused", "mixed", "dual"]
@@ -138,6 +139,8 @@ block = had.AdapterDistillation("insurance", ["bank"])
 assert_type(block, had.AdapterDistillation)
 assert_type(block.student, str)
 assert_type(had.TeacherFusion, type[had.TeacherFusion])
+assert_type(had.distillation_of(model), Distillation)
+assert_type(had.distillation_of(model, "insurance").settings, had.StageSettings)
 assert_type(had.register(), None)
 assert_type(had.unregister(), None)
 had.DistillationTrainr  # wrong

@@ -19,7 +19,7 @@ def test_the_page_counts_the_tests_that_there_are():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table("cases").splitlines()[2:]]
     counted = {re.match(r"\[(.+)\]", row[0])[1]: int(row[1]) for row in rows}
     collected = {name: len(tests) for name, tests in reliability.collected_tests().items()}
-    assert counted == collected, "make reliability writes the page anew"
+    assert counted == collected, "make reliability rewrites the page"
     assert all(collected.values()), "a section without a test"
     assert [f"## {name}" for name in collected] == re.findall("^## .+", PAGE, flags=re.M)[:-1]
 

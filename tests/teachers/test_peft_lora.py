@@ -1,13 +1,13 @@
 """Teachers that PEFT saved."""
 
 import json
-import re
 
 import adapters
 import peft
 import pytest
 import torch
 from adapters import LoRAConfig
+from messages import one_line
 from model_state import snapshot
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, make_batch, make_dataset, make_model, noisy
@@ -123,9 +123,8 @@ def test_what_cannot_be_converted_leaves_the_model_as_it_was(what, message, tmp_
     model = make_model()
     model.config.name_or_path = "someone/uncased"
     before = snapshot(model)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(ValueError, match=one_line(part=message)):
         model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
-    assert "\n" not in str(caught.value)
     assert snapshot(model).keys() == before.keys()
     assert not list(model.adapters_config)
 

@@ -55,7 +55,8 @@ def test_a_score_that_tells_nothing_becomes_the_share_of_positives():
 
 def test_scores_that_separate_the_labels_stay_finite():
     line = fit_platt(torch.tensor([[-1e4, -1e4, 1e4, 1e4], [1.0, 2.0, -1.0, -2.0]]), torch.tensor([0, 0, 1, 1]))
-    assert torch.isfinite(line).all() and line[0, 0] > 0 > line[1, 0], "one that is turned round is turned back"
+    assert torch.isfinite(line).all()
+    assert line[0, 0] > 0 > line[1, 0], "one that is turned round is turned back"
     assert torch.isfinite(fit_platt(torch.randn(1, 5), torch.ones(5))).all(), "one label alone"
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from killed_runs import FILES, SAVE_STEPS, STEPS
 from marks import LONG
+from messages import exactly
 from model_state import changed, snapshot
 from paths import ROOT
 from safetensors import SafetensorError
@@ -78,10 +79,10 @@ def test_what_damages_a_checkpoint(training, record_property):
         for damaged in (None, content[: len(content) // 2], b"", bytes(len(content))):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             fault = "does not exist" if damaged is None else "is damaged"
-            with pytest.raises(ValueError) as caught:
-                check_whole(str(folder / "checkpoint-3"))
             name = path.relative_to(folder / "checkpoint-3")
-            assert str(caught.value) == f"{folder / 'checkpoint-3'} is no whole checkpoint: {name} {fault}."
+            message = f"{folder / 'checkpoint-3'} is no whole checkpoint: {name} {fault}."
+            with pytest.raises(ValueError, match=exactly(message)):
+                check_whole(str(folder / "checkpoint-3"))
             assert newest_whole_checkpoint(str(folder)) == str(folder / "checkpoint-2")
             path.write_bytes(content)
             record_property("cases", 1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import exactly
 from model_state import changed, snapshot
 from tiny_models import ALL_OBJECTIVES, make_dataset, make_model, make_student, with_teachers_of_their_own_scores
 from trainings import StopAt, gradients, trainer_for
@@ -148,9 +149,9 @@ class Stream(torch.utils.data.IterableDataset):
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused(data, carrier, message, trainer_args):
-    with pytest.raises(ValueError) as caught:
-        trainer_for(make_student(make_model(), carrier=carrier), trainer_args(), distillation_dataset=data)
-    assert str(caught.value) == message
+    model = make_student(make_model(), carrier=carrier)
+    with pytest.raises(ValueError, match=exactly(message)):
+        trainer_for(model, trainer_args(), distillation_dataset=data)
 
 
 def test_a_plain_dataset_of_torch_will_do(trainer_args):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapters import AdapterTrainer
 from datasets import Dataset
+from messages import exactly
 from model_state import changed, snapshot
 from tiny_models import (
     TEACHERS,
@@ -173,9 +174,7 @@ def test_a_stream_that_cannot_be_read_twice_is_refused(config, trainer_args):
     model = make_student(make_model(), student_start="random", **config)
     trainer = trainer_for(model, trainer_args(max_steps=2), train_dataset=Stream())
     what = "teacher_selection=2" if "teacher_selection" in config else "The objective 'cross_task'"
-    with pytest.raises(ValueError) as caught:
+    message = f"{what} reads examples before the training; pass a train_dataset that can be read twice."
+    with pytest.raises(ValueError, match=exactly(message)):
         trainer.train()
-    assert str(caught.value) == (
-        f"{what} reads examples before the training; pass a train_dataset that can be read twice."
-    )
     assert distillation_of(model).ranking is None

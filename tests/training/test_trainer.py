@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapters import AdapterTrainer, Stack
-from marks import needs_compiler
+from marks import LONG, needs_compiler
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, make_dataset, make_model, make_student, noisy
 from trainings import EachStep, StopAt, trainer_for
@@ -79,7 +79,7 @@ def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
 
 
 @needs_compiler
-@pytest.mark.parametrize("carrier", ["student", "mixed"])
+@pytest.mark.parametrize("carrier", ["student", pytest.param("mixed", marks=LONG)])
 def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args):
     losses = []
     for compiled in (False, True):
@@ -231,7 +231,7 @@ def test_bad_trainers(trainer_args, tmp_path):
     with pytest.raises(ValueError, match="No distilled student is active"):
         trainer_for(model, trainer_args())
     model = make_student(make_model(), teachers=["bank"])
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="'bank' was a teacher of 'insurance'"):
         model.delete_adapter("bank")
     model.train_adapter("insurance")
     with pytest.raises(ValueError, match="whose teachers were all deleted has nothing to learn from"):
