@@ -91,5 +91,5 @@ def one_line(error: BaseException) -> str:
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
     """Return `did you mean 'bank'?` with the candidate closest to a name; an empty text if none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(candidates), n=1)
     return f"did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,7 @@
-"""The command line `adapter-distill`."""
+"""The command line `adapter-distill`, which distils, evaluates and shares adapters for text classification.
+
+Reading order: `main`, `train`, `evaluate`, `data`, `saved`.
+"""
 
 from .main import main
 

@@ -1,8 +1,7 @@
-"""Data of the command line: texts with labels, from files, folders or the Hub."""
+"""Load texts with labels from a file, a folder or the Hub, check them, and encode them."""
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from ..downloads import hub_reason, is_hub_id
+from ..downloads import hub_reason, is_repo_id, one_line, suggestion
 
 Labels = list[int] | list[str]  # the classes of a head: the numbers from 0 on, or names
 READERS = {  # load_dataset("csv") would call the Hub's download counter for a local file
@@ -22,7 +21,7 @@ READERS = {  # load_dataset("csv") would call the Hub's download counter for a l
 
 
 def option(help: str, default: Any = MISSING) -> Any:
-    """Return a field of a dataclass that `HfArgumentParser` makes an option with this help."""
+    """Return a field of a dataclass that `HfArgumentParser` turns into an option."""
     return field(default=default, metadata={"help": help})
 
 
@@ -34,24 +33,13 @@ class DataArguments:
     model: str = option("Base model of the adapters: a folder or a Hub id.")
     dataset_config: str | None = option("Configuration of a Hub dataset.", None)
     text_column: str = option("Column of the text.", "text")
-    text_pair_column: str | None = option("Column of a second text, for pairs.", None)
+    text_pair_column: str | None = option("Column of the second text, for pairs of texts.", None)
     label_column: str = option("Column of the label: names or whole numbers.", "label")
     max_length: int = option("Maximum number of tokens per example.", 128)
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise ValueError(f"max_length={self.max_length} is out of range; it must be at least 1.")
-
-
-def suggestion(name: str, candidates: Iterable[str]) -> str:
-    """Return "did you mean 'x'?" for the closest candidate, or nothing."""
-    close = difflib.get_close_matches(name, list(candidates), n=1)
-    return f"did you mean {close[0]!r}?" if close else ""
-
-
-def may_be_on_hub(name: str) -> bool:
-    """Return whether a name has the form of a model or dataset on the Hub. The oldest ones have no owner."""
-    return "@" not in name and is_hub_id(name if "/" in name else f"owner/{name}")
 
 
 def load(dataset: str, config: str | None = None) -> DatasetDict:
@@ -67,13 +55,13 @@ def load(dataset: str, config: str | None = None) -> DatasetDict:
     try:
         loaded = reader(dataset) if reader else load_from_disk(dataset)
     except Exception as error:  # on a damaged file, the libraries that read it can raise anything
-        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        reason = one_line(error.__cause__ or error).rstrip(".")
         raise ValueError(f"The dataset {dataset} cannot be read ({reason}); {give}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
 def _load_from_hub(dataset: str, config: str | None) -> DatasetDict:
-    if not may_be_on_hub(dataset):
+    if not is_repo_id(dataset):
         raise ValueError(f"The dataset {dataset!r} is not a file, a folder or a Hub id.")
     try:
         return load_dataset(dataset, config)
@@ -83,7 +71,7 @@ def _load_from_hub(dataset: str, config: str | None) -> DatasetDict:
 
 
 def split_of(data: Mapping[str, Dataset], name: str | None, dataset: str) -> Dataset:
-    """Return one split of a dataset, by default its only one or `test`."""
+    """Return the named split of a dataset, by default the only split or `test`."""
     name = name or (next(iter(data)) if len(data) == 1 else "test")
     if name not in data:
         raise ValueError(f"{dataset} has no split {name!r}; choose one of {', '.join(map(repr, data))}.")
@@ -93,10 +81,10 @@ def split_of(data: Mapping[str, Dataset], name: str | None, dataset: str) -> Dat
 
 
 def check_columns(dataset: Dataset, args: DataArguments) -> None:
-    """Check that the columns exist, have no gaps and, for texts, hold strings."""
+    """Check that the columns exist and have no gaps, and that text columns hold strings."""
     for name in ("text_column", "text_pair_column", "label_column"):
         column, columns = vars(args)[name], dataset.column_names
-        if column is None:
+        if column is None:  # no second text
             continue
         if column not in columns:
             hint = suggestion(column, columns) or "choose one of them."
@@ -115,28 +103,25 @@ def _type_of(dataset: Dataset, column: str) -> str:
 
 
 def labels_of(dataset: Dataset, column: str) -> Labels:
-    """Return the classes of a column: sorted, unless the dataset has its own order.
-
-    `class_encode_column` would sort numbers as texts, 10 before 2, and take any float for a class.
-    """
+    """Return the classes of a column: sorted, unless the dataset has its own order."""
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
-    values = dataset.unique(column) if isinstance(feature, Value) else []
+    # Not by `class_encode_column`: it sorts numbers as texts, 10 before 2, and takes any float for a class.
+    values = sorted(dataset.unique(column)) if isinstance(feature, Value) else []
     if not values or not isinstance(values[0], str | int):
         kind = f"{_type_of(dataset, column)}, not names or whole numbers"
         raise ValueError(f"label_column={column!r} holds {kind}; train other tasks with DistillationTrainer.")
     if len(values) == 1:
         raise ValueError(f"label_column={column!r} holds only one label, {values[0]!r}; a head needs at least two.")
-    values, numbers = sorted(values), list(range(len(values)))
-    return numbers if type(values[0]) is int and values == numbers else list(map(str, values))
+    is_numbered = type(values[0]) is int and values == list(range(len(values)))
+    return values if is_numbered else list(map(str, values))
 
 
 def label_ids(dataset: Dataset, column: str, labels: Labels, source: str) -> list[int]:
-    """Return the class of each row, matched by the name; `source` names the origin of the classes in messages.
-
-    `ClassLabel.str2int` would take an unknown "0" for class 0, and `align_labels_with_mapping` ignores case.
-    """
+    """Return the class of each row, matched by name; `source` stands for the origin of the classes in messages."""
+    # Not by `ClassLabel.str2int`, which takes an unknown "0" for class 0, nor `align_labels_with_mapping`, which
+    # ignores case.
     feature, ids = dataset.features[column], {str(label): number for number, label in enumerate(labels)}
     by_name = isinstance(feature, ClassLabel) and isinstance(labels[0], str)
     numbers = []
@@ -145,8 +130,8 @@ def label_ids(dataset: Dataset, column: str, labels: Labels, source: str) -> lis
             raise ValueError(f"Column {column!r} has no label in row {row}; choose a split that has labels.")
         name = feature.int2str(value) if by_name else str(value)
         if name not in ids:
-            known = ", ".join(map(repr, list(ids)[:20])) + (" ..." if len(ids) > 20 else "")
-            raise ValueError(f"Column {column!r} has {name!r} in row {row}, not a label of {source}: {known}.")
+            names = ", ".join(map(repr, list(ids)[:20])) + (" ..." if len(ids) > 20 else "")
+            raise ValueError(f"Column {column!r} has {name!r} in row {row}, not a label of {source}: {names}.")
         numbers.append(ids[name])
     return numbers
 

@@ -1,4 +1,4 @@
-"""The command `eval`: evaluate a saved adapter."""
+"""The command `eval`: evaluate a saved adapter on texts with labels."""
 
 import json
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class EvalArguments(DataArguments):
 
 
 def evaluate(args: EvalArguments) -> str:
-    """Evaluate a saved adapter without its teachers, and return the results."""
+    """Evaluate a saved adapter without its teachers, and return a table of the results."""
     examples = split_of(load(args.dataset, args.dataset_config), args.split, args.dataset)
     check_columns(examples, args)
     folder = locate_saved(args.adapter, ADAPTER_FILES)
-    name = str(read_saved(folder).get("name") or "adapter")  # an adapter of PEFT has none
+    name = str(read_saved(folder).get("name") or "adapter")  # PEFT saves none
     model, tokenizer = load_base(args.model, args.max_length)
     load_saved_adapter(model, folder, name, f"Adapter {args.adapter!r}")
     model.set_active_adapters(name)
@@ -50,9 +50,7 @@ def evaluate(args: EvalArguments) -> str:
         settings = TrainingArguments(unused, per_device_eval_batch_size=args.batch_size, report_to=[])
         collator = DataCollatorWithPadding(tokenizer)
         trainer = AdapterTrainer(model, settings, data_collator=collator, compute_metrics=accuracy)
-        metrics = {
-            key.removeprefix("eval_"): value for key, value in finite_metrics(trainer.evaluate(encoded)).items()
-        }
+        metrics = finite_metrics(trainer.evaluate(encoded))
     results = {"adapter": args.adapter, "dataset": args.dataset, "examples": len(examples)}
     results |= {name.removeprefix("eval_"): value for name, value in metrics.items()}
     if args.output is not None:
@@ -69,5 +67,5 @@ def _labels(model: ModelAdaptersMixin, name: str, source: str) -> Labels:
         raise ValueError(f"{source} has a head for {config['head_type']}, not for classes of texts.")
     label2id = config.get("label2id") or {}
     names = sorted(label2id, key=label2id.__getitem__)
-    is_numbered = names == [f"LABEL_{number}" for number in range(len(names))]  # the names that transformers gives
+    is_numbered = names == [f"LABEL_{number}" for number in range(len(names))]  # the default of transformers
     return list(range(config["num_labels"])) if is_numbered else names

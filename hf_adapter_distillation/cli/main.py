@@ -1,4 +1,4 @@
-"""The command line `adapter-distill`: its options, config files, errors and exit codes."""
+"""Options, config files, errors and exit codes of `adapter-distill`."""
 
 import argparse
 import json
@@ -14,13 +14,14 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..configuration import DistillationTrainingArguments
-from .data import suggestion
+from ..downloads import one_line, suggestion
 from .evaluate import EvalArguments, evaluate
 from .saved import inspect, plot, push
 from .train import TrainArguments, train
 
 PROGRAM = "adapter-distill"
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+SOURCE = "folder or Hub id, optionally with @revision"
 
 EXAMPLES = {
     "train": """
@@ -29,8 +30,7 @@ EXAMPLES = {
   adapter-distill train --config train.yaml --learning_rate 1e-3 --overwrite_output_dir""",
     "eval": """
   adapter-distill eval --model bert-base-uncased --adapter outputs/insurance/insurance --dataset data/test.csv
-  adapter-distill eval --model bert-base-uncased --adapter me/faq-insurance --dataset data/test.csv \\
-      --output result.json""",
+  adapter-distill eval --model bert-base-uncased --adapter me/faq-insurance --dataset test.csv --output result.json""",
     "inspect": """
   adapter-distill inspect outputs/insurance/insurance
   adapter-distill inspect me/faq-insurance@main --json""",
@@ -48,7 +48,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class Parser(HfArgumentParser):
-    """Parser that raises its errors."""
+    """Parser that raises its errors and takes no abbreviations."""
+
+    def __init__(self, dataclass_types: Any = (), **kwargs: Any) -> None:
+        super().__init__(dataclass_types, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message that argparse would print below the usage."""
@@ -59,33 +62,36 @@ class Parser(HfArgumentParser):
         """The options by flag, such as `--learning_rate` and `--learning-rate`."""
         return self._option_string_actions  # argparse has no public list of them
 
-    def closest(self, name: str) -> str:
+    def hint(self, name: str) -> str:
         """Return a hint at the option that an unknown name may mean."""
         hint = suggestion(name, {action.dest for action in self.flags.values()} - {"config", "help"})
         return f", {hint}" if hint else ""
 
 
-CONFIG = Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+CONFIG = Parser(prog=PROGRAM, add_help=False)
 CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by name; the command line wins")
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the program, and the parsers of its commands by name."""
-    shared: dict[str, Any] = {"formatter_class": _Formatter, "allow_abbrev": False}
     parser = Parser(
         prog=PROGRAM,
         description="Distil adapters into an adapter for a new task; evaluate, inspect, plot and push it.",
         epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C.",
-        **shared,
     )
     parser.add_argument("--version", action="version", version=version("hf-adapter-distillation"))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error; allowed anywhere")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
 
     def add(name: str, run: Callable[..., str], description: str, *dataclasses: type) -> Parser:
-        kwargs: dict[str, Any] = {"dataclass_types": dataclasses, "parents": [CONFIG] if dataclasses else []}
-        kwargs |= {"help": description, "description": description, "epilog": f"examples:{EXAMPLES[name]}"}
-        command = commands.add_parser(name, **kwargs, **shared)
+        command = commands.add_parser(
+            name,
+            dataclass_types=dataclasses,
+            parents=[CONFIG] if dataclasses else [],
+            help=description,
+            description=description,
+            epilog=f"examples:{EXAMPLES[name]}",
+        )
         command.set_defaults(run=run)
         return command
 
@@ -93,10 +99,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     add("train", train, description, TrainArguments, DistillationTrainingArguments)
     add("eval", evaluate, "Evaluate a saved adapter for text classification, distilled or not.", EvalArguments)
     command = add("inspect", inspect, "Show the teachers, settings and results of a saved student.")
-    command.add_argument("source", help="folder or Hub id, optionally with @revision")
+    command.add_argument("source", help=SOURCE)
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command = add("plot", plot, "Draw the attention of a saved student over its teachers, layer by layer.")
-    command.add_argument("source", help="folder or Hub id, optionally with @revision")
+    command.add_argument("source", help=SOURCE)
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="image; the extension sets the format")
     command = add("push", push, "Push a saved student with its card to the Hub, without loading the base model.")
     command.add_argument("folder", help="folder of the student")
@@ -104,13 +110,13 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     command.add_argument("--revision", help="branch, created if it is missing")
     command.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing")
-    command.add_argument("--token", help="token, by default the one of `hf auth login` or HF_TOKEN")
+    command.add_argument("--token", help="token, by default the token of `hf auth login` or HF_TOKEN")
     command.add_argument("--commit_message", help="title of the commit")
     return parser, commands.choices
 
 
 def read_config(path: str, parser: Parser) -> list[str]:
-    """Return the options in a YAML file, in the form that they have on the command line."""
+    """Return the options of a YAML file as arguments of the command line."""
     if not Path(path).is_file():
         raise ValueError(f"--config {path} is not a file; give a YAML file of options by name.")
     try:
@@ -124,7 +130,7 @@ def read_config(path: str, parser: Parser) -> list[str]:
         name = str(key).replace("-", "_")
         action = parser.flags.get(f"--{name}")
         if action is None or action.dest != name or name in ("config", "help"):
-            parser.error(f"{path}: unknown option {key!r}{parser.closest(name)}")
+            parser.error(f"{path}: unknown option {key!r}{parser.hint(name)}")
         if isinstance(value, list):
             if action.nargs != "+":
                 raise ValueError(f"{path}: {key} takes one value, not the list {value!r}.")
@@ -143,7 +149,7 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., str], Sequence[Any]]:
     if argv and (command := commands.get(argv[0])):
         for flag in (argument.partition("=")[0] for argument in argv):  # argparse names missing options first
             if flag.startswith("--") and flag not in command.flags:
-                command.error(f"unknown option {flag}{command.closest(flag)}")
+                command.error(f"unknown option {flag}{command.hint(flag)}")
         path = CONFIG.parse_known_args(argv)[0].config
         argv[1:1] = read_config(path, command) if path else []  # the last value of an option wins
     given, rest = parser.parse_known_args(argv)
@@ -153,21 +159,13 @@ def parse(argv: Sequence[str]) -> tuple[Callable[..., str], Sequence[Any]]:
     return given.run, command.parse_dict(vars(given), allow_extra_keys=True) or [given]
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, with the type of the error where that says more."""
-    text = " ".join(str(error).split())
-    is_clear = text and isinstance(error, OSError | RuntimeError | ValueError)
-    return text if is_clear else f"{type(error).__name__}: {text}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default with the arguments of the process, and return the exit code.
 
     Results go to the standard output, logs and errors to the standard error.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    # Trainer has an option --debug, too. It takes a value: --debug=VALUE.
-    debug = "--debug" in given
+    debug = "--debug" in given  # not --debug=VALUE, an option of Trainer
     try:
         run, arguments = parse([argument for argument in given if argument != "--debug"])
         with redirect_stdout(sys.stderr):  # Trainer prints its log

@@ -1,4 +1,4 @@
-"""The commands `inspect`, `plot` and `push`, which read a saved student without its base model."""
+"""The commands `inspect`, `plot` and `push`: use a saved student without its base model."""
 
 import json
 from argparse import Namespace
@@ -7,23 +7,22 @@ from io import BytesIO
 from pathlib import Path
 
 from .._compat import ADAPTER_CONFIG_NAME
-from ..analysis.plots import MISSING, plot_teacher_attention
+from ..analysis.plots import plot_teacher_attention
 from ..downloads import locate_saved
 from ..hub.push import push_saved
 from ..student.provenance import provenance_of, read_saved
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
-    """Return lines with aligned columns, in printable characters: strangers' texts must not control the terminal."""
+    """Return lines with aligned columns, without control characters: a text from the Hub must not steer a terminal."""
+    rows = [header, *rows] if header else rows
     cells = [["".join(c if c.isprintable() else "?" for c in str(cell)) for cell in row] for row in rows]
-    cells = [list(header), *cells] if header else cells
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in padded)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def check_writable(path: str) -> None:
-    """Check before a long run that its output can be written."""
+    """Check before a long run that a file can be written."""
     if not Path(path).parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {Path(path).parent}; make it first.")
     if Path(path).is_dir():
@@ -34,7 +33,7 @@ def inspect(args: Namespace) -> str:
     """Return the provenance of a saved student, as tables or as JSON."""
     saved = read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME]))
     if "distillation" not in saved:
-        # This is an answer, not wrong input: a RuntimeError has the exit code 1.
+        # A RuntimeError has the exit code 1: this is an answer, not wrong input.
         raise RuntimeError(f"{args.source} holds an adapter that was not distilled; it names no teachers.")
     provenance = provenance_of(saved, args.source)
     if args.json:
@@ -43,47 +42,41 @@ def inspect(args: Namespace) -> str:
     run, rows = provenance.run, []
     for teacher in provenance.teachers:
         mean = run.mean_attention(teacher.name)
-        shown = (teacher.name, teacher.source, (teacher.revision or "-")[:8], (teacher.digest or "-")[:8])
-        rows.append([*shown, "-" if mean is None else f"{mean:.2f}"])
-    losses = [
-        (f"{term}, stage {stage}", value) for stage, terms in run.losses.items() for term, value in terms.items()
-    ]
-    versions = ", ".join(f"{package} {version}" for package, version in provenance.versions.items())
-    about = [
-        ("base model", saved.get("model_name") or saved.get("model_type")),
-        ("data set", run.dataset),
-        *provenance.known_settings.items(),
-        *losses,
-        *run.evaluation.items(),
-        ("versions", versions),
-    ]
+        attention = "-" if mean is None else f"{mean:.2f}"
+        ids = ((teacher.revision or "-")[:8], (teacher.digest or "-")[:8])
+        rows.append((teacher.name, teacher.source, *ids, attention))
+    facts = {
+        "base model": saved.get("model_name") or saved.get("model_type"),
+        "data set": run.dataset,
+        **provenance.known_settings,
+        **{f"{term}, stage {stage}": loss for stage, terms in run.losses.items() for term, loss in terms.items()},
+        **run.evaluation,
+        "versions": ", ".join(f"{package} {version}" for package, version in provenance.versions.items()),
+    }
     parts = [
         table([(f"{saved['name']!r}, distilled from {len(rows)} teachers",)]),
         table(rows, ["teacher", "source", "revision", "digest", "attention"]) if rows else "",
-        table((key, value) for key, value in about if value is not None),
+        table(fact for fact in facts.items() if fact[1] is not None),
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def plot(args: Namespace) -> str:
-    """Draw the attention of a saved student over its teachers."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    """Draw the attention of a saved student over its teachers to a file."""
     check_writable(args.output)
-    extension, supported = Path(args.output).suffix.lower()[1:], Figure().canvas.get_supported_filetypes()
-    if extension not in supported:
-        choices = ", ".join(f".{each}" for each in sorted(supported))
-        raise ValueError(f"--output {args.output} has no supported extension; choose one of {choices}.")
     provenance = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
     if not provenance.run.attention:
         raise ValueError(
             f"{args.source} has no record of the attention over its teachers; train it with --analysis, or call "
             "plot_teacher_attention while the fusion is on the model."
         )
-    image = BytesIO()  # if drawing fails, an old file stays as it is
-    plot_teacher_attention(provenance.run.attention).savefig(image, format=extension)
+    figure = plot_teacher_attention(provenance.run.attention)
+    extension, supported = Path(args.output).suffix.lower()[1:], figure.canvas.get_supported_filetypes()
+    if extension not in supported:
+        choices = ", ".join(f".{each}" for each in sorted(supported))
+        raise ValueError(f"--output {args.output} has no supported extension; choose one of {choices}.")
+    image = BytesIO()  # keeps an old file if drawing fails
+    figure.savefig(image, format=extension)
     Path(args.output).write_bytes(image.getvalue())
     return f"attention over {len(provenance.teachers)} teachers drawn to {args.output}"
 

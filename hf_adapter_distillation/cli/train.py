@@ -1,4 +1,4 @@
-"""The command `train`: distil teachers into a student for text classification."""
+"""The command `train`: distil teachers into a student on texts with labels."""
 
 import os
 from contextlib import suppress
@@ -15,11 +15,11 @@ from transformers.utils import CONFIG_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..configuration import Carrier, DistillationConfig, DistillationTrainingArguments, Level, StudentStart
-from ..downloads import one_line
+from ..downloads import is_repo_id, one_line
 from ..hub.push import STUDENT_FILES
 from ..student.training_run import finite_metrics
 from ..training.trainer import DistillationTrainer
-from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, may_be_on_hub, option, split_of
+from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, option, split_of
 from .saved import table
 
 
@@ -28,7 +28,7 @@ class TrainArguments(DataArguments):
     """Teachers, student and data of a training."""
 
     teachers: list[str] = option("Folders or Hub ids (with @revision) of saved adapters.")
-    student: str = option("Name of the new adapter.")
+    student: str = option("Name of the new adapter, and of its folder in output_dir.")
     adapter_config: str = option("Method of the student, such as seq_bn[reduction_factor=8] or lora.", "seq_bn")
     train_split: str = option("Split to train on; a file has only `train`.", "train")
     eval_split: str | None = option(
@@ -36,12 +36,12 @@ class TrainArguments(DataArguments):
     )
     eval_file: str | None = option("File or folder to evaluate on, instead of a split.", None)
     carrier: Carrier = option("Output that a layer passes on in stage 2.", "student")
-    student_start: StudentStart = option("Initialisation of the student.", "teachers")
-    level: Level = option("Place where teachers are fused and the student is matched.", "auto")
-    objective: str = option("Objective: a name, or weights by name such as {features: 1, logits: 0.5}.", "features")
+    student_start: StudentStart = option("Initial weights of the student.", "teachers")
+    level: Level = option("Place of the fusion and of the matching: adapters, or whole layers.", "auto")
+    objective: str = option("Objective by name, or weights by name as in {features: 1, logits: 0.5}.", "features")
     layer_weights: list[float] | None = option("One weight per layer, for objectives of layers.", None)
     temperature: float = option("Temperature of the objectives logits and cross_task.", 2.0)
-    teacher_selection: str = option("`all`, or the number of teachers to keep, the best on the training data.", "all")
+    teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ def parse_value(name: str, text: str) -> Any:
 
 
 def train(args: TrainArguments, training_args: DistillationTrainingArguments) -> str:
-    """Train, evaluate and save a student, and return the results; on processes other than the first, nothing."""
+    """Train, evaluate and save a student, and return a table of the results; nothing on processes but the first."""
     folder = Path(training_args.output_dir or "") / args.student
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
@@ -111,7 +111,7 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
 
 
 def check_unused(folder: Path) -> None:
-    """Check that neither a student nor checkpoints would be overwritten."""
+    """Check that a training to a folder would overwrite neither a student nor checkpoints."""
     hint = "pass --overwrite_output_dir, another --output_dir, or --resume_from_checkpoint true to go on from there."
     if (folder / ADAPTER_CONFIG_NAME).exists():
         raise ValueError(f"{folder} already holds a student; {hint}")
@@ -120,11 +120,11 @@ def check_unused(folder: Path) -> None:
 
 
 def load_splits(args: TrainArguments, seed: int) -> dict[str, Dataset]:
-    """Load and check the data for `train`, and for `eval` if there is any."""
+    """Load and check the examples for `train`, and for `eval` if there are any."""
     data = load(args.dataset, args.dataset_config)
     parts = {"train": split_of(data, args.train_split, args.dataset)}
     fraction = None
-    with suppress(ValueError):  # the name of a split
+    with suppress(ValueError):  # from the name of a split
         fraction = float(args.eval_split or "")
     if args.eval_file is not None:
         parts["eval"] = split_of(load(args.eval_file), None, args.eval_file)
@@ -132,12 +132,12 @@ def load_splits(args: TrainArguments, seed: int) -> dict[str, Dataset]:
         parts["eval"] = split_of(data, args.eval_split or "validation", args.dataset)
     for part in parts.values():
         check_columns(part, args)
-    if fraction is not None:
-        if not 0 < fraction < 1:
-            raise ValueError(f"eval_split={args.eval_split} is out of range; a fraction lies between 0 and 1.")
-        halves = parts["train"].train_test_split(fraction, seed=seed)
-        parts = {"train": halves["train"], "eval": halves["test"]}
-    return parts
+    if fraction is None:
+        return parts
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_split={args.eval_split} is out of range; a fraction lies between 0 and 1.")
+    halves = parts["train"].train_test_split(fraction, seed=seed)
+    return {"train": halves["train"], "eval": halves["test"]}
 
 
 def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
@@ -145,12 +145,12 @@ def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTraine
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
             raise ValueError(f"model={name!r} holds no {CONFIG_NAME}; give the folder of a model.")
-    elif not may_be_on_hub(name):
+    elif not is_repo_id(name):
         raise ValueError(f"model={name!r} is neither a folder nor a Hub id.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoAdapterModel.from_pretrained(name)
-    except Exception as error:  # on damaged files, tokenizers for one raises a plain Exception
+    except Exception as error:  # tokenizers raises a plain Exception on damaged files
         raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
     positions = model.config.to_dict().get("max_position_embeddings") or tokenizer.model_max_length
     if max_length > (limit := min(positions, tokenizer.model_max_length)):

@@ -1,1 +1,4 @@
-"""The student on the Hugging Face Hub: its card and its push."""
+"""The student on the Hugging Face Hub, with its model card.
+
+Reading order: `card`, `push`, `trainer_mixin`.
+"""

@@ -1,4 +1,4 @@
-"""The model card of a distilled student, filled from its provenance; facts that are unknown are left out."""
+"""Model card of a distilled student, filled from its provenance without unknown facts."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from adapters import ModelAdaptersMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._compat import HEAD_CONFIG_NAME, STATIC_TO_FLEX_HEAD_MAP
+from .._compat import HEAD_CONFIG_NAME, STATIC_TO_FLEX_HEAD_MAP, heads_of
 from ..analysis.plots import plot_teacher_attention
 from ..downloads import is_repo_id
 from ..method.distillation import distillations
@@ -23,7 +23,7 @@ CARD_NAME = "README.md"
 ATTENTION_NAME = "attention.png"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
-TASKS = {  # the names of the Hub, by the types of heads
+TASKS = {  # of the Hub, by the type of the head
     "classification": "text-classification",
     "multilabel_classification": "text-classification",
     "tagging": "token-classification",
@@ -41,20 +41,17 @@ class CardOptions:
     """Text and facts from the user for the card of a student.
 
     Args:
-        datasets_tag: The id of its data set on the Hub, or ids; that of the training data by default.
-        tags: More tags.
-        language: Its language, as a code, or several.
-        license: Its license, as an identifier of the Hub.
-        metrics: The metrics it was evaluated with; those of the last evaluation by default.
-        baseline: What a plain adapter on the same data reaches, if you measured it: metrics by the names that
-            `trainer.evaluate()` gives them.
+        datasets_tag: The id of the data set on the Hub, or several; by default the id of the training data.
+        language: The code of the language, or several.
+        license: An identifier of the Hub.
+        metrics: By default the metrics of the last evaluation.
+        baseline: The metrics of a plain adapter on the same data, by the names that `trainer.evaluate()` gives them.
         architecture_training: Text about the training, below the settings.
-        results: Text about the results, below those of the last evaluation.
-        citation: What to cite instead of the papers of AdapterDistillation and AdapterFusion.
-        base_model: The id of the base model on the Hub; the name of the model by default, if that is an id.
-        task: The task, as the Hub calls it; that of the head by default.
-        dataset_name: The name of the data set in the results; its id by default.
-        dataset_config: The configuration of the data set.
+        results: Text about the results, below the last evaluation.
+        citation: Replaces the papers of AdapterDistillation and AdapterFusion.
+        base_model: The id on the Hub; by default the name of the model, if that is an id.
+        task: A task of the Hub; by default the task of the head.
+        dataset_name: The name of the data set in the results; by default its id.
     """
 
     datasets_tag: str | Sequence[str] | None = None
@@ -73,7 +70,7 @@ class CardOptions:
 
 
 class CardFacts(NamedTuple):
-    """Facts about a student for its card, in the words that adapters saves."""
+    """Facts about a student for its card, under the names that adapters saves."""
 
     student: str
     model_type: str
@@ -84,10 +81,8 @@ class CardFacts(NamedTuple):
     @classmethod
     def of_model(cls, model: ModelAdaptersMixin, student: str) -> "CardFacts":
         """Return the facts about a student on a model."""
-        if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-            head: Mapping[str, Any] = head_config(model, student) if student in model.heads else {}
-        else:
-            head = _static_head(type(model).__name__)
+        static = _static_head(type(model).__name__)  # empty for a model with flexible heads
+        head = head_config(model, student) if student in heads_of(model) else static
         provenance = Provenance.of(model, distillations(model.adapters_config)[student])
         return cls(student, model.config.model_type, model.model_name, head.get("head_type"), provenance)
 
@@ -103,13 +98,10 @@ class CardFacts(NamedTuple):
 
 
 def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: CardOptions) -> None:
-    """Write `README.md`, and the heat map of the attention where it is known and matplotlib is installed.
+    """Write the card for a repository, `README.md`, to a folder; `options` win over `facts`.
 
-    Args:
-        facts: The facts about the student.
-        folder: The folder of the saved student.
-        repo_id: The repository that the card is for.
-        options: Text and facts from the user, which win over those of the student.
+    `attention.png`, the heat map of the attention, is written too if the attention was measured and matplotlib is
+    installed.
     """
     run, name = facts.provenance.run, facts.model_name
     is_on_hub = name is not None and is_repo_id(name) and not os.path.exists(name)
@@ -133,7 +125,7 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
     heat_map = ATTENTION_NAME if run.attention and find_spec("matplotlib") is not None else None
     if heat_map is not None:
         plot_teacher_attention(run.attention).savefig(Path(folder) / heat_map)
-    card = ModelCard.from_template(  # by Jinja2, which torch requires
+    ModelCard.from_template(  # by Jinja2, which torch requires
         data,
         template_path=str(TEMPLATE),
         **facts._asdict(),
@@ -143,12 +135,11 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
         heat_map=heat_map,
         evaluation=_evaluation_table(run.evaluation, finite_metrics(options.baseline or {})),
         losses=_loss_table(run.losses),
-    )
-    card.save(Path(folder) / CARD_NAME)
+    ).save(Path(folder) / CARD_NAME)
 
 
 def _static_head(model_class: str) -> Mapping[str, Any]:
-    """Return the config that adapters gives the head of a class of transformers; an empty one without a head."""
+    """Return the config that adapters gives the head of a class of transformers; empty without a head."""
     return STATIC_TO_FLEX_HEAD_MAP.get(model_class, {}).get("config", {})
 
 
@@ -157,10 +148,10 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
 
 
 def _results(run: TrainingRun, task: str | None, datasets: Sequence[str], options: CardOptions) -> list[EvalResult]:
-    """Return the metrics for the Hub, which wants the task and the data set of each."""
+    """Return the metrics for the Hub; none without a task and a data set, which the Hub needs."""
     if task is None or not datasets:
         return []
-    named = [(*key.partition("_")[::2], value) for key, value in run.evaluation.items()]
+    metrics = {key.partition("_"): value for key, value in run.evaluation.items()}
     return [
         EvalResult(
             task_type=task,
@@ -172,13 +163,13 @@ def _results(run: TrainingRun, task: str | None, datasets: Sequence[str], option
             metric_name=metric,
             metric_value=value,
         )
-        for split, metric, value in named
+        for (split, _, metric), value in metrics.items()
         if metric != "loss"
     ]
 
 
 def _evaluation_table(metrics: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[list[str], list[Any]]:
-    """Return the header and the rows of the last evaluation, beside those of a plain adapter if it was measured."""
+    """Return the header and the rows of the last evaluation, with a column for the baseline if there is one."""
     if not baseline:
         return ["metric", "value"], list(metrics.items())
     rows = [[name, metrics.get(name, "-"), baseline.get(name, "-")] for name in {**metrics, **baseline}]

@@ -1,4 +1,4 @@
-"""Pushes of a student, and nothing but the student, to the Hub."""
+"""Push a student to the Hub: its adapter, head and card, without teachers and base model."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from shutil import copyfile, copytree
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..student.saving import save_weights
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
 WEIGHTS = ((SAFE_WEIGHTS_NAME, WEIGHTS_NAME), (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME))
-STUDENT_FILES = (*chain(*WEIGHTS), HEAD_CONFIG_NAME, ATTENTION_NAME)  # that some students have
+STUDENT_FILES = (*chain(*WEIGHTS), HEAD_CONFIG_NAME, ATTENTION_NAME)  # not every student has all of them
 
 
 @dataclass(kw_only=True)
@@ -40,12 +40,11 @@ class PushOptions:
     """Options of a push.
 
     Args:
-        commit_message: The title of the commit; `Upload` and the name of the student by default.
-        commit_description: More about the commit.
-        private: Whether a repository that is created is private.
-        token: A token, if not that of `hf auth login`.
-        create_pr: Whether to open a pull request instead of pushing.
-        revision: The branch, which is created if it is missing; `main` by default.
+        commit_message: The title of the commit; by default `Upload` and the name of the student.
+        private: Visibility of a repository that the push creates.
+        token: By default the token of `hf auth login`.
+        create_pr: Open a pull request instead of pushing.
+        revision: A branch, which is created if it is missing; by default `main`.
     """
 
     commit_message: str | None = None
@@ -57,71 +56,61 @@ class PushOptions:
 
 
 @contextmanager
-def student_folder(
-    model: ModelAdaptersMixin, student: str, repo_id: str, card: CardOptions, checkpoint: str | Path | None = None
-) -> Iterator[Path]:
-    """Write the files of a push to a temporary folder: the student on the model, or its folder in a checkpoint."""
+def student_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: CardOptions) -> Iterator[Path]:
+    """Write the files of a push to a temporary folder, from the student on a model."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        if checkpoint is None:
-            save_weights(model, student, name)
-        else:
-            copytree(checkpoint, folder, dirs_exist_ok=True)
-        for safe_name, pickled_name in WEIGHTS:
-            _write_both(folder / safe_name, folder / pickled_name, student)
+        save_weights(model, student, name)
+        _write_weights(folder, folder, student)
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
         write_card(CardFacts.of_model(model, student), folder, repo_id, card)
         yield folder
 
 
 @contextmanager
-def saved_student_folder(saved: str | Path, config: dict[str, Any], repo_id: str, card: CardOptions) -> Iterator[Path]:
-    """Copy the files of a saved student, its card included, to a temporary folder for a push, and complete them."""
+def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> Iterator[Path]:
+    """Write the files of a push to a temporary folder, from a saved student; its own card wins over `card`."""
+    config = read_saved(saved)
     provenance_of(config, saved)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        for file in (*STUDENT_FILES, ADAPTER_CONFIG_NAME, CARD_NAME):
+        for file in (HEAD_CONFIG_NAME, ATTENTION_NAME, ADAPTER_CONFIG_NAME, CARD_NAME):
             if (path := Path(saved) / file).is_file():
                 copyfile(path, folder / file)
-        for safe_name, pickled_name in WEIGHTS:
-            try:
-                _write_both(folder / safe_name, folder / pickled_name, config["name"])
-            except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
-                file = safe_name if (folder / safe_name).exists() else pickled_name
-                raise ValueError(f"{Path(saved) / file} is damaged; save the student anew.") from error
+        _write_weights(Path(saved), folder, config["name"])
         if not (folder / WEIGHTS_NAME).exists():
-            raise ValueError(f"{saved} holds no weights of an adapter; save the student anew.")
+            raise ValueError(f"{saved} holds no weights of an adapter; save the student again.")
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
         if not (folder / CARD_NAME).exists():
             write_card(CardFacts.of_saved(config, folder), folder, repo_id, card)
         yield folder
 
 
-def _write_both(safe: Path, pickled: Path, student: str) -> None:
-    """Write the weights of the student, without those of other heads, as safetensors and as a pickle.
-
-    Adapters reads the pickle unless it is told otherwise. Without safetensors there is only the pickle.
-    """
-    if safe.exists():
-        state = load_file(safe)
-    elif pickled.exists():
-        state = torch.load(pickled, map_location="cpu", weights_only=True)
-    else:
-        return
-    # Adapters takes a head "bank2" for a part of the head "bank". The clones: tensors that safetensors 0.4.3 to 0.5.0
-    # have read may share a storage, which torch would pickle with each of them.
-    weights = {
-        key: value.clone()
-        for key, value in state.items()
-        if not key.startswith("heads.") or key.startswith(f"heads.{student}.")
-    }
-    if safe.exists():
-        save_file(weights, safe)
-    torch.save(weights, pickled)
+def _write_weights(saved: Path, folder: Path, student: str) -> None:
+    """Write the saved weights without other heads, as a pickle, which adapters reads by default, and as they were."""
+    for safe_name, pickled_name in WEIGHTS:
+        is_safe = (saved / safe_name).is_file()
+        path = saved / (safe_name if is_safe else pickled_name)
+        if not path.is_file():
+            continue
+        try:
+            state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged; save the student again.") from error
+        # By their prefix: adapters saves the head "bank2" with the head "bank". Cloned: tensors that safetensors 0.4.3
+        # to 0.5.0 have read may share a storage, which torch would pickle with each of them.
+        weights = {
+            key: value.clone()
+            for key, value in state.items()
+            if not key.startswith("heads.") or key.startswith(f"heads.{student}.")
+        }
+        if is_safe:
+            save_file(weights, folder / safe_name)
+        torch.save(weights, folder / pickled_name)
 
 
 def _drop_folders(path: Path) -> None:
-    """Replace the local folders of teachers in an adapter config by the teachers' names."""
+    """Replace the teachers' local folders in an adapter config by their names."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for teacher in config["distillation"]["teachers"]:
         if teacher["revision"] is None:
@@ -131,7 +120,7 @@ def _drop_folders(path: Path) -> None:
 
 @contextmanager
 def push_errors(student: str, repo_id: str) -> Iterator[None]:
-    """Raise the errors of a push as OSError, with one line that says why it failed and what helps."""
+    """Turn the errors of a push into an OSError with one line: the reason and the fix."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
@@ -139,17 +128,11 @@ def push_errors(student: str, repo_id: str) -> Iterator[None]:
 
 
 def check_push(student: str, repo_id: str, token: str | bool | None) -> str:
-    """Return the repository with its owner, after a check of its name and of the token.
-
-    Raises:
-        ValueError: If the name is not valid.
-        OSError: If there is no token, or the Hub does not know it.
-    """
+    """Return the repository with its owner; raise ValueError for a wrong name, OSError without a valid token."""
     validate_repo_id(repo_id)
     if not (token if isinstance(token, str) else token is not False and get_token()):
-        raise OSError(
-            f"{student!r} was not pushed to {repo_id!r}: there is no token; log in with `hf auth login`, or pass one."
-        )
+        reason = "there is no token; log in with `hf auth login`, or pass one"
+        raise OSError(f"{student!r} was not pushed to {repo_id!r}: {reason}.")
     if "/" in repo_id:
         return repo_id
     with push_errors(student, repo_id):
@@ -157,14 +140,14 @@ def check_push(student: str, repo_id: str, token: str | bool | None) -> str:
 
 
 def upload(folder: Path, student: str, repo_id: str, options: PushOptions) -> CommitInfo:
-    """Replace the student that an existing repository holds, in one commit; other files of the repository stay."""
+    """Replace the student of an existing repository in one commit; keep all other files."""
     revision = options.revision
     if revision is not None and not revision.startswith("refs/pr"):
         create_branch(repo_id, branch=revision, token=options.token, exist_ok=True)
     return upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        # Files that only an earlier adapter had would be loaded with this one. Those in the folder are not deleted.
+        # Files that only an earlier adapter had would be loaded with this one. Files in the folder are not deleted.
         delete_patterns=list(STUDENT_FILES),
         commit_message=options.commit_message or f"Upload {student}",
         commit_description=options.commit_description,
@@ -197,17 +180,14 @@ def push_student(
 ) -> CommitInfo:
     """Push a distilled student from its model, with the arguments of adapters' `push_adapter_to_hub`.
 
-    All files are made before the repository is, and go up in one commit. An existing folder `local_path` gets them,
-    too; a card in it is kept, there and on the Hub, unless `overwrite_adapter_card` is set. `datasets_tag` and
-    `adapter_card_kwargs` are arguments of `CardOptions`, and the others are those of `PushOptions`.
-
-    Returns:
-        The address of the commit, with `oid` and `pr_url`.
+    All files are written before the repository is created, and go up in one commit. An existing folder `local_path`
+    gets them, too; a card in it is kept, there and on the Hub, unless `overwrite_adapter_card` is set. `datasets_tag`
+    and `adapter_card_kwargs` are arguments of `CardOptions`, the others are arguments of `PushOptions`.
 
     Raises:
         ValueError: If `repo_id` is not a valid name.
-        OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or all of the
-            push if its answer was lost; the same push again does no harm.
+        OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or the whole
+            push if the Hub's answer was lost; the same push again does no harm.
     """
     options = PushOptions(
         commit_message=commit_message,
@@ -234,23 +214,17 @@ def push_saved(
     """Push a student from the folder that it was saved to, without the base model.
 
     Args:
-        folder: A folder that `save_adapter` wrote for a distilled student. A card in it is pushed as it is; without
-            one the card is written.
-        repo_id: The repository.
-        adapter_card_kwargs: The arguments of `CardOptions`.
+        folder: A folder that `save_adapter` wrote for a distilled student. A card in it is pushed unchanged.
+        adapter_card_kwargs: The arguments of `CardOptions`, if there is no card yet.
         **options: The arguments of `PushOptions`.
-
-    Returns:
-        The address of the commit, with `oid` and `pr_url`.
 
     Raises:
         ValueError: If the folder holds no distilled student, or `repo_id` is not a valid name.
         OSError: If the Hub cannot be reached or refuses, as for `push_student`.
     """
     push = PushOptions(**options)
-    config = read_saved(folder)
-    student = str(config.get("name"))
+    student = str(read_saved(folder).get("name"))
     repo_id = check_push(student, repo_id, push.token)
     card = CardOptions(**(adapter_card_kwargs or {}))
-    with saved_student_folder(folder, config, repo_id, card) as files:
+    with saved_student_folder(folder, repo_id, card) as files:
         return _push(files, student, repo_id, push)

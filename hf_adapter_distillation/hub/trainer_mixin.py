@@ -1,4 +1,4 @@
-"""The trainer's side of the Hub: `push_to_hub`, at the end and at each save."""
+"""Push the student from its trainer: at each save, and by `push_to_hub`."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -13,11 +13,11 @@ from transformers.utils import logging
 
 from ..composition import AdapterDistillation
 from .card import CardFacts, CardOptions, write_card
-from .push import PushOptions, check_push, push_errors, student_folder, upload
+from .push import PushOptions, check_push, push_errors, saved_student_folder, student_folder, upload
 
 logger = logging.get_logger(__name__)
 
-CARD_OPTIONS = {  # by the arguments of `Trainer.create_model_card` that have other names
+CARD_OPTIONS = {  # by the arguments of `Trainer.create_model_card` with other names
     "finetuned_from": "base_model",
     "tasks": "task",
     "dataset_tags": "datasets_tag",
@@ -27,7 +27,7 @@ CARD_OPTIONS = {  # by the arguments of `Trainer.create_model_card` that have ot
 
 
 class StudentPushingTrainer(AdapterTrainer):
-    """An `AdapterTrainer` whose `push_to_hub` and `push_to_hub=True` push the student alone."""
+    """An `AdapterTrainer` that pushes only the student."""
 
     block: AdapterDistillation
     _pushes: Sequence[Future] = ()
@@ -40,7 +40,7 @@ class StudentPushingTrainer(AdapterTrainer):
             self.init_hf_repo()
 
     def init_hf_repo(self, token: str | None = None) -> None:
-        """Create the repository if it is missing, with a token or else `hub_token` or that of `hf auth login`."""
+        """Create the repository if it is missing; the token is by default `hub_token`, or that of `hf auth login`."""
         if not self._may_push or not self.is_world_process_zero():
             return
         name, token = self._hub_name(), token or self.args.hub_token
@@ -49,7 +49,7 @@ class StudentPushingTrainer(AdapterTrainer):
             super().init_hf_repo(token)
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Write the card of the student, and the heat map of the attention if it is known, to `output_dir`.
+        """Write the card of the student to `output_dir`, with the heat map of the attention if it was measured.
 
         Args:
             **kwargs: The arguments of `transformers.Trainer.create_model_card`, and those of `CardOptions` such as
@@ -73,19 +73,16 @@ class StudentPushingTrainer(AdapterTrainer):
         The heat map needs `push_to_hub=True` or `analysis=True` in the training arguments, and matplotlib.
 
         Args:
-            commit_message: The title of the commit.
-            blocking: Whether to wait for the end.
-            token: A token, if not `hub_token` or that of `hf auth login`.
-            revision: The branch, which is created if it is missing; `hub_revision` by default.
+            token: By default `hub_token`, or the token of `hf auth login`.
+            revision: A branch, which is created if it is missing; by default `hub_revision`.
             **kwargs: The arguments of `create_model_card`.
 
         Returns:
-            The address of the commit, or with `blocking=False` its future; None on processes other than the first.
+            The commit, or with `blocking=False` its future; None on processes other than the first.
 
         Raises:
             ValueError: If the name of the repository is not valid.
-            OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or all of
-                the push if its answer was lost; the same push again does no harm.
+            OSError: If the Hub cannot be reached or refuses, as for `push_student`.
         """
         if not self.is_world_process_zero():
             return None
@@ -106,31 +103,33 @@ class StudentPushingTrainer(AdapterTrainer):
         return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a saved student in the background, and its checkpoint if `hub_strategy` asks for it."""
         args, student = self.args, self.block.student
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
         running = [push for push in self._pushes if not push.done()]
-        if running and not args.hub_always_push:
+        is_busy = running and not args.hub_always_push
+        if is_busy or args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
         in_steps = args.save_strategy == SaveStrategy.STEPS
         at = f"step {self.state.global_step}" if in_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {at}"
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-        to_hub = {"token": args.hub_token, "revision": args.hub_revision}
+        target = {"token": args.hub_token, "revision": args.hub_revision}
 
         def push(files: ExitStack, folder: Path) -> None:
             with files, self._failure_as_warning():
-                upload(folder, student, self.hub_model_id, PushOptions(commit_message=message, **to_hub))
+                upload(folder, student, self.hub_model_id, PushOptions(commit_message=message, **target))
                 if name := names.get(args.hub_strategy):
-                    title = f"{message}, checkpoint"
-                    where = {"repo_id": self.hub_model_id, "folder_path": checkpoint_folder, "path_in_repo": name}
-                    upload_folder(commit_message=title, **where, **to_hub)
+                    upload_folder(
+                        repo_id=self.hub_model_id,
+                        folder_path=checkpoint_folder,
+                        path_in_repo=name,
+                        commit_message=f"{message}, checkpoint",
+                        **target,
+                    )
 
         with self._failure_as_warning(), ExitStack() as stack:
             saved = Path(checkpoint_folder) / student
-            folder = stack.enter_context(
-                student_folder(self.model, student, self.hub_model_id, CardOptions(), checkpoint=saved)
-            )
+            folder = stack.enter_context(saved_student_folder(saved, self.hub_model_id, CardOptions()))
             self._pushes = [*running, run_as_future(push, stack.pop_all(), folder)]
 
     @contextmanager
@@ -150,7 +149,7 @@ class StudentPushingTrainer(AdapterTrainer):
 
 
 def _card_options(model_name: str | None = None, **kwargs: Any) -> CardOptions:
-    """Return the options of a card from the arguments of Trainer's; the card is named like the repository."""
+    """Return card options from the arguments of Trainer's card, without its name: the repository names the card."""
     options = {CARD_OPTIONS.get(name, name): value for name, value in kwargs.items()}
     for name in ("task", "dataset_name", "dataset_config"):  # Trainer takes several
         if isinstance(value := options.get(name), list):

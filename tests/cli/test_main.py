@@ -316,12 +316,13 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
 def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
     whole = torch.arange(12.0)
     own = {"heads.a.1.weight": whole[:4], "b": whole[4:]}
-    save_file(own, tmp_path / "s")
+    safe, pickled = pushing.WEIGHTS[0]
+    save_file(own, tmp_path / safe)
     monkeypatch.setattr(pushing, "load_file", lambda path: own)  # as older safetensors reads it
-    pushing._write_both(tmp_path / "s", tmp_path / "p", "a")
-    pickled = torch.load(tmp_path / "p", weights_only=True)
-    assert all(torch.equal(pickled[key], own[key]) for key in own)
-    assert all(value.untyped_storage().nbytes() == 4 * value.numel() for value in pickled.values())
+    pushing._write_weights(tmp_path, tmp_path, "a")
+    weights = torch.load(tmp_path / pickled, weights_only=True)
+    assert all(torch.equal(weights[key], own[key]) for key in own)
+    assert all(value.untyped_storage().nbytes() == 4 * value.numel() for value in weights.values())
 
 
 # What they refuse
@@ -486,10 +487,10 @@ def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
         says_why(capsys, 2, "'nope' is not a folder; give the folder of a saved student.", "push", "nope", "me/faq")
         says_why(capsys, 2, not_distilled, "push", "adapters/banking", "me/faq")
         says_why(capsys, 2, "Repo id must use alphanumeric chars*", "push", "outputs/insurance", "a b")
-        damaged = "outputs/insurance/adapter.safetensors is damaged; save the student anew."
+        damaged = "outputs/insurance/adapter.safetensors is damaged; save the student again."
         says_why(capsys, 2, damaged, "push", "outputs/insurance", "me/faq")
         Path("outputs/insurance/adapter.safetensors").unlink()
-        no_weights = "outputs/insurance holds no weights of an adapter; save the student anew."
+        no_weights = "outputs/insurance holds no weights of an adapter; save the student again."
         says_why(capsys, 2, no_weights, "push", "outputs/insurance", "me/faq")
         monkeypatch.delenv("HF_TOKEN")
         message = (

@@ -86,7 +86,7 @@ def test_a_push_that_fails_in_training_is_a_warning(where, hub, trainer_args, ca
         hub.fail("POST /api/models/me/faq/commit", 500)
     else:
         reason = "no space left"
-        monkeypatch.setattr("hf_adapter_distillation.hub.push.copytree", full_disk)
+        monkeypatch.setattr("hf_adapter_distillation.hub.push.copyfile", full_disk)
     args = {"push_to_hub": True, "hub_model_id": "me/faq", "save_strategy": "epoch", "hub_always_push": True}
     trained(trainer_args, **args)
     warning = f"{NOT_PUSHED}{reason}. The training goes on, and the next save pushes again."
