@@ -15,7 +15,8 @@ TERMS = (
     "grad_norm/student", "grad_norm/head", "grad_norm/fusion",
 )  # fmt: skip
 
-pytestmark = pytest.mark.distributed
+# One launch trains all settings: some minutes on a busy machine.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
