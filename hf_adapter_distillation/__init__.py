@@ -48,14 +48,10 @@ __all__ = [
 ]
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
-_LAZY = {
-    "AdapterDistillationTrainer": "training.trainer",
-    "DistillationTrainer": "training.trainer",
-    "leave_one_teacher_out": "analysis.observe",
-    "student_distance": "analysis.observe",
-    "teacher_attention": "analysis.observe",
-    "write_analysis": "analysis.observe",
-}
+_LAZY = dict.fromkeys(("AdapterDistillationTrainer", "DistillationTrainer"), "training.trainer")
+_LAZY |= dict.fromkeys(
+    ("leave_one_teacher_out", "student_distance", "teacher_attention", "write_analysis"), "analysis.observe"
+)
 
 if not TYPE_CHECKING:  # type checkers would take any name for one that is there
 

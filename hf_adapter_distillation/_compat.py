@@ -21,6 +21,9 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
+# The files of weights that adapters saves, each as safetensors or as a pickle.
+ADAPTER_WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+HEAD_WEIGHTS = (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME)
 COMPILES = Version(torch.__version__) >= Version("2.9")  # older compilers fail in the contexts of adapters
 TESTED = {"adapters": ("1.3.0", "2"), "transformers": ("4.57.6", "4.58")}
 

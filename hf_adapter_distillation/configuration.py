@@ -57,12 +57,11 @@ class DistillationConfig:
     Args:
         teachers: Names of adapters on the model, local folders of saved adapters, or Hub ids (`"user/adapter"`,
             `"user/adapter@revision"`).
-        carrier: The output that a layer passes on in stage 2. `"student"`: the student's output, while the fusion of
-            the teachers learns to explain the student; `"fused"`: the fusion of teachers and student, which then
-            learns from the task as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from
-            1 to 0 over stage 2, else the student's (the module replacement of BERT-of-Theseus,
-            https://arxiv.org/abs/2002.02925); `"dual"`: two passes, one with the fused output and one with the
-            student's, each with the task loss, matched in each layer and in the logits, at twice the cost.
+        carrier: The output that a layer passes on in stage 2. `"student"`: the student's, which the fusion of the
+            teachers learns to explain; `"fused"`: the fusion of teachers and student, which then learns from the task
+            as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from 1 to 0 over stage 2,
+            else the student's (as in BERT-of-Theseus, https://arxiv.org/abs/2002.02925); `"dual"`: two passes, with
+            the task loss for each, matched in each layer and in the logits, at twice the cost.
         student_start: The student's initial weights. `"average"`: the average of the teachers' weights and of their
             heads, where their configurations agree with the student's; `"teachers"`: the same, which
             `DistillationTrainer` then fits to the average of the teachers' updates on the training inputs, before the
@@ -71,13 +70,11 @@ class DistillationConfig:
             where bottleneck adapters or LoRA add their updates; `"layer"`: the output of each layer, which is run
             again with each teacher, at a higher cost and for any mixture of methods; `"auto"`: `"adapter"` if student
             and teachers share such places, else `"layer"`.
-        objective: The distillation objective, one name or several with weights,
-            `{"features": 1.0, "logits": 0.5}`. In each layer, `"features"`: the squared error of its update
-            (`FeatureLoss`); `"cosine"`: the angle (`CosineLoss`); `"task_specific"`: the squared error in the
-            subspace that a probe of the layer finds to matter for the task (`TaskSpecificLoss`). With the teachers'
-            own heads, which must have the student's labels, `"logits"`: their mean prediction (`LogitLoss`);
-            `"cross_task"`: calibrated and corrected scores of two classes and the order of the items
-            (`CrossTaskLoss`).
+        objective: One name, or several with weights, `{"features": 1.0, "logits": 0.5}`. In each layer,
+            `"features"`: the squared error of its update (`FeatureLoss`); `"cosine"`: the angle (`CosineLoss`);
+            `"task_specific"`: the squared error in the subspace that matters for the task (`TaskSpecificLoss`). With
+            the teachers' own heads, which must have the student's labels, `"logits"`: their mean prediction
+            (`LogitLoss`); `"cross_task"`: their calibrated scores, and the order of the items (`CrossTaskLoss`).
         layer_weights: The weight of each layer of the base model in the mean over layers, from the first (of an
             encoder-decoder model, of the encoder) to the last, for objectives of layers. Default: all equal.
         temperature: The temperature of the objectives `"logits"` and `"cross_task"`.

@@ -15,6 +15,12 @@ STATUS = {
     409: "another push came between; push again",
     **{status: f"the Hub failed with {status}; try again" for status in (500, 502, 503, 504)},
 }
+REASONS: dict[type[Exception], str] = {
+    errors.GatedRepoError: "it is gated; accept its terms on the Hub and log in with `hf auth login`",
+    errors.RevisionNotFoundError: "it has no such revision",
+    errors.RepositoryNotFoundError: "it does not exist or is private; check the name, or log in with `hf auth login`",
+    errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+}
 
 
 def is_repo_id(name: str) -> bool:
@@ -65,14 +71,9 @@ def hub_reason(error: Exception) -> str:
         return f"it is not in the cache, and {hub_reason(error.__cause__)}"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # from the upload of a large file
         return hub_reason(error.__cause__)
-    if isinstance(error, errors.GatedRepoError):
-        return "it is gated; accept its terms on the Hub and log in with `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "it has no such revision"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "it does not exist or is private; check the name, or log in with `hf auth login`"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
+    for kind, reason in REASONS.items():
+        if isinstance(error, kind):
+            return reason
     if isinstance(error, requests.ConnectionError | requests.Timeout):
         return f"{constants.ENDPOINT} cannot be reached or broke off; try again"
     reason = one_line(error).rstrip(".")

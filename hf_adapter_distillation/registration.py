@@ -45,7 +45,7 @@ def register() -> None:
     ALLOWED_NESTINGS[AdapterDistillation] = [str]
     ALLOWED_NESTINGS[Stack].append(AdapterDistillation)
     _wrap(ComposableAdapterLayerBase, "_get_compose_func", _get_compose_func)
-    _wrap(ForwardContext, "_call_forward", _call_forward)
+    _wrap(ForwardContext, "_call_forward", call_with_distillation)
     _document_distill_from(_wrap(ModelAdaptersMixin, "add_adapter", _add_adapter))
     _document_distill_from(_wrap(ModelWithHeadsAdaptersMixin, "add_adapter", _add_adapter))
     _wrap(ModelAdaptersMixin, "train_adapter", _train_adapter)
@@ -100,10 +100,6 @@ def _get_compose_func(original: Callable, self: ComposableAdapterLayerBase, comp
     if isinstance(self, get_args(FusedLayer)):  # the compilers of torch 2.9 and 2.10 cannot trace the union
         return functools.partial(compose_distillation, self)
     return self.compose_stack
-
-
-def _call_forward(original: Callable, self: ForwardContext, model: Any, f: Callable, *args: Any, **kwargs: Any) -> Any:
-    return call_with_distillation(self, original, model, f, *args, **kwargs)
 
 
 def _add_adapter(

@@ -43,11 +43,9 @@ def teacher_attention(
 
     Args:
         model: A model whose active setup is a distillation block with its fusion.
-        dataset: Examples as a trainer takes them (columns that the model does not take are left out), or a
-            `DataLoader` of batches.
+        dataset: Examples as a trainer takes them (other columns are left out), or a `DataLoader` of batches.
         data_collator: A function that makes a batch, for instance `DataCollatorWithPadding(tokenizer)`. The default,
             `transformers.default_data_collator`, does not pad.
-        batch_size: The number of examples in a batch.
 
     Returns:
         `{layer: {teacher: estimate}}`: the mean over sequences of the mean over non-padding tokens. The means of a

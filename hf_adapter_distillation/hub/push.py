@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from shutil import copyfile
@@ -18,21 +17,18 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .._compat import (
-    ADAPTER_CONFIG_NAME,
-    HEAD_CONFIG_NAME,
-    HEAD_WEIGHTS_NAME,
-    SAFE_HEAD_WEIGHTS_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-)
+from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
 from ..downloads import hub_reason
 from ..student.provenance import provenance_of, read_saved
 from ..student.saving import save_weights
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
-WEIGHTS = ((SAFE_WEIGHTS_NAME, WEIGHTS_NAME), (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME))
-STUDENT_FILES = (*chain(*WEIGHTS), HEAD_CONFIG_NAME, ATTENTION_NAME)  # not every student has all of them
+STUDENT_FILES = (
+    *ADAPTER_WEIGHTS,
+    *HEAD_WEIGHTS,
+    HEAD_CONFIG_NAME,
+    ATTENTION_NAME,
+)  # not every student has all of them
 
 
 @dataclass(kw_only=True)
@@ -78,7 +74,7 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
             if (path := Path(saved) / file).is_file():
                 copyfile(path, folder / file)
         _write_weights(Path(saved), folder, config["name"])
-        if not (folder / WEIGHTS_NAME).exists():
+        if not (folder / ADAPTER_WEIGHTS[1]).exists():
             raise ValueError(f"{saved} holds no weights of an adapter; save the student again.")
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
         if not (folder / CARD_NAME).exists():
@@ -88,7 +84,7 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
 
 def _write_weights(saved: Path, folder: Path, student: str) -> None:
     """Write the saved weights without other heads, as a pickle, which adapters reads by default, and as they were."""
-    for safe_name, pickled_name in WEIGHTS:
+    for safe_name, pickled_name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS):
         is_safe = (saved / safe_name).is_file()
         path = saved / (safe_name if is_safe else pickled_name)
         if not path.is_file():

@@ -72,10 +72,8 @@ class StudentPushingTrainer(AdapterTrainer):
 
         The heat map needs `push_to_hub=True` or `analysis=True` in the training arguments, and matplotlib.
 
-        Args:
-            token: By default `hub_token`, or the token of `hf auth login`.
-            revision: A branch, which is created if it is missing; by default `hub_revision`.
-            **kwargs: The arguments of `create_model_card`.
+        Token and revision are by default `hub_token` and `hub_revision`; the other arguments are those of
+        `create_model_card`.
 
         Returns:
             The commit, or with `blocking=False` its future; None on processes other than the first.

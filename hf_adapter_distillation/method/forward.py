@@ -47,8 +47,8 @@ class _Call:
 
 
 def call_with_distillation(
-    context: ForwardContext,
     original: Callable,
+    context: ForwardContext,
     model: ModelAdaptersMixin,
     forward: Callable,
     *args: Any,
@@ -118,7 +118,7 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
-    for (fusion, student_output), target in zip(student_pass.outputs, fused_pass.targets, strict=True):
+    for (fusion, student_output), (_, target) in zip(student_pass.updates, fused_pass.updates, strict=True):
         student_pass.match(fusion, student_output, target)
     for name in (name for name in output if name.endswith("logits")):
         weights = _logit_weights(student_pass, call.model, name, output[name])

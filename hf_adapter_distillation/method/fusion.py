@@ -90,10 +90,9 @@ class TeacherFusion(nn.Module):
             q \cdot K u = (h^\top Q^\top K W) z + h^\top Q^\top K b, \quad
             \sum_n a_n V u_n = V \sum_n (W_n (a_n z_n) + a_n b_n)
 
-        Products of more than two matrices are computed in the cheapest order, forward and backward. For many tokens
-        Q, K and V are multiplied with the up-projections, or each other, once a step; for many teachers they are
-        multiplied with the hidden states. No tensor has the size of the teachers' updates,
-        (batch, seq_len, n_teachers, hidden).
+        Products of more than two matrices are computed in the cheapest order, forward and backward: for many tokens
+        with the up-projections, or each other, first, for many teachers with the hidden states. No tensor has the size
+        of the teachers' updates, (batch, seq_len, n_teachers, hidden).
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).

@@ -86,7 +86,7 @@ def match_logits(
 
 
 class PredictionCache:
-    """Logits of the teachers, (n_examples, n_teachers, n_labels), found by the `example_keys` of the model's inputs."""
+    """Logits of the teachers, (n_examples, n_teachers, n_labels), by the `example_keys` of the model's inputs."""
 
     def __init__(self, logits: torch.Tensor, keys: list[bytes]) -> None:
         self.logits = logits

@@ -17,7 +17,7 @@ class StackedAdapters(NamedTuple):
     is the case without activation and biases, with A the down-projection and B the up-projection.
 
     Args:
-        names: The adapters, n of them, each of width m.
+        names: The n adapters, each of width m.
         down_weight: The down-projections, (n * m, hidden).
         down_bias: Their biases, (n * m,), None if they have none.
         up: The up-projections, then their biases, (hidden, n * m + n).

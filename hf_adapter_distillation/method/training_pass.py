@@ -27,6 +27,9 @@ class TrainingPass(LayerPass):
         self.probe_losses: list[torch.Tensor] = []
         self.ratios: list[torch.Tensor] = []
         self.attention: dict[str, TeacherAttention] = {}
+        self.updates: list[
+            tuple[TeacherFusion, torch.Tensor]
+        ] = []  # of the carrier `dual`, until both passes have run
         self.logit_loss: torch.Tensor | float = 0.0
         self.fused_task_loss: torch.Tensor | None = None
 
@@ -102,13 +105,9 @@ class MixedPass(FusedPass):
 class DualFusedPass(FusedPass):
     """First pass of the carrier `dual`: as `fused`, with the match left to the second pass."""
 
-    def __init__(self, distillation: Distillation) -> None:
-        super().__init__(distillation)
-        self.targets: list[torch.Tensor] = []
-
     def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
         """Keep the fused output."""
-        self.targets.append(target)
+        self.updates.append((fusion, target))
 
 
 class DualStudentPass(TrainingPass):
@@ -117,13 +116,9 @@ class DualStudentPass(TrainingPass):
     runs_teachers = True
     joins_student = True
 
-    def __init__(self, distillation: Distillation) -> None:
-        super().__init__(distillation)
-        self.outputs: list[tuple[TeacherFusion, torch.Tensor]] = []
-
     def run_layer(self, place: Place) -> None:
         """Keep the student's update."""
-        self.outputs.append((place.fusion, place.student_output))
+        self.updates.append((place.fusion, place.student_output))
 
 
 TRAINING_PASSES = {"student": StudentPass, "fused": FusedPass, "mixed": MixedPass, "dual": DualStudentPass}

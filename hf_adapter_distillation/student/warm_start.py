@@ -159,13 +159,11 @@ def fit_start(
     """Move a student from the average of its teachers' weights to the average of their updates.
 
     The average of the weights has smaller updates than the teachers on average, since the teachers use different
-    features. The student keeps the averaged down-projections. Its up-projections are fitted to the mean of the
-    teachers' updates by least squares, in a forward pass that passes this mean on. The mean is also the output of
-    `TeacherFusion` before its training. No labels are used.
+    features. The student, after its `train_adapter`, keeps the averaged down-projections. Its up-projections are
+    fitted to the mean of the teachers' updates by least squares, in a forward pass that passes this mean on, as
+    `TeacherFusion` does before its training. No labels are used.
 
     Args:
-        model: The model, on which `train_adapter(student)` was called.
-        student: The name of the student.
         forward_passes: Runs the model on the data.
         reduce: Averages a tensor over the processes, which hold the same up to rounding.
 

@@ -10,16 +10,7 @@ import safetensors  # the module: datasets hashes functions by pickling what the
 import torch
 from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
-from .._compat import (
-    ADAPTER_CONFIG_NAME,
-    HEAD_CONFIG_NAME,
-    HEAD_WEIGHTS_NAME,
-    SAFE_HEAD_WEIGHTS_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    AdapterLoader,
-    heads_of,
-)
+from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
 from ..downloads import download, hub_reason, is_hub_id, one_line, suggestion
 from .peft_lora import PEFT_WEIGHTS_NAME, is_peft, load_peft_lora, peft_lora_config
@@ -27,10 +18,7 @@ from .peft_lora import PEFT_WEIGHTS_NAME, is_peft, load_peft_lora, peft_lora_con
 Source = dict[str, str | None]
 
 # The only files that are downloaded of a repository, which may hold checkpoints and code, too.
-ADAPTER_FILES = [
-    ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, HEAD_CONFIG_NAME, SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME,
-    PEFT_WEIGHTS_NAME,
-]  # fmt: skip
+ADAPTER_FILES = [ADAPTER_CONFIG_NAME, *ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, *HEAD_WEIGHTS, PEFT_WEIGHTS_NAME]
 
 
 class SavedAdapter(NamedTuple):
@@ -185,12 +173,11 @@ def _check_foreign_weights(model: ModelAdaptersMixin, folder: Path, saved_name: 
     rename = AdapterLoader(model).rename_func(saved_name, name)
     prefix = f"{model.base_model_prefix}."
     of_model = {key.removeprefix(prefix) for key in model.state_dict() if not key.startswith("heads.")}
-    keys = _saved_keys(folder, SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+    keys = _saved_keys(folder, *ADAPTER_WEIGHTS)
     if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-        head_files = (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME)
-        if any((folder / file).exists() for file in head_files) and not (folder / HEAD_CONFIG_NAME).is_file():
+        if any((folder / file).exists() for file in HEAD_WEIGHTS) and not (folder / HEAD_CONFIG_NAME).is_file():
             raise ValueError(f"it has the weights of a head, and no {HEAD_CONFIG_NAME}; save it again.")
-        keys += _saved_keys(folder, *head_files)
+        keys += _saved_keys(folder, *HEAD_WEIGHTS)
     if foreign := [key for key in keys if rename(key).removeprefix(prefix) in of_model]:
         raise ValueError(f"{foreign[0]} in its files belongs to the model, not to the adapter; save it again.")
 

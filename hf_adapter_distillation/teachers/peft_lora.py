@@ -26,13 +26,8 @@ def is_peft(saved: dict) -> bool:
 def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label: str) -> LoRAConfig:
     """Return the config under which adapters computes the same as a LoRA of PEFT.
 
-    It may add modules where PEFT left out layers; they compute zero, as LoRA does before training.
-
-    Args:
-        model: The model that the LoRA is meant for.
-        folder: The local folder.
-        saved: The contents of its `adapter_config.json`.
-        label: The LoRA in messages, for instance "Teacher 'bank'".
+    It may add modules where PEFT left out layers; they compute zero, as LoRA does before training. `saved` holds the
+    contents of the folder's `adapter_config.json`, `label` the LoRA in messages, for instance "Teacher 'bank'".
 
     Raises:
         ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
@@ -93,10 +88,8 @@ def _match(model: ModelAdaptersMixin, folder: Path, label: str) -> list[tuple[Lo
             )
         projection, down, up = projections[path], factors[".lora_A.weight"], factors[".lora_B.weight"]
         if (down.shape[1], up.shape[0]) != (projection.in_features, projection.out_features):
-            raise ValueError(
-                f"{label} was made for a projection {saved_path} of another size; use one trained on the same base "
-                f"model."
-            )
+            size = f"a projection {saved_path} of another size"
+            raise ValueError(f"{label} was made for {size}; use one trained on the same base model.")
         matches[path] = (projection, down, up)
     if not matches:
         raise ValueError(f"{label} has no LoRA weights in {folder / PEFT_WEIGHTS_NAME}; save it again.")

@@ -17,12 +17,7 @@ from ..method.predictions import of_each_teacher, scores, without_dropout
 def area_under_curve(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the probability that a positive example has a higher score than a negative one; ties count half.
 
-    Args:
-        scores: The scores, (n_examples,).
-        labels: 0 or 1, (n_examples,).
-
-    Returns:
-        The area under the ROC curve; 0.5 where one of the labels is missing.
+    This is the area under the ROC curve, 0.5 where a label is missing. Scores and labels, 0 or 1, are (n_examples,).
     """
     positive, negative = scores[labels == 1].unsqueeze(1), scores[labels == 0]
     above = (positive > negative).double() + 0.5 * (positive == negative).double()  # (n_positive, n_negative)
@@ -125,14 +120,8 @@ def fit_platt(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Platt scaling maximises the likelihood of smoothed labels, :math:`(N_1 + 1) / (N_1 + 2)` for the N_1 positive and
     :math:`1 / (N_0 + 2)` for the N_0 negative examples, which keeps it finite where a score separates them (Platt,
-    Probabilistic outputs for support vector machines, 1999).
-
-    Args:
-        scores: The scores of each teacher, (n_teachers, n_examples).
-        labels: 0 or 1, (n_examples,).
-
-    Returns:
-        Slope and offset, (n_teachers, 2), float64. The slope of uninformative scores is near 0.
+    Probabilistic outputs for support vector machines, 1999). The scores are (n_teachers, n_examples), the labels 0 or
+    1. The result, (n_teachers, 2) in float64, has a slope near 0 for uninformative scores.
     """
     scores = scores.detach().double()
     positive = labels.to(scores) > 0.5

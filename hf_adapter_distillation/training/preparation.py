@@ -52,10 +52,9 @@ def prepare_training(
     needs_head: bool,
     show: bool,
 ) -> Preparation:
-    """Prepare a student for the first step of its training.
+    """Prepare a student for the first step of its training, on the model that is trained, not wrapped.
 
     Args:
-        model: The model that is trained, not wrapped.
         accelerator: The accelerator, over whose processes results are averaged.
         checkpoint: The folder of the checkpoint to resume from, if any.
         n_read: The number of examples that stage 2 reads.
@@ -197,14 +196,16 @@ def _predictions(
 
     Each process computes a share. Empty where the heads predict for tokens, or the logits would be too large to keep.
     """
-    parts = []
+    parts, can_be_stored = [], True
     with torch.random.fork_rng(), accelerator.autocast():
         for number, inputs in enumerate(examples.batches(dataset)):
             if number % accelerator.num_processes != accelerator.process_index:
                 continue
             one_by_one = of_each_teacher(model, block, [inputs], "logits")
             logits = torch.stack([batches[0] for batches in one_by_one], dim=1)  # (B, N, n_labels), or more
-            if logits.dim() > 3 or logits[0].nbytes * len(dataset) > MAX_BYTES:
-                return []
+            can_be_stored = logits.dim() == 3 and logits[0].nbytes * len(dataset) <= MAX_BYTES
+            if not can_be_stored:
+                break
             parts.append((example_keys(inputs), logits.cpu()))
-    return gather_object(parts)
+    shares = gather_object([(parts, can_be_stored)])  # by all processes: one without a batch must not wait alone
+    return [part for parts, _ in shares for part in parts] if all(ok for _, ok in shares) else []

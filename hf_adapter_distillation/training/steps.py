@@ -33,14 +33,14 @@ class TwoStageTrainer(StudentPushingTrainer):
 
     @property
     def distillation_start(self) -> float:
-        """The fraction of all steps in stage 1: the argument, or the default for this student."""
+        """The fraction of all steps in stage 1, by the argument or the default for this student."""
         if self.args.distillation_start is not None:
             return self.args.distillation_start
         return 0.5 if self.distillation.start_digest is None else 0.0
 
     @property
     def distillation_weight(self) -> float:
-        """The weight of the distillation loss: the argument, or the default for this data.
+        """The weight of the distillation loss, by the argument or the default for this data.
 
         The teachers are a prior of a fixed strength, whose weight beside a mean over n examples falls with n.
         """

@@ -3,7 +3,7 @@
 import pytest
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.analysis.observe import Estimate
+from hf_adapter_distillation.analysis.plots import Estimate
 
 
 def overlapping(labels, figure, axis):
