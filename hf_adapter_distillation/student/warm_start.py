@@ -165,7 +165,6 @@ def fit_start(
 
     Args:
         model: The model, on which `train_adapter(student)` was called.
-        student: The name of the student.
         forward_passes: Runs the model on the data.
         reduce: Averages a tensor over the processes, which hold the same up to rounding.
 

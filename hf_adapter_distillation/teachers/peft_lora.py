@@ -29,9 +29,7 @@ def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label
     It may add modules where PEFT left out layers; they compute zero, as LoRA does before training.
 
     Args:
-        model: The model that the LoRA is meant for.
-        folder: The local folder.
-        saved: The contents of its `adapter_config.json`.
+        saved: The contents of the folder's `adapter_config.json`.
         label: The LoRA in messages, for instance "Teacher 'bank'".
 
     Raises:

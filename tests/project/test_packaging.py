@@ -110,7 +110,7 @@ TYPED = """
 from typing import Any, Literal, assert_type
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.analysis.observe import Estimate
+from hf_adapter_distillation.analysis.plots import Estimate
 from hf_adapter_distillation.method.distillation import Distillation
 
 model: Any = None
