@@ -1,5 +1,6 @@
 """What the teachers predict once must be what they would predict beside each batch."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -145,7 +146,7 @@ def test_each_process_predicts_its_share(trainer_args, collator):
     whole, shares = {}, []
 
     def of_process(trainer, index, processes):
-        accelerator = SimpleNamespace(process_index=index, num_processes=processes)
+        accelerator = SimpleNamespace(process_index=index, num_processes=processes, autocast=nullcontext)
         return dict(
             (key, row) for keys, logits in preparation._predictions(
                 trainer.model, trainer.block, trainer.train_dataset, trainer._examples(), accelerator
