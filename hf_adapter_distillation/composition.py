@@ -19,7 +19,6 @@ class AdapterDistillation(Stack):
     Args:
         student: The name of the adapter to be trained, or a `Stack` of names whose last one is the student (MAD-X:
             a frozen language adapter below the task adapter).
-        teachers: The names of the frozen adapters that the student is distilled from.
 
     Raises:
         TypeError: If the student is neither a name nor a flat `Stack` of names, or a teacher is not a name.

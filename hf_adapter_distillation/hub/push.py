@@ -207,12 +207,10 @@ def push_student(
 def push_saved(
     folder: str | Path, repo_id: str, *, adapter_card_kwargs: dict | None = None, **options: Any
 ) -> CommitInfo:
-    """Push a student from the folder that it was saved to, without the base model.
+    """Push a student from the folder that `save_adapter` wrote, without the base model.
 
-    Args:
-        folder: A folder that `save_adapter` wrote for a distilled student. A card in it is pushed unchanged.
-        adapter_card_kwargs: The arguments of `CardOptions`, if there is no card yet.
-        **options: The arguments of `PushOptions`.
+    A card in the folder is pushed unchanged; without one, `adapter_card_kwargs` are arguments of `CardOptions`. The
+    other options are those of `PushOptions`.
 
     Raises:
         ValueError: If the folder holds no distilled student, or `repo_id` is not a valid name.

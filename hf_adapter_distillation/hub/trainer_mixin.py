@@ -51,9 +51,7 @@ class StudentPushingTrainer(AdapterTrainer):
     def create_model_card(self, **kwargs: Any) -> None:
         """Write the card of the student to `output_dir`, with the heat map of the attention if it was measured.
 
-        Args:
-            **kwargs: The arguments of `transformers.Trainer.create_model_card`, and those of `CardOptions` such as
-                `baseline`.
+        It takes the arguments of `transformers.Trainer.create_model_card`, and of `CardOptions`, such as `baseline`.
         """
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,8 @@ class Distillation:
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
-        halves: The passes of encoder and decoder while an `EncoderDecoderModel` runs.
-        hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`.
+        hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`, the passes
+            of whose encoder and decoder are its `halves`.
     """
 
     config: DistillationConfig

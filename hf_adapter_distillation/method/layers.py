@@ -138,13 +138,8 @@ def adapter_update(
 ) -> torch.Tensor:
     """Compute the addition of an adapter to the residual, or of LoRA to the output of a projection, without dropout.
 
-    Args:
-        adapter: The adapter's module.
-        hidden_states: The input, (batch, seq_len, hidden).
-        residual: The residual, which an adapter may normalise together with its update, (batch, seq_len, hidden).
-
-    Returns:
-        The update, (batch, seq_len, hidden), in the data type of the input.
+    An adapter may normalise its update together with the residual. Input, residual and update are (batch, seq_len,
+    hidden), the update in the data type of the input.
     """
     dtype = hidden_states.dtype
     hidden_states = hidden_states.to(next(adapter.parameters()).dtype)

@@ -39,11 +39,9 @@ class UpProjectionFit:
         self.square = u.square().sum() + self.square
 
     def solve(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Solve the normal equations, given the present weights (hidden, m) and biases (hidden,).
+        """Return new weights and biases from the present ones, (hidden, m) and (hidden,), in their data type.
 
-        Returns:
-            The new weights and biases, in the data type of the old ones, and the unexplained share of the target's
-            squares, a scalar.
+        The third result is the unexplained share of the target's squares, a scalar.
         """
         old = torch.cat([weight, bias.unsqueeze(1)], dim=1).T.double()  # (m + 1, d)
         ridge = RIDGE * self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)

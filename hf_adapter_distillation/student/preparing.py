@@ -97,9 +97,8 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
 def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool, is_first: bool) -> None:
     """Put the whole model into training mode, activate the student's head and freeze all other heads.
 
-    A model with one static head keeps it trainable. `train_embeddings` says whether the embeddings, which a language
-    modelling head may share, are trained; `is_first` whether the student had no fusion before, so that its head may
-    start at its teachers' heads.
+    A model with one static head keeps it trainable. A language modelling head may share its weights with the
+    embeddings. `is_first` says that the student had no fusion before, so its head may start at its teachers' heads.
     """
     model.train()  # adapters puts only the base model into training mode
     if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):

@@ -114,3 +114,10 @@ def teacher_sources(model: ModelAdaptersMixin, distillation: Distillation) -> li
         source = distillation.sources[name]
         teachers.append(TeacherSource(name, str(source["source"]), source["revision"], adapter_digest(model, name)))
     return teachers
+
+
+def check_teachers_unchanged(model: ModelAdaptersMixin, digests: dict[str, str]) -> None:
+    """Compare the teachers' weights with their digests before the training; raise RuntimeError if they differ."""
+    for name, digest in digests.items():
+        if adapter_digest(model, name) != digest:
+            raise RuntimeError(f"The weights of teacher {name!r} changed in training; reload it before you use it.")

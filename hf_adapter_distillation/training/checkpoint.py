@@ -113,9 +113,7 @@ def check_whole(folder: str) -> None:
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
     """Return the folder of the checkpoint that a training starts from, if any.
 
-    Args:
-        asked: The folder of a checkpoint, True for the newest whole one in `output_dir`, None or False for none.
-        output_dir: The folder of the training.
+    `asked` is a folder, True for the newest whole checkpoint in `output_dir`, or None or False for none.
 
     Raises:
         ValueError: If the given checkpoint is not whole, or no whole one exists.

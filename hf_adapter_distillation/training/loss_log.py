@@ -39,14 +39,9 @@ class LoggedTerms:
     def note(
         self, loss: torch.Tensor, record: DistillationRecord, settings: StageSettings, step: float, share: float
     ) -> None:
-        """Add the terms of a micro-batch with labels.
+        """Add the terms of a micro-batch with labels, from the whole loss as Trainer reports it, detached.
 
-        Args:
-            loss: The whole loss as Trainer reports it, detached.
-            record: The terms that distillation added to the loss.
-            settings: The settings of this micro-batch.
-            step: The share of the micro-batch in an optimizer step.
-            share: The share of the micro-batch in the distillation loss.
+        `step` is the share of the micro-batch in an optimizer step, `share` its share in the distillation loss.
         """
         self.sums["steps"] += step
         if record.distillation_loss is None or record.fusion_regularization is None:  # stage 1

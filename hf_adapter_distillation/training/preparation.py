@@ -20,7 +20,7 @@ from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.preparing import keep_teachers
 from ..student.provenance import adapter_digest
-from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start
+from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from .checkpoint import load_student
 from .data import Examples, draw_examples
@@ -136,7 +136,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
     distillation = distillation_of(model, student)
     if distillation.config.student_start != "teachers":
         return
-    if distillation.start_digest != adapter_digest(model, student) or not can_be_fitted(model, student):
+    if not is_at_average(model, student) or not can_be_fitted(model, student):
         return
     drawn = draw_examples(examples.train, START_EXAMPLES, examples.seed)
     if drawn is None:

@@ -18,22 +18,24 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .._compat import loss_counts_items
+from ..analysis.observe import teacher_attention, write_analysis
 from ..configuration import DistillationTrainingArguments
 from ..method.distillation import StageSettings, active_block
 from ..method.parameters import check_trainable, is_fusion, parameter_table
 from ..student.fusions import drop_fusion
-from ..student.provenance import teacher_sources
+from ..student.provenance import check_teachers_unchanged, teacher_sources
 from ..student.training_run import TrainingRun, finite_metrics
 from .callbacks import SigtermCallback, StageCallback
 from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .checks import check_arguments, check_combinations
-from .data import Examples, UnlabelledBatches
+from .data import Examples, UnlabelledBatches, draw_examples
 from .loss_log import LoggedTerms
 from .preparation import fit_student, prepare_training
-from .results import check_teachers_unchanged, observe_attention
 from .steps import TwoStageTrainer
 
 logger = logging.get_logger(__name__)
+
+ANALYSED_EXAMPLES = 256
 
 
 class DistillationTrainer(TwoStageTrainer):
@@ -50,7 +52,6 @@ class DistillationTrainer(TwoStageTrainer):
 
     Args:
         model: A model on which `train_adapter` was called for an adapter that has `distill_from`.
-        args: The arguments of both stages.
         distillation_dataset: Examples of the task without labels (columns of labels are left out). In stage 2 each
             batch of the training data comes with one of these, and the distillation loss is the mean of both.
         **kwargs: The other arguments of `transformers.Trainer`: datasets, `data_collator` and so on.
@@ -217,20 +218,28 @@ class DistillationTrainer(TwoStageTrainer):
             distillation.run.attention = self._observe_attention()
 
     def _observe_attention(self) -> dict[str, dict[str, float]]:
-        """Measure the attention over the teachers on evaluation data if there is any, and write the analysis."""
+        """Measure the attention over the teachers, by layer, on evaluation data if possible; write the analysis."""
         args = self.args
-        if self.state.global_step <= self.first_distillation_step:
-            if args.analysis:
-                logger.warning("There is no analysis: the training ended before stage 2; lower distillation_start.")
-            return {}
         one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
-        dataset = self.eval_dataset if one_set else self.train_dataset
-        folder = Path(args.output_dir) / "analysis" if args.analysis and self.is_world_process_zero() else None
+        dataset = draw_examples(self.eval_dataset if one_set else self.train_dataset, ANALYSED_EXAMPLES, args.seed)
+        ended_early = self.state.global_step <= self.first_distillation_step
+        if dataset is None or ended_early:
+            reason = "a stream of examples is not read twice; pass an eval_dataset"
+            if ended_early:
+                reason = "the training ended before stage 2; lower distillation_start"
+            if args.analysis:
+                logger.warning(f"There is no analysis: {reason}.")
+            return {}
         with torch.random.fork_rng(), self.compute_loss_context_manager():
-            attention = observe_attention(self.model, dataset, self._examples(), folder)
-        if args.analysis and not attention:
-            logger.warning("There is no analysis: a stream of examples is not read twice; pass an eval_dataset.")
-        return attention
+            batches = [self._model_inputs(inputs) for inputs in self._batches(dataset)]
+            loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+            table = teacher_attention(self.model, loader)
+            if args.analysis and self.is_world_process_zero():
+                try:
+                    write_analysis(self.model, loader, Path(args.output_dir) / "analysis")
+                except OSError as error:  # at the end of a training nothing may be lost
+                    logger.warning(f"The analysis could not be written: {error}.")
+        return {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `transformers.Trainer` does, and note the metrics of a trained student for its provenance."""

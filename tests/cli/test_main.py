@@ -332,7 +332,7 @@ def test_wrong_usage_is_told_in_one_line(here, capsys):
     see = "; see adapter-distill train --help."
     cases = [
         ([], "the following arguments are required: command; see adapter-distill --help."),
-        (["trian"], "argument command: invalid choice: 'trian'*"),
+        (["tran"], "argument command: invalid choice: 'tran'*"),
         (["train"], f"the following arguments are required: --dataset, --model, --teachers, --student{see}"),
         ([*TRAIN, "--lerning_rate=1"], f"unknown option --lerning_rate, did you mean 'learning_rate'?{see}"),
         ([*TRAIN, "--learning", "1"], f"unknown option --learning, did you mean 'learning_rate'?{see}"),

@@ -10,7 +10,12 @@ from tiny_models import TEACHERS, make_model, make_student, noisy
 from trainings import trainer_for
 
 from hf_adapter_distillation.method.distillation import distillation_of
-from hf_adapter_distillation.student.provenance import Provenance, adapter_digest, read_provenance
+from hf_adapter_distillation.student.provenance import (
+    Provenance,
+    adapter_digest,
+    check_teachers_unchanged,
+    read_provenance,
+)
 
 
 def test_digest_follows_the_weights_and_nothing_else(tmp_path):
@@ -101,3 +106,12 @@ def test_a_provenance_of_another_version_keeps_its_keys():
     assert provenance.known_settings == {"new": [2], "seed": 1}
     assert provenance.run.settings == {"seed": 1}
     assert provenance.run.mean_attention("bank") is None
+
+
+def test_the_teacher_that_changed_is_named():
+    model = make_student(make_model())
+    digests = {name: adapter_digest(model, name) for name in TEACHERS}
+    check_teachers_unchanged(model, digests)
+    noisy(model, "work")
+    with pytest.raises(RuntimeError, match="The weights of teacher 'work' changed in training"):
+        check_teachers_unchanged(model, digests)

@@ -255,5 +255,15 @@ def test_bad_trainers(trainer_args, tmp_path):
         trainer.train()
 
 
+def test_a_changed_teacher_is_an_error(trainer_args):
+    model = make_student(make_model())
+
+    def change(args, state, control, **kwargs):
+        noisy(model, "travel")
+
+    with pytest.raises(RuntimeError, match="The weights of teacher 'travel' changed in training"):
+        trainer_for(model, trainer_args(max_steps=1), callbacks=[EachStep(change)]).train()
+
+
 def test_alias():
     assert had.AdapterDistillationTrainer is had.DistillationTrainer
