@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from adapters import AdapterSetup, ModelAdaptersMixin, Stack
@@ -12,8 +12,6 @@ from torch import nn
 from .._compat import heads_of
 from ..composition import AdapterDistillation
 from .losses import LogitLoss, logit_matching_loss, two_classes
-
-Output = TypeVar("Output")
 
 OF_TOKENS = ("attention_mask", "input_ids", "position_ids", "token_type_ids")  # are padded to one length
 
@@ -32,7 +30,7 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def run_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, run: Callable[[], Output]) -> list[Output]:
+def run_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, run: Callable[[], Any]) -> list[Any]:
     """Run with each teacher instead of the student, and with its head if it has one; without dropout and graph."""
     outputs = []
     with without_dropout(model), torch.no_grad():

@@ -1,6 +1,7 @@
 """Examples that a training reads beside its batches: before the first step, and without labels in stage 2."""
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,10 +12,7 @@ from transformers.trainer_utils import has_length
 
 
 def draw_examples(dataset: Dataset | None, number: int, seed: int) -> Dataset | None:
-    """Draw up to a number of examples; take the first ones of a `datasets.IterableDataset`.
-
-    Return None without a data set, and for other streams, which cannot be read twice.
-    """
+    """Draw examples, the first ones of a `datasets.IterableDataset`; None for other streams, which are read once."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.take(number)
     if dataset is None or isinstance(dataset, IterableDataset):
@@ -35,6 +33,7 @@ class Examples(NamedTuple):
     seed: int  # of draws
     batches: Callable[[Dataset], Iterable[dict[str, Any]]]  # inputs of the model, on its device
     model_inputs: Callable[[dict[str, Any]], dict[str, Any]]  # leaves out labels that the model does not get
+    autocast: Callable[[], AbstractContextManager]  # the precision of the training
 
 
 class UnlabelledBatch(dict[str, Any]):

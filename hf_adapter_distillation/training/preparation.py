@@ -148,7 +148,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
 
     def forward_passes() -> None:
         for inputs in examples.batches(drawn):
-            with accelerator.autocast():
+            with examples.autocast():
                 model(**examples.model_inputs(inputs))
 
     with torch.random.fork_rng():  # the order of the training data stays the same
@@ -197,7 +197,7 @@ def _predictions(
     Each process computes a share. Empty where the heads predict for tokens, or the logits would be too large to keep.
     """
     parts, can_be_stored = [], True
-    with torch.random.fork_rng(), accelerator.autocast():
+    with torch.random.fork_rng(), examples.autocast():
         for number, inputs in enumerate(examples.batches(dataset)):
             if number % accelerator.num_processes != accelerator.process_index:
                 continue

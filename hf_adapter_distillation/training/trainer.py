@@ -1,7 +1,7 @@
 """The two-stage training of a distilled student."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from math import ceil
 from pathlib import Path
@@ -41,11 +41,10 @@ ANALYSED_EXAMPLES = 256
 class DistillationTrainer(TwoStageTrainer):
     """Train a student adapter in two stages in one `train()`.
 
-    A student that starts at its teachers' average is first moved to the average of their updates
-    (`student.warm_start.fit_start`). Stage 1 trains the student and its head on the task alone. Stage 2, from the step
-    `ceil(distillation_start * max_steps)` on, adds the distillation loss (by default `losses.FeatureLoss`, the mean
-    over layers times `distillation_weight`) and trains the fusion with it. Evaluation runs the student alone. There is
-    one optimizer and one schedule. The stage follows from the step, so a checkpoint is enough to resume.
+    A student that starts at its teachers' average is first moved to the average of their updates (`fit_start`).
+    Stage 1 trains the student and its head on the task alone. Stage 2, from the step `ceil(distillation_start *
+    max_steps)` on, adds the distillation loss and trains the fusion with it. Evaluation runs the student alone. There
+    is one optimizer and one schedule. The stage follows from the step, so a checkpoint is enough to resume.
 
     A checkpoint holds the student with its head, as `save_adapter` writes them, and the fusion; no teacher. At the end
     the fusion is dropped (unless `keep_fusion` is set) and the student is the active adapter.
@@ -166,7 +165,14 @@ class DistillationTrainer(TwoStageTrainer):
 
     def _examples(self) -> Examples:
         unlabelled = None if self._unlabelled is None else self._unlabelled.dataset
-        return Examples(self.train_dataset, unlabelled, self.args.seed, self._batches, self._model_inputs)
+        data = (self.train_dataset, unlabelled, self.args.seed)
+        return Examples(*data, self._batches, self._model_inputs, self._autocast)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Run in the precision of the training, before accelerate wraps the model."""
+        with self.accelerator.autocast(), self.compute_loss_context_manager():
+            yield
 
     def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
         """Return a data set and a collator without the columns that the model does not take."""
@@ -230,7 +236,7 @@ class DistillationTrainer(TwoStageTrainer):
             if args.analysis:
                 logger.warning(f"There is no analysis: {reason}.")
             return {}
-        with torch.random.fork_rng(), self.compute_loss_context_manager():
+        with torch.random.fork_rng(), self._autocast():
             batches = [self._model_inputs(inputs) for inputs in self._batches(dataset)]
             loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             table = teacher_attention(self.model, loader)
