@@ -15,10 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class StageCallback(TrainerCallback):
-    """Write the stage in front of Trainer's progress bar, which is one of the callbacks of the handler.
-
-    There is none with `disable_tqdm`, on processes other than the first, and in notebooks, which show a table.
-    """
+    """Write the stage in front of Trainer's progress bar, a callback of the handler; notebooks show a table instead."""
 
     def __init__(self, first_distillation_step: Callable[[], int], handler: CallbackHandler) -> None:
         self.first_distillation_step = first_distillation_step
