@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class StageCallback(TrainerCallback):
-    """Write the stage in front of Trainer's progress bar, a callback of the handler; notebooks show a table instead."""
+    """Write the stage in front of Trainer's progress bar, a callback of the handler; notebooks show a table."""
 
     def __init__(self, first_distillation_step: Callable[[], int], handler: CallbackHandler) -> None:
         self.first_distillation_step = first_distillation_step
