@@ -15,7 +15,7 @@ from safetensors.torch import load
 from tiny_models import make_batch, make_dataset, make_model, make_student
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.hub.push import WEIGHTS
+from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from hf_adapter_distillation.student.provenance import read_provenance
 
 # In a process of its own, with nothing but what the card says:
@@ -83,7 +83,7 @@ def test_the_weights_of_a_push_are_the_students_and_no_others(hub, trainer_args)
     assert commit.oid == hub.repos["me/faq"].refs["main"]
     assert hub.repos["me/faq"].messages[-1] == "Upload insurance"
     own = model.state_dict()
-    for safe, pickled in WEIGHTS:
+    for safe, pickled in (ADAPTER_WEIGHTS, HEAD_WEIGHTS):
         weights = load(files[safe])
         assert weights
         assert all("insurance." in key and torch.equal(value, own[key]) for key, value in weights.items())
