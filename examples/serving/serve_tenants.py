@@ -27,15 +27,28 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
     from pydantic import BaseModel
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"serve_tenants.py: {error.name} is missing; pip install hf-adapter-distillation[serve]"
     ) from error
 
-from tenant_batches import Batcher, BatchFailedError, BusyError, Question, TenantModel, load_tenant_model
+from tenant_batches import (
+    Batcher,
+    BatchFailedError,
+    BusyError,
+    Question,
+    TenantModel,
+    UnreadableError,
+    is_unicode,
+    load_tenant_model,
+)
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_CHARACTERS = 1000  # of a question; the model reads only the first tokens of a longer one
+MAX_BYTES = 16 * 1024  # of a body: room for a tenant and a question, with each character escaped as \ud83d\ude00
+RETRY_AFTER = 1  # seconds until the queue is likely to have room
+UNREADABLE = "The question is not a text that the model can read; type it again."
 
 
 @dataclass
@@ -93,7 +106,7 @@ def read_question(asked: Asked, tenants: TenantModel) -> Question:
     """Check the body of `POST /answer`.
 
     Raises:
-        HTTPException: If the tenant is unknown, or the question is empty or too long.
+        HTTPException: If the tenant is unknown, or the question is empty, too long or not valid Unicode.
     """
     if asked.tenant not in tenants.faqs:
         raise HTTPException(404, f"Tenant {asked.tenant[:80]!r} is unknown; GET /tenants lists all.")
@@ -102,7 +115,39 @@ def read_question(asked: Asked, tenants: TenantModel) -> Question:
         raise HTTPException(422, "The question is empty; type one.")
     if len(question) > MAX_CHARACTERS:
         raise HTTPException(422, f"The question has {len(question)} characters; ask in {MAX_CHARACTERS} at most.")
+    if not is_unicode(question):
+        raise HTTPException(422, UNREADABLE)
     return Question(asked.tenant, question)
+
+
+class BodyLimit:
+    """Middleware that reads a body before the service does, and answers with 413 when it grows over `MAX_BYTES`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its whole body, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BYTES:
+                detail = f"The body has more than {MAX_BYTES} bytes; ask a shorter question."
+                await JSONResponse({"detail": detail}, 413)(scope, receive, send)
+                return
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, replay, send)
 
 
 def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
@@ -120,6 +165,7 @@ def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
 
     # The pages of /docs and /redoc would load scripts from elsewhere.
     app = FastAPI(title="FAQ tenants", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit)
 
     @app.exception_handler(RequestValidationError)
     async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -143,7 +189,10 @@ def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
         try:
             scores, batched = await batcher.ask(question, len(faqs))
         except BusyError as error:
-            raise HTTPException(503, "Too many questions wait; ask again in a moment.") from error
+            headers = {"Retry-After": str(RETRY_AFTER)}
+            raise HTTPException(503, "Too many questions wait; ask again in a moment.", headers) from error
+        except UnreadableError as error:
+            raise HTTPException(422, UNREADABLE) from error
         except BatchFailedError as error:
             raise HTTPException(500, "The batch of this question failed; ask again.") from error
         ranked = sorted(zip(faqs, scores, strict=True), key=lambda pair: -pair[1])

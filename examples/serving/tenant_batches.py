@@ -35,6 +35,19 @@ class Question(NamedTuple):
     text: str
 
 
+class UnreadableError(ValueError):
+    """The tokenizer cannot read a question."""
+
+
+def is_unicode(text: str) -> bool:
+    r"""Return whether UTF-8 can encode a text: JSON allows half a character (`"\ud800"`), which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class TenantModel:
     """One base model with the students of all tenants.
 
@@ -63,6 +76,9 @@ class TenantModel:
         Returns:
             For each question the scores of its tenant's FAQs, in their order: the logit of "right" minus that of
             "wrong".
+
+        Raises:
+            UnreadableError: If the tokenizer cannot read one of the questions.
         """
         order = sorted(range(len(questions)), key=lambda i: questions[i].tenant)
         tenants, sizes = [], []
@@ -70,16 +86,19 @@ class TenantModel:
             tenants.append(tenant)
             sizes.append(len(self.faqs[tenant]) * len(list(members)))
         pairs = [(questions[i].text, faq) for i in order for faq in self.faqs[questions[i].tenant]]
-        batch = self.tokenizer(
-            [text for text, _ in pairs],
-            [faq for _, faq in pairs],
-            truncation="longest_first",
-            max_length=MAX_TOKENS,
-            padding=True,
-            return_tensors="pt",
-        ).to(self.model.device)
+        try:
+            batch = self.tokenizer(
+                [text for text, _ in pairs],
+                [faq for _, faq in pairs],
+                truncation="longest_first",
+                max_length=MAX_TOKENS,
+                padding=True,
+                return_tensors="pt",
+            )
+        except Exception as error:  # a tokenizer raises whatever it likes, also a bare Exception
+            raise UnreadableError(f"The tokenizer cannot read one of {len(questions)} questions.") from error
         self.activate(tenants, sizes)
-        output = self.model(**batch)
+        output = self.model(**batch.to(self.model.device))
         # Only a BatchSplit of several tenants has several outputs.
         outputs = output.head_outputs if "head_outputs" in output else [output]
         logits = torch.cat([out.logits for out in outputs])  # (pairs, 2)
@@ -129,6 +148,9 @@ def read_faqs(folder: Path) -> list[str]:
         raise ValueError(f"{path} is no JSON ({error}); write a list of the texts of the FAQs.") from error
     if not isinstance(faqs, list) or not faqs or not all(isinstance(faq, str) and faq.strip() for faq in faqs):
         raise ValueError(f"{path} is no list of texts; write a list of the texts of the FAQs.")
+    for faq in faqs:
+        if not is_unicode(faq):
+            raise ValueError(f"{path} holds {faq[:80]!r}, which is not valid Unicode; write the text of the FAQ.")
     return faqs
 
 
@@ -172,7 +194,7 @@ def load_tenant_model(students: str, base: str | None, device: str = "cpu") -> T
 
 
 class BatchFailedError(RuntimeError):
-    """The batch of a question failed, or the service ended before it."""
+    """A question failed, in a batch and alone, or the service ended before its batch."""
 
 
 class BusyError(RuntimeError):
@@ -237,7 +259,8 @@ class Batcher:
 
         Raises:
             BusyError: If too many questions wait.
-            BatchFailedError: If its batch failed.
+            UnreadableError: If the tokenizer cannot read the question.
+            BatchFailedError: If scoring fails for the question alone, too.
         """
         if len(self.waiting) >= self.max_waiting:
             raise BusyError
@@ -262,32 +285,39 @@ class Batcher:
         return take_batch(self.waiting, self.max_pairs)
 
     async def run(self) -> None:
-        """Answers batch after batch until it is cancelled; a batch that fails ends nothing but itself."""
-        loop = asyncio.get_running_loop()
+        """Answer batch after batch until it is cancelled; a batch that fails ends nothing but itself."""
         with ThreadPoolExecutor(1, "model") as worker:
             try:
                 while True:
-                    # Those whose user has gone in the meantime cost nothing.
-                    self.running = [entry for entry in await self.collect() if not entry.future.done()]
-                    if not self.running:
-                        continue
-                    questions = [entry.question for entry in self.running]
-                    try:
-                        scores = await loop.run_in_executor(worker, self.score, questions)
-                    except Exception:
-                        logger.exception("A batch of %d questions failed", len(questions))
-                        self.fail(self.running)
-                        continue
-                    for entry, of_entry in zip(self.running, scores, strict=True):
-                        if not entry.future.done():
-                            entry.future.set_result(Answer(of_entry, len(questions)))
+                    self.running = await self.collect()
+                    await self.answer(self.running, worker)
             finally:
-                self.fail([*self.running, *self.waiting])
+                self.fail([*self.running, *self.waiting], BatchFailedError)
                 self.waiting.clear()
 
+    async def answer(self, batch: list[Waiting], worker: ThreadPoolExecutor) -> None:
+        """Score a batch; if that fails, score its questions one by one, so that only the faulty one fails."""
+        batch = [entry for entry in batch if not entry.future.done()]  # a user who has gone costs nothing
+        if not batch:
+            return
+        questions = [entry.question for entry in batch]
+        try:
+            scores = await asyncio.get_running_loop().run_in_executor(worker, self.score, questions)
+        except Exception as error:
+            logger.exception("A batch of %d questions failed", len(questions))
+            if len(batch) == 1:
+                self.fail(batch, UnreadableError if isinstance(error, UnreadableError) else BatchFailedError)
+            else:
+                for entry in batch:
+                    await self.answer([entry], worker)
+            return
+        for entry, of_entry in zip(batch, scores, strict=True):
+            if not entry.future.done():
+                entry.future.set_result(Answer(of_entry, len(batch)))
+
     @staticmethod
-    def fail(entries: list[Waiting]) -> None:
+    def fail(entries: list[Waiting], failure: type[Exception]) -> None:
         """Release waiting questions without an answer."""
         for entry in entries:
             if not entry.future.done():
-                entry.future.set_exception(BatchFailedError())
+                entry.future.set_exception(failure())

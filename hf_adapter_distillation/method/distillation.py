@@ -9,6 +9,7 @@ import torch
 from adapters import ModelAdaptersConfig, ModelAdaptersMixin, Stack
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig, DistillationTrainingArguments
@@ -140,12 +141,15 @@ def distillation_of(model: ModelAdaptersMixin, student: str | None = None) -> Di
     """Return the live distillation of a student, by default of the active one.
 
     Raises:
-        TypeError: If the model has no adapters.
+        TypeError: If the model has no adapters, or wraps the model that has them.
         ValueError: If the adapter is not distilled, or no distilled student is active.
     """
     if student is None:
         student = active_block(model).student
-    students = distillations(model.adapters_config)
+    try:
+        students = distillations(model.adapters_config)
+    except AttributeError:
+        raise TypeError(_advice_for(model)) from None
     if student not in students:
         names = ", ".join(map(repr, students)) or "none"
         raise ValueError(f"{student!r} is not distilled from teachers; distilled students on the model: {names}.")
@@ -155,7 +159,7 @@ def distillation_of(model: ModelAdaptersMixin, student: str | None = None) -> Di
 def active_block(model: nn.Module) -> AdapterDistillation:
     """Return the active distillation block: from `train_adapter`, or of a student on top of a `Stack`."""
     if not isinstance(model, ModelAdaptersMixin):
-        raise TypeError(f"{type(model).__name__} has no adapters; call adapters.init(model) first.")
+        raise TypeError(_advice_for(model))
     setup, students = model.active_adapters, distillations(model.adapters_config)
     block = block_of(setup)
     if type(setup) is Stack and len(setup) > 1 and all(isinstance(name, str) for name in setup):
@@ -170,3 +174,15 @@ def active_block(model: nn.Module) -> AdapterDistillation:
             "A student whose teachers were all deleted has nothing to learn from."
         )
     return block
+
+
+def _advice_for(model: object) -> str:
+    """Return how to get from an object without adapters to a model with them, which the object may wrap."""
+    kind, modules = type(model).__name__, dict(model.named_modules() if isinstance(model, nn.Module) else ())
+    for name, module in modules.items():
+        if isinstance(module, ModelAdaptersMixin):
+            return f"{kind} is a wrapper; pass the model with adapters itself, its submodule {name!r}."
+    wrapped = next((name for name, module in modules.items() if isinstance(module, PreTrainedModel)), "")
+    if wrapped:
+        return f"{kind} is a wrapper; call adapters.init with its submodule {wrapped!r}, and pass that."
+    return f"{kind} has no adapters; call adapters.init(model) first."

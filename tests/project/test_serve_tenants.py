@@ -34,6 +34,7 @@ from tenant_batches import (  # noqa: E402
     BusyError,
     Question,
     TenantModel,
+    UnreadableError,
     Waiting,
     load_tenant_model,
     take_batch,
@@ -352,7 +353,7 @@ def test_later_questions_join_the_first_ones_batch():
     assert seen == [["1", "2"]]
 
 
-def test_a_failed_batch_fails_its_own_questions_alone():
+def test_a_failed_batch_fails_only_the_question_that_fails_alone():
     def score(questions):
         if any(question.text == "bad" for question in questions):
             raise RuntimeError("no memory")
@@ -364,8 +365,42 @@ def test_a_failed_batch_fails_its_own_questions_alone():
         return failed, await batcher.ask(Question("t", "good"), 2)
 
     answers, later = with_batcher(score, use)
-    assert [isinstance(answer, BatchFailedError) for answer in answers] == [True, True, False, False]
+    assert [isinstance(answer, BatchFailedError) for answer in answers] == [False, True, False, False]
+    assert [answer.batched for answer in answers if not isinstance(answer, Exception)] == [1, 2, 2]
     assert later.scores == [1.0]
+
+
+def test_a_question_without_tokens_fails_alone_among_those_of_other_tenants(tenants):
+    async def use(batcher):
+        asked = [*QUESTIONS, Question("bank", "\ud800")]
+        return await asyncio.gather(*(batcher.ask(question, 1) for question in asked), return_exceptions=True)
+
+    *answers, bad = with_batcher(tenants.score, use, max_pairs=6)
+    assert isinstance(bad, UnreadableError)
+    for answer, question in zip(answers, QUESTIONS, strict=True):
+        assert answer.scores == pytest.approx(pair_by_pair(tenants, question), abs=1e-10)
+
+
+def test_the_end_of_the_service_ends_the_second_try_of_a_batch():
+    started = threading.Event()
+
+    def score(questions):
+        if len(questions) > 1:
+            raise RuntimeError("no memory")
+        started.set()
+        time.sleep(0.2)
+        return [[1.0]]
+
+    async def main():
+        batcher = Batcher(score, 2, 3600.0, 9)
+        task = asyncio.create_task(batcher.run())
+        asked = [asyncio.create_task(batcher.ask(Question("t", "1"), 1)) for _ in range(2)]
+        await asyncio.to_thread(started.wait, 20)
+        task.cancel()
+        answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
+        assert [type(answer) for answer in answers] == [BatchFailedError] * 2
+
+    asyncio.run(main())
 
 
 def test_who_has_gone_is_not_answered():
@@ -431,6 +466,10 @@ def make_client(tenants, **kwargs):
     return TestClient(serve_tenants.make_app(tenants, serve_tenants.Arguments(students="", **kwargs)))
 
 
+def post(client, content):
+    return client.post("/answer", content=content, headers={"content-type": "application/json"})
+
+
 def ask(client, question):
     return client.post("/answer", json={"tenant": question.tenant, "question": question.text})
 
@@ -474,6 +513,69 @@ def test_what_cannot_be_answered_says_so_in_one_line(tenants):
         assert client.get("/answer").status_code == 405
 
 
+UNREADABLE = {"detail": "The question is not a text that the model can read; type it again."}
+
+
+@pytest.mark.parametrize("text", ["\ud800", "my card \udfff is gone", "\ude00\ud83d", "a" * 999 + "\ud83d"])
+def test_half_a_character_is_refused_before_it_waits(text, tenants, monkeypatch):
+    monkeypatch.setattr(serve_tenants.Batcher, "ask", None)
+    with make_client(tenants, wait_ms=0) as client:
+        answer = post(client, json.dumps({"tenant": "bank", "question": text}))
+        assert (answer.status_code, answer.json()) == (422, UNREADABLE)
+        answer = post(client, json.dumps({"tenant": text, "question": "my card"}))
+        assert (answer.status_code, "\n" in answer.json()["detail"]) == (404, False)
+
+
+def test_a_question_that_only_the_tokenizer_refuses_gets_a_422_and_the_others_an_answer(tenants, monkeypatch):
+    tokenizer = tenants.tokenizer
+
+    def refuse(texts, *args, **kwargs):
+        if "odd" in texts:
+            raise Exception("WordLevel error: Missing [UNK] token from the vocabulary")  # as tokenizers does
+        return tokenizer(texts, *args, **kwargs)
+
+    monkeypatch.setattr(tenants, "tokenizer", refuse)
+    asked = [*QUESTIONS, Question("bank", "odd")]
+    with make_client(tenants, max_batch=14, wait_ms=20_000) as client, ThreadPoolExecutor(len(asked)) as users:
+        *answers, bad = users.map(lambda question: ask(client, question), asked)
+    assert [answer.status_code for answer in answers] == [200] * len(QUESTIONS)
+    assert (bad.status_code, bad.json()) == (422, UNREADABLE)
+
+
+@pytest.mark.parametrize("text", ["\0", "\ufffe", "\u200b\u202e", "e" + "\u0301" * 999, "😀" * 1000, "[SEP] [PAD]"])
+def test_any_valid_text_is_answered(text, tenants):
+    with make_client(tenants, wait_ms=0) as client:
+        assert ask(client, Question("bank", text)).status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_whole_or_in_pieces(tenants):
+    body = json.dumps({"tenant": "bank", "question": "😀" * 1000}).encode()  # 12 bytes a character
+    full = body + b" " * (serve_tenants.MAX_BYTES - len(body))
+    detail = {"detail": f"The body has more than {serve_tenants.MAX_BYTES} bytes; ask a shorter question."}
+    with make_client(tenants, wait_ms=0) as client:
+        for content in (full, iter([full[:9], full[9:]])):
+            assert post(client, content).status_code == 200
+        for content in (full + b" ", iter([full, b" "]), iter([b" " * 1000] * 1000)):
+            answer = post(client, content)
+            assert (answer.status_code, answer.json()) == (413, detail)
+        assert client.get("/tenants").status_code == 200
+
+
+def test_a_body_over_the_limit_is_not_read_to_its_end():
+    received, sent = [], []
+
+    async def receive():
+        received.append(1)
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(serve_tenants.BodyLimit(None)({"type": "http"}, receive, send))
+    assert len(received) == serve_tenants.MAX_BYTES // 1000 + 1
+    assert sent[0]["status"] == 413
+
+
 def test_the_service_goes_on_after_a_failed_batch(tenants, monkeypatch, caplog):
     with make_client(tenants, wait_ms=0) as client:
         with monkeypatch.context() as patch:
@@ -503,6 +605,7 @@ def test_a_service_that_is_full_answers_so(tenants, monkeypatch):
     with make_client(tenants) as client:
         answer = ask(client, QUESTIONS[0])
     assert (answer.status_code, answer.json()["detail"]) == (503, "Too many questions wait; ask again in a moment.")
+    assert answer.headers["retry-after"] == "1"
 
 
 def test_the_tenants_are_listed(tenants):
@@ -577,6 +680,7 @@ def without_head(folder):
         (rewrite("faqs.json", "{"), r"rail/faqs.json is no JSON \(Expecting .*; write a list"),
         (rewrite("faqs.json", "[]"), "rail/faqs.json is no list of texts; write a list"),
         (rewrite("faqs.json", '["a", ""]'), "rail/faqs.json is no list of texts; write a list"),
+        (rewrite("faqs.json", '["a", "\\ud800"]'), r"rail/faqs.json holds '\\ud800', which is not valid Unicode; wri"),
         (rewrite("faqs.json", '{"a": 1}'), "rail/faqs.json is no list of texts; write a list"),
         (of_another_model("hidden_size", 384), "Student .*rail' was made for hidden_size 384, the model has 16; use"),
         (of_another_model("model_type", "gpt2"), "Student .*rail' was made for model_type 'gpt2', the model has 'ber"),
