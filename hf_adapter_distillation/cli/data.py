@@ -118,6 +118,12 @@ def labels_of(dataset: Dataset, column: str) -> Labels:
     return values if is_numbered else list(map(str, values))
 
 
+def names_in(dataset: Dataset, column: str) -> set[str]:
+    """Return the labels of a column as texts, and all names of a `ClassLabel`."""
+    feature = dataset.features[column]
+    return set(feature.names if isinstance(feature, ClassLabel) else map(str, dataset[column]))
+
+
 def label_ids(dataset: Dataset, column: str, labels: Labels, source: str) -> list[int]:
     """Return the class of each row, matched by name; `source` stands for the origin of the classes in messages."""
     # Not by `ClassLabel.str2int`, which takes an unknown "0" for class 0, nor `align_labels_with_mapping`, which

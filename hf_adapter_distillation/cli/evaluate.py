@@ -13,7 +13,7 @@ from ..method.heads import head_config, kind_of_labels
 from ..student.provenance import read_saved
 from ..student.training_run import finite_metrics
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter
-from .data import DataArguments, Labels, check_columns, encode, label_ids, load, option, split_of
+from .data import DataArguments, Labels, check_columns, encode, label_ids, load, names_in, option, split_of
 from .saved import check_writable, table
 from .train import accuracy, load_base
 
@@ -44,7 +44,8 @@ def evaluate(args: EvalArguments) -> str:
     model, tokenizer = load_base(args.model, args.max_length)
     load_saved_adapter(model, folder, name, f"Adapter {args.adapter!r}")
     model.set_active_adapters(name)
-    ids = label_ids(examples, args.label_column, _labels(model, name, args.adapter), args.adapter)
+    labels = _labels(model, name, args.adapter, names_in(examples, args.label_column))
+    ids = label_ids(examples, args.label_column, labels, args.adapter)
     encoded = encode(examples, tokenizer, args, ids)
     with TemporaryDirectory() as unused:
         settings = TrainingArguments(unused, per_device_eval_batch_size=args.batch_size, report_to=[])
@@ -58,7 +59,7 @@ def evaluate(args: EvalArguments) -> str:
     return table(results.items())
 
 
-def _labels(model: ModelAdaptersMixin, name: str, source: str) -> Labels:
+def _labels(model: ModelAdaptersMixin, name: str, source: str, names_in_data: set[str]) -> Labels:
     """Return the classes of an adapter's head."""
     if name not in model.heads:
         raise ValueError(f"{source} has no head, so there is nothing to evaluate; save the adapter with its head.")
@@ -67,5 +68,6 @@ def _labels(model: ModelAdaptersMixin, name: str, source: str) -> Labels:
         raise ValueError(f"{source} has a head for {config['head_type']}, not for classes of texts.")
     label2id = config.get("label2id") or {}
     names = sorted(label2id, key=label2id.__getitem__)
-    is_numbered = names == [f"LABEL_{number}" for number in range(len(names))]  # the default of transformers
-    return list(range(config["num_labels"])) if is_numbered else names
+    # The default names of transformers stand for numbers, unless the data have such names.
+    defaults = [f"LABEL_{number}" for number in range(len(names))]
+    return list(range(config["num_labels"])) if names == defaults and names_in_data.isdisjoint(names) else names

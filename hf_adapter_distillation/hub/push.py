@@ -10,17 +10,15 @@ from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from adapters import ModelAdaptersMixin
 from huggingface_hub import CommitInfo, create_branch, create_repo, get_token, upload_folder, whoami
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
 from ..downloads import hub_reason
 from ..student.provenance import provenance_of, read_saved
-from ..student.saving import save_weights
+from ..student.saving import read_weights, save_weights, write_weights
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
 STUDENT_FILES = (
@@ -90,19 +88,11 @@ def _write_weights(saved: Path, folder: Path, student: str) -> None:
         if not path.is_file():
             continue
         try:
-            state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+            weights = read_weights(path, student)
         except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged; save the student again.") from error
-        # By their prefix: adapters saves the head "bank2" with the head "bank". Cloned: tensors that safetensors 0.4.3
-        # to 0.5.0 have read may share a storage, which torch would pickle with each of them.
-        weights = {
-            key: value.clone()
-            for key, value in state.items()
-            if not key.startswith("heads.") or key.startswith(f"heads.{student}.")
-        }
-        if is_safe:
-            save_file(weights, folder / safe_name)
-        torch.save(weights, folder / pickled_name)
+        for name in (safe_name, pickled_name) if is_safe else (pickled_name,):
+            write_weights(weights, folder / name)
 
 
 def _drop_folders(path: Path) -> None:

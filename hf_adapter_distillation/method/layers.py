@@ -10,6 +10,7 @@ from .._compat import Adapter, BottleneckLayer, BottleneckState, LoRA, LoRALinea
 from ..composition import AdapterDistillation
 from .fusion import fusions_at
 from .layer_pass import Fused, Place, current_pass
+from .losses import at_least_float32
 from .stacking import can_be_stacked, ends_in_up_projection, input_kind, stack
 
 FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
@@ -106,6 +107,15 @@ class AdapterPlace(Place):
         """Compute the updates one by one, (batch, seq_len, hidden) each."""
         adapters = self._adapters(with_student).items()
         return {name: adapter_update(adapter, *self._adapter_input(name)) for name, adapter in adapters}
+
+    def mean_update(self) -> torch.Tensor:
+        """Compute the mean of the teachers' updates, (batch, seq_len, hidden), with one update in memory at a time."""
+        dtype = self.query_states.dtype
+        mean = torch.zeros((), dtype=at_least_float32(dtype), device=self.query_states.device)
+        adapters = self._adapters(False)
+        for name, adapter in adapters.items():
+            mean = mean + adapter_update(adapter, *self._adapter_input(name)).to(mean.dtype) / len(adapters)
+        return mean.to(dtype)
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""

@@ -1,6 +1,12 @@
 """The files of a student on a model."""
 
+from pathlib import Path
+
+import torch
 from adapters import ModelAdaptersMixin
+from safetensors.torch import load_file, save_file
+
+from .._compat import HEAD_WEIGHTS, heads_of
 
 
 def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
@@ -8,3 +14,27 @@ def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
     # Adapters cannot write prefixes as safetensors: several layers share them.
     has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
     model.save_adapter(folder, student, use_safetensors=not has_prefix)
+    heads = heads_of(model)
+    if student in heads and any(name.startswith(student) for name in heads if name != student):
+        path = Path(folder) / HEAD_WEIGHTS[has_prefix]
+        write_weights(read_weights(path, student), path)
+
+
+def read_weights(path: Path, student: str) -> dict[str, torch.Tensor]:
+    """Read a file of weights without other heads: adapters saves the head "bank2" with the head "bank"."""
+    is_safe = path.suffix == ".safetensors"
+    state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    # Cloned: tensors that safetensors 0.4.3 to 0.5.0 have read may share a storage, which torch pickles with each.
+    return {
+        key: value.clone()
+        for key, value in state.items()
+        if not key.startswith("heads.") or key.startswith(f"heads.{student}.")
+    }
+
+
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write weights as safetensors or as a pickle, by the name of the file."""
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path)

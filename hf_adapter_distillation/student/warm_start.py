@@ -142,7 +142,7 @@ class FittingPass(LayerPass):
     def run_layer(self, place: Place) -> torch.Tensor:
         """Add the tokens of one place to its fit."""
         assert isinstance(place, AdapterPlace)
-        update = torch.stack(list(place.updates().values())).mean(dim=0)  # (B, T, d)
+        update = place.mean_update()  # (B, T, d)
         features = place.student.adapter_down(place.student_input.hidden_states)  # (B, T, m)
         sequence_weights, _ = self.token_weights(place.fusion, update)
         fit = self.fits.setdefault(place.fusion.location, UpProjectionFit())

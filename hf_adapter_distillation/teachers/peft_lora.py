@@ -12,10 +12,16 @@ from .._compat import LoRALinear
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Settings that change what a LoRA computes, unless they are empty, False or "none".
-NOT_CONVERTED = (
-    "bias", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters",
-)  # fmt: skip
+# Settings of PEFT that do not change what the saved factors compute, or that other settings switch on.
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "runtime_config",
+    "ensure_weight_tying", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "modules_to_save",  # by its weights
+}  # fmt: skip
+# Values of `init_lora_weights` in lower case; the other starts change the weights of the base model.
+HARMLESS_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 
 
 def is_peft(saved: dict) -> bool:
@@ -34,9 +40,10 @@ def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label
     """
     if saved["peft_type"] != "LORA":
         raise ValueError(f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted.")
-    for key in NOT_CONVERTED:
-        if saved.get(key) and saved[key] != "none":
-            raise ValueError(f"{label} is a PEFT adapter with {key}={saved[key]!r}; it cannot be converted.")
+    for key, value in saved.items():
+        is_start = key == "init_lora_weights" and str(value).lower() in HARMLESS_STARTS
+        if key not in HARMLESS and not is_start and value and value != "none":
+            raise ValueError(f"{label} is a PEFT adapter with {key}={value!r}; it cannot be converted.")
     projections = [projection for projection, _, _ in _match(model, folder, label)]
     rank = saved["r"]
     scaling = saved["lora_alpha"] / (rank**0.5 if saved.get("use_rslora") else rank)
@@ -78,6 +85,11 @@ def _match(model: ModelAdaptersMixin, folder: Path, label: str) -> list[tuple[Lo
         saved_path, part, _ = key.rpartition(".lora_")
         if part:
             weights.setdefault(saved_path.removeprefix(PREFIX), {})[key[len(saved_path) :]] = tensor
+        elif _is_of_base(model, key.removeprefix(PREFIX)):
+            raise ValueError(
+                f"{label} is a PEFT adapter that holds {key} of the base model (modules_to_save); "
+                "it cannot be converted."
+            )
     matches = {}
     for saved_path, factors in weights.items():
         path = next((p for p in projections if saved_path == p or saved_path.endswith(f".{p}")), "")
@@ -94,3 +106,10 @@ def _match(model: ModelAdaptersMixin, folder: Path, label: str) -> list[tuple[Lo
     if not matches:
         raise ValueError(f"{label} has no LoRA weights in {folder / PEFT_WEIGHTS_NAME}; save it again.")
     return list(matches.values())
+
+
+def _is_of_base(model: ModelAdaptersMixin, key: str) -> bool:
+    """Return whether a saved weight belongs to the base model, and not to a head."""
+    prefix, name = f"{model.base_model_prefix}.", key.partition(".")[0]
+    # Some models with a static head, such as T5, are their own base model.
+    return key.startswith(prefix) or (name != "lm_head" and name in dict(model.base_model.named_children()))

@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import torch
 from adapters import ModelAdaptersMixin
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -16,7 +15,7 @@ from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.parameters import is_fusion
 from ..student.provenance import adapter_digest, read_provenance
-from ..student.saving import save_weights
+from ..student.saving import read_weights, save_weights
 
 logger = logging.get_logger(__name__)
 
@@ -46,10 +45,8 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
     if not fusion.is_file():
         raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
     state = load_file(fusion)
-    for path in saved.glob("*.safetensors"):
-        state |= load_file(path)
-    for path in saved.glob("*.bin"):  # of a student with a prefix
-        state |= torch.load(path, map_location="cpu", weights_only=True)
+    for path in (*saved.glob("*.safetensors"), *saved.glob("*.bin")):  # pickles of a student with a prefix
+        state |= read_weights(path, block.student)
     current = model.state_dict()
     wrong = {name for name, value in state.items() if name not in current or current[name].shape != value.shape}
     wrong |= {name for name, p in model.named_parameters() if p.requires_grad and name not in state}

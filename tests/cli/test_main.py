@@ -212,6 +212,19 @@ def test_datasets_of_all_kinds_and_labels(here, capsys):
         assert run(capsys, *EVAL, "--adapter=x/insurance", "--dataset=several", f"--label_column={column}")[0] == 0
 
 
+def test_labels_with_the_default_names_of_transformers_are_evaluated(here, capsys):
+    labels = ["LABEL_0", "LABEL_1"] * 2
+    write_csv(Path("named.csv"), {"text": TEXTS, "label": labels}, n=20)
+    assert run(capsys, *TRAIN, "--dataset=named.csv", "--output_dir=x")[0] == 0
+    rows = Dataset.from_dict({"text": TEXTS, "label": labels})
+    classes = rows.cast_column("label", ClassLabel(names=["LABEL_1", "LABEL_0"]))  # in another order than the head's
+    DatasetDict({"test": classes}).save_to_disk("classes")
+    write_csv(Path("test.csv"), {"text": TEXTS, "label": labels})
+    found = [run(capsys, *EVAL, "--adapter=x/insurance", f"--dataset={name}") for name in ("test.csv", "classes")]
+    assert [code for code, *_ in found] == [0, 0]
+    assert len({out.partition("examples")[2] for _, out, _ in found}) == 1
+
+
 def test_an_output_folder_is_kept_unless_it_is_to_be_replaced_or_gone_on_with(here, capsys):
     before = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
     hint = "pass --overwrite_output_dir, another --output_dir, or --resume_from_checkpoint true to go on from there."

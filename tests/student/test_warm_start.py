@@ -8,13 +8,15 @@ import torch
 from adapters import SeqBnConfig
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import trainer_for
 
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.student import warm_start
 from hf_adapter_distillation.student.least_squares import UpProjectionFit
 from hf_adapter_distillation.student.provenance import adapter_digest
-from hf_adapter_distillation.student.warm_start import START_EXAMPLES, fit_start
+from hf_adapter_distillation.student.warm_start import START_EXAMPLES, FittingPass, fit_start
 from hf_adapter_distillation.training.data import draw_examples
 
 
@@ -190,3 +192,43 @@ def test_a_stream_leaves_the_average(trainer_args, caplog):
     trainer.fit_start()
     assert not changed(trainer.model, before)
     assert "a stream of examples is not read twice" in caplog.text
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor of all operations."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        outputs = output if isinstance(output, tuple | list) else [output]
+        self.size = max(self.size, *(value.numel() for value in outputs if isinstance(value, torch.Tensor)), 0)
+        return output
+
+
+def test_the_updates_of_all_teachers_are_not_in_memory_at_once(trainer_args):
+    n_teachers, n_examples, largest = 64, 16, Largest()
+    model = make_student(make_model(), teachers=[f"t{i}" for i in range(n_teachers)])
+    trainer = trainer_for(model, trainer_args(per_device_eval_batch_size=n_examples))
+    with largest:
+        trainer.fit_start()
+    assert 0 < largest.size < n_examples * 8 * 32 * n_teachers / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_mean_update_is_the_mean_of_the_updates(dtype, trainer_args, monkeypatch):
+    class Compared(FittingPass):
+        def run_layer(self, place):
+            stacked = torch.stack(list(place.updates().values()))
+            assert len(stacked) == len(TEACHERS)
+            tolerance = 1e-3 if dtype == torch.float16 else 1e-6
+            torch.testing.assert_close(place.mean_update(), stacked.mean(dim=0), rtol=tolerance, atol=tolerance)
+            compared.append(place)
+            return super().run_layer(place)
+
+    compared = []
+    monkeypatch.setattr(warm_start, "FittingPass", Compared)
+    model = make_student(make_model()).to(dtype)
+    distillations(model.adapters_config)["insurance"].start_digest = adapter_digest(model, "insurance")
+    trainer_for(model, trainer_args()).fit_start()
+    assert compared

@@ -1,6 +1,8 @@
 """Teachers that PEFT saved."""
 
 import json
+import re
+from dataclasses import fields
 
 import adapters
 import peft
@@ -11,7 +13,13 @@ from messages import one_line
 from model_state import snapshot
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, make_batch, make_dataset, make_model, noisy
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, set_seed
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -67,6 +75,85 @@ def test_a_teacher_of_peft_computes_what_peft_does(family, task, config, tmp_pat
         converted, expected = model.eval()(**batch).logits, reference(**batch).logits
     assert (expected - plain).abs().max() > 1e-4, "the teacher must make a difference"
     torch.testing.assert_close(converted, expected, rtol=1e-9, atol=1e-9)
+
+
+STARTS = [
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+    "pissa",
+    "pissa_niter_2",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+    False,
+]
+FIELDS = {
+    "task_type": "FEATURE_EXTRACTION", "auto_mapping": {"base_model_class": "Bert"}, "peft_version": "0.1",
+    "base_model_name_or_path": "someone/uncased", "revision": "v1", "inference_mode": True, "r": 3,
+    "target_modules": ["key", "intermediate.dense"], "exclude_modules": ["value"], "lora_alpha": 5,
+    "lora_dropout": 0.5, "fan_in_fan_out": True, "bias": "all", "use_rslora": True, "modules_to_save": ["LayerNorm"],
+    "layers_to_transform": [1], "layers_pattern": "layer", "rank_pattern": {"query": 2}, "alpha_pattern": {"query": 2},
+    "megatron_config": {"a": 1}, "megatron_core": "core", "trainable_token_indices": [1], "use_dora": True,
+    "loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 1.5}, "corda_config": {"cache_file": "a"},
+    "lora_ga_config": {"direction": "ArBr"}, "velora_config": {"num_groups": 2}, "alora_invocation_tokens": [5],
+    "use_qalora": True, "qalora_group_size": 8, "monteclora_config": {"num_samples": 2},
+    "layer_replication": [[0, 2], [0, 2]], "runtime_config": {"ephemeral_gpu_offload": True}, "lora_bias": True,
+    "target_parameters": ["query.weight"], "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 1},
+    "kasa_config": {"beta": 1.0}, "ensure_weight_tying": True, "field_of_a_later_version": True,
+}  # fmt: skip
+
+
+def states(model):
+    batch = make_batch()
+    del batch["labels"]
+    with torch.no_grad():
+        return model.eval()(**batch).last_hidden_state[batch["attention_mask"].bool()]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [*FIELDS.items(), *(("init_lora_weights", start) for start in STARTS), ("modules_to_save", ["word_embeddings"])],
+)
+def test_each_setting_of_peft_computes_the_same_or_is_refused_by_name(field, value, tmp_path):
+    """A value that PEFT refuses, here or without another package, is written into the config of a plain LoRA."""
+    folder, plain = tmp_path / "bank", {"target_modules": ["query", "value"]}
+
+    def bert():
+        set_seed(0)
+        return AutoModel.from_config(CONFIGS["bert"]()).eval()
+
+    try:
+        model = peft.get_peft_model(bert(), peft.LoraConfig(**plain | {field: value}))
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError):
+        model = peft.get_peft_model(bert(), peft.LoraConfig(**plain))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    expected = states(peft.PeftModel.from_pretrained(bert(), str(folder)))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if not config.get(field):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    converted = bert()
+    adapters.init(converted)
+    refusal = ""
+    try:
+        converted.add_adapter("insurance", config="lora", distill_from=[str(folder)])
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert re.search(one_line(part=field), refusal)
+    else:
+        converted.set_active_adapters("bank")
+        torch.testing.assert_close(states(converted), expected, rtol=0, atol=1e-5)
+
+
+def test_all_settings_of_peft_are_in_the_test():
+    assert {field.name for field in fields(peft.LoraConfig)} <= FIELDS.keys() | {"peft_type", "init_lora_weights"}
 
 
 def test_teachers_of_peft_and_of_adapters_are_distilled_together(tmp_path, trainer_args):

@@ -16,11 +16,18 @@ from messages import exactly
 from model_state import changed, snapshot
 from paths import ROOT
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny_models import make_model, make_student
 from trainings import EachStep, trainer_for
 
+from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.training import checkpoint
-from hf_adapter_distillation.training.checkpoint import check_whole, newest_whole_checkpoint
+from hf_adapter_distillation.training.checkpoint import (
+    check_whole,
+    load_student,
+    newest_whole_checkpoint,
+    save_student,
+)
 
 
 @pytest.mark.parametrize("n_kills", [14, pytest.param(100, marks=LONG)])
@@ -165,3 +172,44 @@ def test_a_full_disk_is_an_error_that_names_the_last_whole_checkpoint(owner, err
     assert reason in message
     assert f"the newest whole one is {folder / 'checkpoint-3'}." in message
     check_whole(str(folder / "checkpoint-3"))
+
+
+NAMES = ["bank", "bank2", "ban", "an"]
+PAIRS = [("seq_bn", student, other) for student in NAMES for other in NAMES if student != other]
+
+
+@pytest.mark.parametrize(("config", "student", "other"), [*PAIRS, ("prefix_tuning", "bank", "bank2")])
+def test_a_checkpoint_has_only_the_head_of_the_student(config, student, other, tmp_path):
+    def model(head=True):
+        model = make_student(make_model(), student, [other, "work"], config)
+        if not head:
+            model.delete_head(other)
+        return model
+
+    def weights(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    saved, resumed, without_head = model(), model(), model(head=False)
+    save_student(saved, student, str(tmp_path))
+    for file in ("model_head.safetensors", "pytorch_model_head.bin"):
+        if (path := tmp_path / student / file).exists():
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            assert {name.split(".")[1] for name in state} == {student}
+    for target in (resumed, without_head):
+        for parameter in target.heads.parameters():
+            parameter.data.fill_(0.5)
+        before = weights(target)
+        load_student(target, active_block(target), str(tmp_path))
+        loaded = {name for name, value in weights(target).items() if not torch.equal(value, before[name])}
+        assert {name.split(".")[1] for name in loaded if name.startswith("heads.")} == {student}
+        for name, value in saved.heads[student].state_dict().items():
+            assert torch.equal(value, target.heads[student].state_dict()[name])
+
+
+def test_the_head_of_another_in_an_earlier_checkpoint_is_left_out(tmp_path):
+    model = make_student(make_model(), "bank", ["bank2", "work"])
+    save_student(model, "bank", str(tmp_path))
+    model.save_head(str(tmp_path / "bank"), "bank", use_safetensors=True)  # with the head "bank2"
+    model.heads["bank2"][1].weight.data.fill_(0.5)
+    load_student(model, active_block(model), str(tmp_path))
+    assert (model.heads["bank2"][1].weight == 0.5).all()
