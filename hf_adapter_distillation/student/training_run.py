@@ -77,7 +77,7 @@ class TrainingRun:
         """Record a training at its end, without the attention.
 
         `derived` holds the settings that do not follow from the arguments and the state alone: `distillation_start`,
-        `distillation_weight`, `first_distillation_step`, and the `ranking` if there was one.
+        `distillation_weight`, `first_distillation_step`, `batch_size`, and the `ranking` if there was one.
         """
         settings = {
             **derived,
@@ -87,7 +87,6 @@ class TrainingRun:
             "fusion_learning_rate": args.fusion_learning_rate,
             "steps": state.global_step,
             "epochs": round(state.epoch or 0, 2),
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         }
         settings = {name: settings[name] for name in RUN_SETTINGS if name in settings}
         best = state.best_global_step if args.load_best_model_at_end else None

@@ -1,4 +1,4 @@
 """Train a student in two stages.
 
-Reading order: `trainer`, `preparation`, `steps`, `data`, `checkpoint`, `callbacks`, `checks`, `loss_log`.
+Reading order: `trainer`, `preparation`, `optimizer`, `steps`, `data`, `checkpoint`, `callbacks`, `checks`, `loss_log`.
 """

@@ -1,6 +1,7 @@
 """Callbacks of the trainer: the stage in the progress bar, and a checkpoint at SIGTERM."""
 
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,11 @@ class SigtermCallback(TrainerCallback):
         self._before: Any = None
 
     def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                "save_on_sigterm=True catches a signal, which Python allows in the main thread only; leave it out, or "
+                "call train() in the main thread."
+            )
         self.received = False
         self._before = signal.signal(signal.SIGTERM, self._receive)
 

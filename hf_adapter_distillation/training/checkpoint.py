@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from adapters import ModelAdaptersMixin
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,14 +22,28 @@ logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
 DIGESTS_NAME = "checkpoint_digests.json"
+STAGE_2_START = "first_distillation_step"  # in the metadata of the fusion
 
 
-def save_student(model: ModelAdaptersMixin, student: str, folder: str) -> None:
-    """Write the student with its head, as `save_adapter` does, and the fusion if it is on the model."""
+def save_student(model: ModelAdaptersMixin, student: str, folder: str, stage_2_start: int | None = None) -> None:
+    """Write the student with its head, as `save_adapter` does, and the fusion if it is on the model.
+
+    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_weights(model, student, str(Path(folder) / student))
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
-        save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME)
+        metadata = None if stage_2_start is None else {STAGE_2_START: str(stage_2_start)}
+        save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME, metadata)
+
+
+def stage_2_start(folder: str) -> int | None:
+    """Return the number of the first step of stage 2 that a checkpoint was written in; None in stage 1."""
+    if not (path := Path(folder) / FUSION_WEIGHTS_NAME).is_file():  # for which `load_student` raises
+        return None
+    with safe_open(path, "pt") as file:
+        first = (file.metadata() or {}).get(STAGE_2_START)
+    return None if first is None else int(first)
 
 
 def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:

@@ -29,7 +29,7 @@ class Examples(NamedTuple):
     """
 
     train: Dataset | None
-    unlabelled: Dataset | None
+    unlabelled: "UnlabelledBatches | None"
     seed: int  # of draws
     batches: Callable[[Dataset], Iterable[dict[str, Any]]]  # inputs of the model, on its device
     model_inputs: Callable[[dict[str, Any]], dict[str, Any]]  # leaves out labels that the model does not get
@@ -72,6 +72,10 @@ class UnlabelledBatches:
         number = step * accumulation + self._micro_batch[1]
         first = (number * self.n_processes + self.process_index) * batch_size
         inputs = self.collator([self.dataset[self._index(place)] for place in range(first, first + batch_size)])
+        return self.without_labels(inputs)
+
+    def without_labels(self, inputs: dict[str, Any]) -> UnlabelledBatch:
+        """Return a batch without the labels that its data set or its collator has added."""
         return UnlabelledBatch({name: value for name, value in inputs.items() if name not in self.label_names})
 
     def _index(self, place: int) -> int:

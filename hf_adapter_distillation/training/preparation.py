@@ -1,5 +1,6 @@
 """The steps between `train()` and the first training step; `prepare_training` reads in their order."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -178,9 +179,14 @@ def predict(
     if not distillation_of(model, block.student).config.output_objectives:
         return None
     parts: list[tuple[list[bytes], torch.Tensor]] = []
-    for dataset in (examples.train, examples.unlabelled):
-        if has_length(dataset) and not isinstance(dataset, IterableDataset) and len(dataset) < n_read:  # type: ignore[arg-type]
-            parts += _predictions(model, block, dataset, examples, accelerator)
+    datasets: list[tuple[Any, Callable]] = [(examples.train, examples.model_inputs)]
+    if examples.unlabelled is not None:
+        datasets.append((examples.unlabelled.dataset, examples.unlabelled.without_labels))
+    for dataset, model_inputs in datasets:
+        if has_length(dataset) and not isinstance(dataset, IterableDataset) and len(dataset) < n_read:
+            with torch.random.fork_rng(), examples.autocast():
+                batches = map(model_inputs, examples.batches(dataset))
+                parts += _predictions(model, block, dataset, batches, accelerator)
     if not parts:
         return None
     logits = torch.cat([logits for _, logits in parts])
@@ -190,22 +196,25 @@ def predict(
 
 
 def _predictions(
-    model: ModelAdaptersMixin, block: AdapterDistillation, dataset: Any, examples: Examples, accelerator: Accelerator
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    dataset: Any,
+    batches: Iterable[dict[str, Any]],
+    accelerator: Accelerator,
 ) -> list[tuple[list[bytes], torch.Tensor]]:
     """Return the keys of each batch of a data set with its logits, (batch, n_teachers, n_labels).
 
     Each process computes a share. Empty where the heads predict for tokens, or the logits would be too large to keep.
     """
     parts, can_be_stored = [], True
-    with torch.random.fork_rng(), examples.autocast():
-        for number, inputs in enumerate(examples.batches(dataset)):
-            if number % accelerator.num_processes != accelerator.process_index:
-                continue
-            one_by_one = of_each_teacher(model, block, [inputs], "logits")
-            logits = torch.stack([batches[0] for batches in one_by_one], dim=1)  # (B, N, n_labels), or more
-            can_be_stored = logits.dim() == 3 and logits[0].nbytes * len(dataset) <= MAX_BYTES
-            if not can_be_stored:
-                break
-            parts.append((example_keys(inputs), logits.cpu()))
+    for number, inputs in enumerate(batches):
+        if number % accelerator.num_processes != accelerator.process_index:
+            continue
+        one_by_one = of_each_teacher(model, block, [inputs], "logits")
+        logits = torch.stack([one[0] for one in one_by_one], dim=1)  # (B, N, n_labels), or more
+        can_be_stored = logits.dim() == 3 and logits[0].nbytes * len(dataset) <= MAX_BYTES
+        if not can_be_stored:
+            break
+        parts.append((example_keys(inputs), logits.cpu()))
     shares = gather_object([(parts, can_be_stored)])  # by all processes: one without a batch must not wait alone
     return [part for parts, _ in shares for part in parts] if all(ok for _, ok in shares) else []

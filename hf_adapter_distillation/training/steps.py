@@ -24,6 +24,7 @@ class TwoStageTrainer(StudentPushingTrainer):
     _prepared: Preparation | None
     _unlabelled: UnlabelledBatches | None
     _fusion_parameters: list[nn.Parameter]
+    _stage_2_start: int | None = None  # in the training that is resumed
     _terms: LoggedTerms
 
     @property
@@ -49,14 +50,22 @@ class TwoStageTrainer(StudentPushingTrainer):
         if has_length(self.train_dataset):
             n_examples = len(self.train_dataset)
         else:  # a stream: what the training reads of it
-            batch = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            n_examples = self.state.max_steps * batch
+            n_examples = self.state.max_steps * self._examples_per_step
         return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
 
     @property
     def first_distillation_step(self) -> int:
-        """The number of the first step of stage 2, counted from 0."""
-        return ceil(self.distillation_start * self.state.max_steps)
+        """The number of the first step of stage 2, counted from 0; a training resumed in stage 2 keeps it."""
+        return self._first_of_stage_2(self.state.max_steps)
+
+    def _first_of_stage_2(self, max_steps: int) -> int:
+        first = ceil(self.distillation_start * max_steps)
+        return first if self._stage_2_start is None else min(first, self._stage_2_start)
+
+    @property
+    def _examples_per_step(self) -> int:
+        """The number of examples of an optimizer step, in all processes."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
         """Set the settings of the step on the model."""

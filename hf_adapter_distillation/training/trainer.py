@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from adapters import Stack
+from adapters import AdapterSetup, Stack
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -17,19 +16,20 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from .._compat import loss_counts_items
+from .._compat import heads_of, loss_counts_items
 from ..analysis.observe import teacher_attention, write_analysis
 from ..configuration import DistillationTrainingArguments
 from ..method.distillation import StageSettings, active_block
-from ..method.parameters import check_trainable, is_fusion, parameter_table
+from ..method.parameters import check_trainable, parameter_table
 from ..student.fusions import drop_fusion
 from ..student.provenance import check_teachers_unchanged, teacher_sources
 from ..student.training_run import TrainingRun, finite_metrics
+from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
-from .checkpoint import checkpoint_to_resume, load_student, newest_whole_checkpoint, save_student, write_digests
 from .checks import check_arguments, check_combinations
 from .data import Examples, UnlabelledBatches, draw_examples
 from .loss_log import LoggedTerms
+from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import fit_student, prepare_training
 from .steps import TwoStageTrainer
 
@@ -60,6 +60,8 @@ class DistillationTrainer(TwoStageTrainer):
         ImportError: If `analysis=True` and matplotlib is not installed.
         ValueError: If no distilled student is active, something else is trainable, or settings exclude one another.
     """
+
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -97,7 +99,8 @@ class DistillationTrainer(TwoStageTrainer):
         self._prepared = None
         self._checkpoint: str | None = None
         self._terms = LoggedTerms(self.accelerator)
-        self._fusion_parameters = []
+        self._fusion_parameters = fusion_parameters(self.model, self.block.student)
+        self._created_optimizer: torch.optim.Optimizer | None = None
         self.add_callback(StageCallback(lambda: self.first_distillation_step, self.callback_handler))
         self._sigterm = SigtermCallback(self.accelerator) if args.save_on_sigterm else None
         if self._sigterm is not None:
@@ -117,8 +120,8 @@ class DistillationTrainer(TwoStageTrainer):
             FloatingPointError: If the loss is NaN or infinite, unless `stop_on_nan` is unset.
             RuntimeError: If a checkpoint cannot be written, or a teacher's weights have changed at the end.
         """
-        self._prepared = self._checkpoint = None
-        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._prepared = self._checkpoint = self._stage_2_start = None
+        resume_from_checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         try:
             with self._sigterm or nullcontext():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -135,42 +138,47 @@ class DistillationTrainer(TwoStageTrainer):
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Prepare the student, then create optimizer and scheduler for the steps of both stages.
 
-        Trainer calls this before the first step, with the model that is trained and the number of steps.
+        Trainer calls this before the first step, once it knows the model that is trained.
         """
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._prepared = prepare_training(
             self.model,
             self.block if self.model_init is None else active_block(self.model),
             self._examples(),
             self.accelerator,
             checkpoint=self._checkpoint,
-            n_read=batch * (num_training_steps - ceil(self.distillation_start * num_training_steps)),
+            n_read=self._examples_per_step * (num_training_steps - self._first_of_stage_2(num_training_steps)),
             needs_head=self.compute_loss_func is None,
             show=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         self.block = self._prepared.block
         self._terms.begin(self.model, self.block)
-        super().create_optimizer_and_scheduler(num_training_steps)
+        if self._created_optimizer is not None and unprepared(self.optimizer) is self._created_optimizer:
+            self.optimizer = None  # type: ignore[assignment]  # it belongs to an earlier training
+        creates = self.optimizer is None
+        self.create_optimizer()
+        self._group_fusion()  # an overridden create_optimizer need not know it
+        if creates:
+            self._created_optimizer = self.optimizer
+        check_optimized(self.optimizer, self.model)
+        self.create_scheduler(num_training_steps, self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._checkpoint = resume_from_checkpoint  # loaded once the teachers are chosen
+        self._stage_2_start = checkpoints.stage_2_start(resume_from_checkpoint)
 
     def fit_start(self) -> None:
         """Move a student that is still at the average of its teachers' weights to the average of their updates.
 
-        `train` does this before the first step. A student that was trained, loaded or resumed stays as it is, and so
-        does one with a gate or a norm behind its up-projections.
+        `train` does this before the first step. A student with a gate or a norm behind its up-projections stays.
         """
         fit_student(self.model, self.block.student, self._examples(), self.accelerator)
 
     def _examples(self) -> Examples:
-        unlabelled = None if self._unlabelled is None else self._unlabelled.dataset
-        data = (self.train_dataset, unlabelled, self.args.seed)
+        data = (self.train_dataset, self._unlabelled, self.args.seed)
         return Examples(*data, self._batches, self._model_inputs, self._autocast)
 
     @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        """Run in the precision of the training, before accelerate wraps the model."""
+    def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model
         with self.accelerator.autocast(), self.compute_loss_context_manager():
             yield
 
@@ -189,19 +197,21 @@ class DistillationTrainer(TwoStageTrainer):
     # Optimizer
 
     def create_optimizer(self) -> torch.optim.Optimizer:
-        """Create Trainer's optimizer, with a group for the fusion: its own learning rate, and no weight decay."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer()
-        named = self.model.named_parameters()
-        fusion = self._fusion_parameters = [p for name, p in named if is_fusion(name, self.block.student)]
-        ids = set(map(id, fusion))
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        rate = self.args.fusion_learning_rate
-        rate = self.args.learning_rate / 2 if rate is None else rate
-        optimizer.add_param_group({"params": fusion, "lr": rate, "weight_decay": 0.0})
-        return optimizer
+        """Create Trainer's optimizer, unless there is one, and give the fusion a group of its own.
+
+        The group has its own learning rate and no weight decay.
+        """
+        super().create_optimizer()
+        self._group_fusion()
+        return self.optimizer
+
+    def _group_fusion(self) -> None:
+        fusion, rate = fusion_parameters(self.model, self.block.student), self.args.fusion_learning_rate
+        if rate is None:
+            rate = (self.optimizer.defaults.get("lr") or self.args.learning_rate) / 2
+        has_scheduler = self.lr_scheduler is not None
+        group_fusion(self.optimizer, fusion, self._fusion_parameters, rate, has_scheduler=has_scheduler)
+        self._fusion_parameters = fusion
 
     # After the last step
 
@@ -212,6 +222,7 @@ class DistillationTrainer(TwoStageTrainer):
         check_teachers_unchanged(self.model, self._prepared.digests)
         args, state, distillation = self.args, self.state, self.distillation
         derived: dict[str, Any] = {
+            "batch_size": self._examples_per_step,
             "distillation_start": self.distillation_start,
             "distillation_weight": self.distillation_weight,
             "first_distillation_step": self.first_distillation_step,
@@ -248,17 +259,35 @@ class DistillationTrainer(TwoStageTrainer):
         return {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as `transformers.Trainer` does, and note the metrics of a trained student for its provenance."""
-        metrics = super().evaluate(*args, **kwargs)
+        """Evaluate the student, also if another adapter is active, and note the metrics for its provenance."""
+        with self._active_student():
+            metrics = super().evaluate(*args, **kwargs)
         if (run := self.distillation.run) is not None:
             run.evaluation |= finite_metrics(metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict with the student, also if another adapter is active."""
+        with self._active_student():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _active_student(self) -> Iterator[None]:
+        student, model, active = self.block.student, self.model, AdapterSetup.get_context_adapter_setup()
+        setup, head = active or model.active_adapters, student if student in heads_of(model) else None
+        is_active = isinstance(setup, Stack) and list(setup) == list(self.block.children)
+        if is_active and active is None and (head is None or model.active_head == head):
+            yield
+        else:
+            with AdapterSetup(Stack(*self.block.children), head_setup=head):
+                yield
 
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        save_student(self.model, self.block.student, output_dir)
+        first = self.first_distillation_step if self.state.global_step > self.first_distillation_step else None
+        checkpoints.save_student(self.model, self.block.student, output_dir, first)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         args = copy(self.args)
@@ -269,13 +298,19 @@ class DistillationTrainer(TwoStageTrainer):
         super()._save_rng_state(output_dir)  # the last that each process writes
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_digests(output_dir)
+            checkpoints.write_digests(output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student with its head and the fusion, as in a checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.save_only_model and output_dir is not None and self.args.should_save:
+            checkpoints.write_digests(output_dir)  # a checkpoint that gets no other files
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            whole = newest_whole_checkpoint(self.args.output_dir)
+            whole = checkpoints.newest_whole_checkpoint(self.args.output_dir)
             raise RuntimeError(
                 f"The checkpoint of step {self.state.global_step} could not be written "
                 f"({str(error).strip().splitlines()[0]}); the newest whole one is {whole or 'none'}. "
@@ -284,7 +319,7 @@ class DistillationTrainer(TwoStageTrainer):
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        load_student(self.model, self.block, self.state.best_model_checkpoint)
+        checkpoints.load_student(self.model, self.block, self.state.best_model_checkpoint)
 
     def parameter_table(self) -> str:
         """Return a table of what is trained and what is frozen: base model, student, head, fusion and teachers."""

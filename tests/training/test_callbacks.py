@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 from model_state import changed, snapshot
@@ -135,3 +136,17 @@ def test_the_trainer_has_each_callback_once(save_on_sigterm, trainer_args):
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert kinds.count(StageCallback) == 1
     assert kinds.count(SigtermCallback) == save_on_sigterm
+
+
+def test_sigterm_is_caught_in_the_main_thread_alone(trainer_args):
+    trainer, errors = trainer_for(make_student(make_model()), trainer_args(max_steps=1, save_on_sigterm=True)), []
+
+    def train():
+        with pytest.raises(ValueError, match="save_on_sigterm=True catches a signal, .*; leave it out, or call train"):
+            trainer.train()
+        errors.append("refused")
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert errors == ["refused"]

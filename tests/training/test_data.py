@@ -159,3 +159,22 @@ def test_a_plain_dataset_of_torch_will_do(trainer_args):
     trainer = trainer_for(make_student(make_model()), trainer_args(), distillation_dataset=rows)
     trainer.train()
     assert [log["stage"] for log in trainer.state.log_history if "stage" in log] == [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("kind", ["unlabelled", "compute_loss_func"])
+def test_teachers_predict_without_labels_that_the_model_does_not_get(kind, trainer_args):
+    """Labels of -1, as in the test sets of GLUE, are an IndexError in the loss of a head."""
+
+    def ignoring(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, ignore_index=-1)
+
+    dataset = make_dataset(16)
+    relabelled = dataset.remove_columns("labels").add_column("labels", [-1] + dataset["labels"][1:])
+    if kind == "unlabelled":
+        settings = {"train_dataset": dataset, "distillation_dataset": relabelled}
+    else:
+        settings = {"train_dataset": relabelled, "compute_loss_func": ignoring}
+    model = make_student(make_model(), objective={"features": 1.0, "logits": 1.0})
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 8

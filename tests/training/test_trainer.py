@@ -267,3 +267,58 @@ def test_a_changed_teacher_is_an_error(trainer_args):
 
 def test_alias():
     assert had.AdapterDistillationTrainer is had.DistillationTrainer
+
+
+# Beside others
+
+
+def test_evaluation_runs_the_trainers_own_student(trainer_args):
+    model = make_student(make_model())
+    dataset = make_dataset(seed=1)
+    trainer = trainer_for(model, trainer_args(), eval_dataset=dataset)
+    trainer.train()
+    loss, logits = trainer.evaluate()["eval_loss"], trainer.predict(dataset).predictions
+    model.set_active_adapters("bank")
+    model.active_head = "travel"
+    assert trainer.evaluate()["eval_loss"] == loss
+    assert (trainer.predict(dataset).predictions == logits).all()
+    assert (model.active_adapters, model.active_head) == (Stack("bank"), "travel")
+    assert trainer.distillation.run.evaluation["eval_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_run_that_is_resumed_with_more_steps_stays_in_stage_2(trainer_args, tmp_path):
+    def resumed(max_steps, steps, checkpoint=None):
+        args = trainer_args(output_dir=str(tmp_path / str(max_steps)), max_steps=max_steps, save_strategy="steps")
+        args.save_steps = steps
+        trainer = trainer_for(make_student(make_model()), args)
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
+        return trainer.first_distillation_step
+
+    assert resumed(8, 3) == 4
+    assert resumed(20, 8, "8/checkpoint-6") == 4
+    assert resumed(40, 40, "20/checkpoint-8") == 4
+    assert resumed(16, 16, "8/checkpoint-3") == 8  # it was in stage 1
+
+
+def test_a_checkpoint_of_the_model_alone_can_be_resumed(trainer_args):
+    args = trainer_args(max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
+    trainer_for(make_student(make_model()), args).train()
+    trainer = trainer_for(make_student(make_model()), args)
+    trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+    assert trainer.state.global_step == 4
+
+
+def test_the_provenance_has_the_batch_size_that_fitted(trainer_args):
+    model = make_student(make_model())
+    forward = model.forward
+
+    def limited(*args, **kwargs):
+        if model.training and len(kwargs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    model.forward = limited
+    args = trainer_args(auto_find_batch_size=True, max_steps=2, remove_unused_columns=False)
+    trainer = trainer_for(model, args)
+    trainer.train()
+    assert trainer.distillation.run.settings["batch_size"] == 2
