@@ -287,17 +287,17 @@ def test_evaluation_runs_the_trainers_own_student(trainer_args):
 
 
 def test_a_run_that_is_resumed_with_more_steps_stays_in_stage_2(trainer_args, tmp_path):
-    def resumed(max_steps, steps, checkpoint=None):
+    def resumed(max_steps, checkpoint=None):
         args = trainer_args(output_dir=str(tmp_path / str(max_steps)), max_steps=max_steps, save_strategy="steps")
-        args.save_steps = steps
+        args.save_steps = 3
         trainer = trainer_for(make_student(make_model()), args)
         trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
         return trainer.first_distillation_step
 
-    assert resumed(8, 3) == 4
-    assert resumed(20, 8, "8/checkpoint-6") == 4
-    assert resumed(40, 40, "20/checkpoint-8") == 4
-    assert resumed(16, 16, "8/checkpoint-3") == 8  # it was in stage 1
+    assert resumed(8) == 4
+    assert resumed(20, "8/checkpoint-6") == 4
+    assert resumed(40, "20/checkpoint-9") == 4
+    assert resumed(16, "8/checkpoint-3") == 8  # it was in stage 1
 
 
 def test_a_checkpoint_of_the_model_alone_can_be_resumed(trainer_args):
