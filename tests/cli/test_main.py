@@ -23,6 +23,7 @@ from safetensors.torch import load, load_file, save_file
 from tiny_models import noisy
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation._compat import ADAPTER_WEIGHTS
 from hf_adapter_distillation.cli import train as cli_training
 from hf_adapter_distillation.cli.main import EXAMPLES, main, make_parser, parse
 from hf_adapter_distillation.cli.train import TrainArguments
@@ -329,9 +330,10 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
 def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
     whole = torch.arange(12.0)
     own = {"heads.a.1.weight": whole[:4], "b": whole[4:]}
-    safe, pickled = pushing.WEIGHTS[0]
+    safe, pickled = ADAPTER_WEIGHTS
     save_file(own, tmp_path / safe)
-    monkeypatch.setattr(pushing, "load_file", lambda path: own)  # as older safetensors reads it
+    place = "hf_adapter_distillation.student.saving.load_file"
+    monkeypatch.setattr(place, lambda path: own)  # as older safetensors reads it
     pushing._write_weights(tmp_path, tmp_path, "a")
     weights = torch.load(tmp_path / pickled, weights_only=True)
     assert all(torch.equal(weights[key], own[key]) for key in own)
