@@ -35,7 +35,8 @@ EXAMPLES = {
   adapter-distill inspect outputs/insurance/insurance
   adapter-distill inspect me/faq-insurance@main --json""",
     "plot": """
-  adapter-distill plot outputs/insurance/insurance -o attention.png""",
+  adapter-distill plot outputs/insurance/insurance -o attention.png
+  adapter-distill plot me/faq-insurance -o attention.svg""",
     "push": """
   adapter-distill push outputs/insurance/insurance me/faq-insurance --private
   adapter-distill push outputs/insurance/insurance me/faq-insurance --revision v2 --commit_message "More data" """,

@@ -23,7 +23,7 @@ from safetensors.torch import load, load_file, save_file
 from tiny_models import noisy
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation._compat import ADAPTER_WEIGHTS
+from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from hf_adapter_distillation.cli import train as cli_training
 from hf_adapter_distillation.cli.main import EXAMPLES, main, make_parser, parse
 from hf_adapter_distillation.cli.train import TrainArguments
@@ -312,7 +312,7 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     for name in ("README.md", "head_config.json"):  # settings and versions stand in the order of the file
         words = [sorted(re.findall(rb"[\w.-]*\w", files[name])) for files in (repo.files, expected)]
         assert words[0] == words[1], name
-    for safe, pickled in pushing.WEIGHTS:
+    for safe, pickled in (ADAPTER_WEIGHTS, HEAD_WEIGHTS):
         own, theirs = load(expected[safe]), load(repo.files[safe])
         assert own.keys() == theirs.keys()
         assert all(torch.equal(own[key], theirs[key]) for key in own)
