@@ -23,7 +23,9 @@ SECTIONS = {
     "Stopped by SIGTERM": ["*::*sigterm*"],
     "Resumed": ["*::*resumed_run_is_bitwise*"],
     "A full disk": ["*::*full_disk*"],
-    "Damaged checkpoints": ["test_checkpoint::*", "test_trainer::test_resuming_*"],
+    "Damaged checkpoints": [
+        "test_checkpoint::*damage*", "test_checkpoint::*whole_again*", "test_trainer::test_resuming_*"
+    ],
     "Two processes": ["test_distributed::*"],
     "What must change nothing": [
         "test_invariance::*", "test_padding::*", "*::*gradient_checkpointing_changes_nothing", "*::*in_another_order*",
