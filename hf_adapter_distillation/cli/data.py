@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration import option
 from ..downloads import hub_reason, is_repo_id, one_line, suggestion
 
 Labels = list[int] | list[str]  # the classes of a head: the numbers from 0 on, or names
@@ -18,11 +19,6 @@ READERS = {  # load_dataset("csv") would call the Hub's download counter for a l
     ".jsonl": Dataset.from_json,
     ".parquet": Dataset.from_parquet,
 }
-
-
-def option(help: str, default: Any = MISSING) -> Any:
-    """Return a field of a dataclass that `HfArgumentParser` turns into an option."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(kw_only=True)

@@ -8,12 +8,13 @@ from tempfile import TemporaryDirectory
 from adapters import AdapterTrainer, ModelAdaptersMixin
 from transformers import DataCollatorWithPadding, TrainingArguments
 
+from ..configuration import option
 from ..downloads import locate_saved
 from ..method.heads import head_config, kind_of_labels
 from ..student.provenance import read_saved
 from ..student.training_run import finite_metrics
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter
-from .data import DataArguments, Labels, check_columns, encode, label_ids, load, names_in, option, split_of
+from .data import DataArguments, Labels, check_columns, encode, label_ids, load, names_in, split_of
 from .saved import check_writable, table
 from .train import accuracy, load_base
 

@@ -14,12 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME
-from ..configuration import Carrier, DistillationConfig, DistillationTrainingArguments, Level, StudentStart
+from ..configuration import Carrier, DistillationConfig, DistillationTrainingArguments, Level, StudentStart, option
 from ..downloads import is_repo_id, one_line
 from ..hub.push import STUDENT_FILES
 from ..student.training_run import finite_metrics
 from ..training.trainer import DistillationTrainer
-from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, option, split_of
+from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, split_of
 from .saved import table
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .._compat import HEAD_CONFIG_NAME, STATIC_TO_FLEX_HEAD_MAP, heads_of
 from ..analysis.plots import plot_teacher_attention
 from ..downloads import is_repo_id
-from ..method.distillation import distillations
+from ..method.distillation import distillation_of
 from ..method.heads import head_config
 from ..student.provenance import Provenance, provenance_of
 from ..student.training_run import TrainingRun, finite_metrics
@@ -83,7 +83,7 @@ class CardFacts(NamedTuple):
         """Return the facts about a student on a model."""
         static = _static_head(type(model).__name__)  # empty for a model with flexible heads
         head = head_config(model, student) if student in heads_of(model) else static
-        provenance = Provenance.of(model, distillations(model.adapters_config)[student])
+        provenance = Provenance.of(model, distillation_of(model, student))
         return cls(student, model.config.model_type, model.model_name, head.get("head_type"), provenance)
 
     @classmethod

@@ -9,7 +9,7 @@ from adapters import AdapterSetup, ModelAdaptersMixin
 
 from .._compat import ForwardContext, forward_arguments
 from ..composition import block_of
-from .distillation import Distillation, DistillationRecord, distillations
+from .distillation import Distillation, DistillationRecord, distillation_of, distillations
 from .heads import check_objectives, kind_of_labels
 from .layer_pass import LayerPass, PassInputs
 from .losses import CrossTaskLoss, logit_matching_loss, token_weights, value_regularization
@@ -233,12 +233,12 @@ def begin_halves(student: str, model: ModelAdaptersMixin, args: tuple) -> None:
 
     adapters gives that model no context of its own, and runs each half as a model.
     """
-    distillations(model.adapters_config)[student].halves = []
+    distillation_of(model, student).halves = []
 
 
 def fold_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: Any) -> None:
     """Fold the terms of both halves into the loss; a hook behind the forward of an `EncoderDecoderModel`."""
-    distillation = distillations(model.adapters_config)[student]
+    distillation = distillation_of(model, student)
     halves, distillation.halves = distillation.halves, None
     if not halves:
         return

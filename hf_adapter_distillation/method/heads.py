@@ -6,7 +6,7 @@ from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation
-from .distillation import distillations
+from .distillation import distillation_of
 
 
 def head_config(model: ModelAdaptersMixin, name: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def check_head(model: ModelAdaptersMixin, student: str) -> None:
 def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
     """Check that the heads allow the objectives."""
     student = block.student
-    config = distillations(model.adapters_config)[student].config
+    config = distillation_of(model, student).config
     if "task_specific" in config.objectives and number_of_labels(model, student) is None:
         raise ValueError(
             f"The objective 'task_specific' needs a head for classes, labels or values of sequences or tokens, which "
