@@ -38,7 +38,9 @@ class Provenance:
     @classmethod
     def of(cls, model: ModelAdaptersMixin, distillation: Distillation) -> "Provenance":
         """Return the provenance of a student on a model."""
-        run: TrainingRun = distillation.run or TrainingRun(teacher_sources(model, distillation))
+        run: TrainingRun = distillation.run or TrainingRun(
+            teacher_sources(distillation, teacher_digests(model, distillation.config.teachers))
+        )
         settings = {name: value for name, value in asdict(distillation.config).items() if name != "teachers"}
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
         return cls(run.teachers, settings | {"level": distillation.level}, versions, run)
@@ -107,16 +109,21 @@ def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
     return digest.hexdigest()
 
 
-def teacher_sources(model: ModelAdaptersMixin, distillation: Distillation) -> list[TeacherSource]:
-    """Return the teachers of a student with the digests of their weights on the model."""
+def teacher_digests(model: ModelAdaptersMixin, teachers: Sequence[str]) -> dict[str, str]:
+    """Return the `adapter_digest` of each teacher by its name."""
+    return {name: adapter_digest(model, name) for name in teachers}
+
+
+def teacher_sources(distillation: Distillation, digests: Mapping[str, str]) -> list[TeacherSource]:
+    """Return the teachers of a student, with the digests of their weights."""
     teachers = []
     for name in distillation.config.teachers:
         source = distillation.sources[name]
-        teachers.append(TeacherSource(name, str(source["source"]), source["revision"], adapter_digest(model, name)))
+        teachers.append(TeacherSource(name, str(source["source"]), source["revision"], digests[name]))
     return teachers
 
 
-def check_teachers_unchanged(model: ModelAdaptersMixin, digests: dict[str, str]) -> None:
+def check_teachers_unchanged(model: ModelAdaptersMixin, digests: Mapping[str, str]) -> None:
     """Compare the teachers' weights with their digests before the training; raise RuntimeError if they differ."""
     for name, digest in digests.items():
         if adapter_digest(model, name) != digest:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.parameters import is_fusion
-from ..student.provenance import adapter_digest, read_provenance
+from ..student.provenance import read_provenance, teacher_digests
 from ..student.saving import read_weights, save_weights
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,7 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
 
 def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: Path) -> None:
     saved = {teacher.name: teacher.digest for teacher in read_provenance(folder).teachers}
-    current = {teacher: adapter_digest(model, teacher) for teacher in block.teachers}
+    current = teacher_digests(model, block.teachers)
     if different := sorted({name for name, _ in saved.items() ^ current.items()}):
         raise ValueError(
             f"The checkpoint {folder} was made with other teachers than the model has now; different or missing: "

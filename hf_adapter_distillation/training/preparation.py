@@ -20,7 +20,7 @@ from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.preparing import keep_teachers
-from ..student.provenance import adapter_digest
+from ..student.provenance import teacher_digests
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from .checkpoint import load_student
@@ -75,7 +75,7 @@ def prepare_training(
     check_trainable(model, block)
     places = (place for name in block.teachers for place in model.get_adapter(name).values())
     teacher_modules = [module for place in places for module in place.values()]
-    digests = {name: adapter_digest(model, name) for name in block.teachers}
+    digests = teacher_digests(model, block.teachers)
     distillation_of(model, block.student).run = None  # the record of an earlier training
     fit_student(model, block.student, examples, accelerator)
     calibration = calibrate(model, block, examples, accelerator)

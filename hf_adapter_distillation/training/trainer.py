@@ -229,7 +229,7 @@ class DistillationTrainer(TwoStageTrainer):
         }
         if distillation.ranking is not None:
             derived["ranking"] = distillation.ranking
-        sources = teacher_sources(self.model, distillation)
+        sources = teacher_sources(distillation, self._prepared.digests)  # which have just been checked
         distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
         if args.push_to_hub or args.analysis:
             distillation.run.attention = self._observe_attention()
