@@ -1,13 +1,27 @@
-"""A process that loads adapters where this package cannot be imported."""
+"""Processes that load adapters where this package cannot be imported."""
 
-LOAD = """
-    import importlib.abc, json, sys
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import torch
+
+BLOCK = """
+    import importlib.abc, sys
     class Blocked(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path=None, target=None):
             if name.partition(".")[0] == "hf_adapter_distillation":
                 raise ImportError("blocked")
     sys.meta_path.insert(0, Blocked())
-    import adapters, torch, transformers
+"""
+CHECK = """
+    assert not any(name.startswith("hf_adapter_distillation") for name in sys.modules)
+"""
+LOAD = """
+    import adapters, json, torch, transformers
     out, cases = json.loads(sys.argv[1])
     batch, logits = torch.load(out + "/batch.pt", weights_only=True), []
     for base, folder, static, setup, safe in cases:
@@ -23,5 +37,17 @@ LOAD = """
         with torch.no_grad():
             logits.append(model.eval()(**batch).logits)
     torch.save(logits, out + "/logits.pt")
-    assert not any(name.startswith("hf_adapter_distillation") for name in sys.modules)
 """
+
+
+def run_without_package(code: str, *arguments: str, **environment: str) -> None:
+    """Runs indented code in a process of its own, with `sys` imported, and checks that it ends well."""
+    command = [sys.executable, "-c", dedent(BLOCK) + dedent(code) + dedent(CHECK), *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def logits_without_package(folder: Path, cases: list[list]) -> list[torch.Tensor]:
+    """Returns the logits for `folder/batch.pt` of each case: base model, adapter, static head, setup, safetensors."""
+    run_without_package(LOAD, json.dumps([str(folder), cases]))
+    return torch.load(folder / "logits.pt", weights_only=True)

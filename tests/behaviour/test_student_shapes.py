@@ -1,17 +1,13 @@
 """Students of other shapes than their teachers', and students on top of a language adapter."""
 
-import json
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from adapters import LoRAConfig, Stack
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, make_batch, make_dataset, make_model, noisy
-from without_package import LOAD
+from without_package import logits_without_package
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -278,8 +274,6 @@ def test_a_saved_stack_is_loaded_where_this_package_is_not_installed(trainer_arg
     torch.save(batch, tmp_path / "batch.pt")
     with torch.no_grad():
         expected = model.eval()(**batch).logits
-    argument = json.dumps([str(tmp_path), [[str(tmp_path / "base"), str(tmp_path / "setup"), False, True, False]]])
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(LOAD), argument], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (logits,) = torch.load(tmp_path / "logits.pt", weights_only=True)
+    case = [str(tmp_path / "base"), str(tmp_path / "setup"), False, True, False]
+    (logits,) = logits_without_package(tmp_path, [case])
     assert torch.equal(logits, expected)

@@ -1,9 +1,5 @@
 """Pushing over HTTP to a Hub on the loopback interface, and what stock adapters makes of it."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ from huggingface_hub.utils import reset_sessions
 from pushes import NO_TOKEN, NOT_PUSHED, OF_A_PUSH, full_disk, pushed, refused, trained
 from safetensors.torch import load
 from tiny_models import make_batch, make_dataset, make_model, make_student
+from without_package import run_without_package
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
@@ -20,13 +17,7 @@ from hf_adapter_distillation.student.provenance import read_provenance
 
 # In a process of its own, with nothing but what the card says:
 LOAD = """
-    import importlib.abc, json, re, sys
-    class Blocked(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "hf_adapter_distillation":
-                raise ImportError("blocked")
-    sys.meta_path.insert(0, Blocked())
-    import torch
+    import re, torch
     from huggingface_hub import ModelCard
     batch, logits = torch.load(sys.argv[1], weights_only=True), {}
     for repo in sys.argv[3:]:
@@ -37,7 +28,6 @@ LOAD = """
             with torch.no_grad():
                 logits.setdefault(repo, []).append(names["model"].eval()(**batch).logits)
     torch.save(logits, sys.argv[2])
-    assert not any(name.startswith("hf_adapter_distillation") for name in sys.modules)
 """
 
 
@@ -61,13 +51,7 @@ def test_a_pushed_student_loads_in_stock_adapters_by_the_code_of_its_card(hub, t
     torch.save(batch, tmp_path / "batch.pt")
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     arguments = [str(tmp_path / "batch.pt"), str(tmp_path / "logits.pt"), *logits]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LOAD), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_without_package(LOAD, *arguments, **environment)
     loaded = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert set(loaded) == set(logits)
     for repo, both in loaded.items():
