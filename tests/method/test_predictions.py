@@ -147,12 +147,9 @@ def test_each_process_predicts_its_share(trainer_args, collator):
 
     def of_process(trainer, index, processes):
         accelerator = SimpleNamespace(process_index=index, num_processes=processes, autocast=nullcontext)
-        return dict(
-            (key, row) for keys, logits in preparation._predictions(
-                trainer.model, trainer.block, trainer.train_dataset, trainer._examples(), accelerator
-            )
-            for key, row in zip(keys, logits, strict=True)
-        )  # fmt: skip
+        batches = trainer._examples().batches(trainer.train_dataset)
+        parts = preparation._predictions(trainer.model, trainer.block, trainer.train_dataset, batches, accelerator)
+        return {key: row for keys, logits in parts for key, row in zip(keys, logits, strict=True)}
 
     model = make_student(make_model(), objective="logits")
     args = trainer_args(per_device_eval_batch_size=5)
