@@ -16,23 +16,33 @@ from typing import TYPE_CHECKING
 
 from .analysis.plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 from .composition import AdapterDistillation
-from .configuration import DistillationConfig, DistillationTrainingArguments
+from .configuration import (
+    DistillationArgumentsMixin,
+    DistillationConfig,
+    DistillationTrainingArguments,
+    Seq2SeqDistillationTrainingArguments,
+)
 from .method.distillation import StageSettings, distillation_of
 from .method.fusion import TeacherFusion
 from .registration import register, unregister
 
 if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
-    from .training.trainer import AdapterDistillationTrainer, DistillationTrainer
+    from .training.trainer import DistillationMixin
+    from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterDistillation",
     "AdapterDistillationTrainer",
+    "DistillationArgumentsMixin",
     "DistillationConfig",
+    "DistillationMixin",
     "DistillationTrainer",
     "DistillationTrainingArguments",
+    "Seq2SeqDistillationTrainer",
+    "Seq2SeqDistillationTrainingArguments",
     "StageSettings",
     "TeacherFusion",
     "distillation_of",
@@ -48,7 +58,10 @@ __all__ = [
 ]
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
-_LAZY = dict.fromkeys(("AdapterDistillationTrainer", "DistillationTrainer"), "training.trainer")
+_LAZY = {"DistillationMixin": "training.trainer"}
+_LAZY |= dict.fromkeys(
+    ("AdapterDistillationTrainer", "DistillationTrainer", "Seq2SeqDistillationTrainer"), "training.trainers"
+)
 _LAZY |= dict.fromkeys(
     ("leave_one_teacher_out", "student_distance", "teacher_attention", "write_analysis"), "analysis.observe"
 )

@@ -3,9 +3,10 @@
 from importlib.util import find_spec
 
 from accelerate import DistributedType
+from adapters import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 
 from ..analysis.plots import MISSING
-from ..configuration import DistillationTrainingArguments
+from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import Distillation
 
 NOT_SHARDED = (
@@ -14,7 +15,7 @@ NOT_SHARDED = (
 )
 
 
-def check_arguments(args: DistillationTrainingArguments) -> None:
+def check_arguments(args: DistillationArgumentsMixin) -> None:
     """Check that the arguments neither shard the model nor, without matplotlib, ask for an analysis.
 
     Raises:
@@ -32,8 +33,21 @@ def check_arguments(args: DistillationTrainingArguments) -> None:
         )
 
 
+def check_loss(model: ModelAdaptersMixin, *, has_other_loss: bool) -> None:
+    """Check that a training has a loss: of the model with its head, or another one.
+
+    Raises:
+        ValueError: If the model has no head.
+    """
+    if not has_other_loss and not isinstance(model, ModelWithHeadsAdaptersMixin):
+        raise ValueError(
+            f"{type(model).__name__} has no head and so no loss; override compute_loss, pass compute_loss_func, wrap "
+            "the model in one with a loss, or use AutoAdapterModel with a head."
+        )
+
+
 def check_combinations(
-    args: DistillationTrainingArguments,
+    args: DistillationArgumentsMixin,
     distillation: Distillation,
     distributed_type: DistributedType,
     *,

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import has_length
+from transformers import Trainer
 
 from ..hub.trainer_mixin import StudentPushingTrainer
 from ..method.distillation import Distillation, StageSettings, distillation_of
 from ..method.nonfinite import find_overflow, loss_error
-from .data import UnlabelledBatch, UnlabelledBatches
+from .data import UnlabelledBatch, UnlabelledBatches, number_of_examples
 from .loss_log import LoggedTerms
 from .preparation import Preparation
 
@@ -30,7 +30,7 @@ class TwoStageTrainer(StudentPushingTrainer):
     @property
     def distillation(self) -> Distillation:
         """The distillation of the student, with the settings of the running step."""
-        return distillation_of(self.model, self.block.student)
+        return distillation_of(self.model_with_adapters, self.block.student)
 
     @property
     def distillation_start(self) -> float:
@@ -47,9 +47,8 @@ class TwoStageTrainer(StudentPushingTrainer):
         """
         if self.args.distillation_weight is not None:
             return self.args.distillation_weight
-        if has_length(self.train_dataset):
-            n_examples = len(self.train_dataset)
-        else:  # a stream: what the training reads of it
+        n_examples = number_of_examples(self.train_dataset)
+        if n_examples is None:  # a stream, or a loader of the user's own: what the training reads of it
             n_examples = self.state.max_steps * self._examples_per_step
         return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
 
@@ -168,6 +167,17 @@ class TwoStageTrainer(StudentPushingTrainer):
 
         find = partial(find_overflow, distillation, once_more, distillation.config.carrier != "student")
         raise loss_error(self.state.global_step + 1, loss, distillation.take_record(), find)
+
+    @property
+    def _computes_own_loss(self) -> bool:
+        """Whether a subclass, or the other base of it, has a `compute_loss` of its own."""
+        theirs = super().compute_loss.__func__  # type: ignore[attr-defined]
+        return type(self).compute_loss is not TwoStageTrainer.compute_loss or theirs is not Trainer.compute_loss
+
+    @property
+    def _loss_is_outside(self) -> bool:
+        """Whether the loss is not the model's own."""
+        return self._takes_labels_away or self._computes_own_loss
 
     @property
     def _takes_labels_away(self) -> bool:
