@@ -5,7 +5,7 @@ prepares the two-stage training, and `DistillationTrainer` runs it.
 
 Reading order: `composition` and `configuration`, what a user writes; `method`, one forward pass; `teachers` and
 `student`, the adapters on a model; `registration`, all changes to adapters; `training`, the two stages; `analysis`;
-`hub`; `cli`. All rooms share `downloads` and `_compat`.
+`hub`; `cli`; `integrations`. All rooms share `downloads` and `_compat`.
 
 Source: Wang et al., "AdapterDistillation: Non-Destructive Task Composition with Knowledge Distillation", EMNLP 2023
 Industry, https://arxiv.org/abs/2312.16261.

@@ -1,6 +1,7 @@
 """The model with adapters inside the model of a trainer, which may wrap it, and the inputs that it takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from adapters import ModelAdaptersMixin
@@ -12,6 +13,16 @@ from .distillation import active_block, distillations
 HOW_TO_RETURN = ("output_attentions", "output_hidden_states", "return_dict")  # inputs that change the output alone
 
 
+def models_with_adapters(model: nn.Module) -> dict[str, ModelAdaptersMixin]:
+    """Return the models with adapters inside a module, which may be one, by their names; not those inside others."""
+    found: dict[str, ModelAdaptersMixin] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
+        if isinstance(module, ModelAdaptersMixin) and not inside:
+            found[name] = module
+    return found
+
+
 def model_with_adapters(model: nn.Module) -> ModelAdaptersMixin:
     """Return the outermost model with adapters inside a module, which may be that model itself.
 
@@ -21,11 +32,7 @@ def model_with_adapters(model: nn.Module) -> ModelAdaptersMixin:
         TypeError: If no module has adapters.
         ValueError: If several models with distilled students stand side by side.
     """
-    found: dict[str, ModelAdaptersMixin] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
-        if isinstance(module, ModelAdaptersMixin) and not inside:
-            found[name] = module
+    found = models_with_adapters(model)
     with_students = {name: module for name, module in found.items() if distillations(module.adapters_config)}
     if len(with_students) > 1:
         raise ValueError(
@@ -44,17 +51,20 @@ def accepted_inputs(model: ModelAdaptersMixin, batch: Mapping[str, Any]) -> dict
     return {name: value for name, value in batch.items() if name in accepted}
 
 
-def noted_inputs(model: ModelAdaptersMixin, run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Return the inputs of each call of a model while a function runs."""
-    calls = []
+@contextmanager
+def noting_inputs(model: ModelAdaptersMixin, note: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
+    """Call a function with the inputs of each call of a model."""
+    before, original = vars(model).get("forward"), model.forward
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         named = dict(zip(forward_arguments(model), args, strict=False)) | kwargs
-        calls.append({name: value for name, value in named.items() if name not in HOW_TO_RETURN})
+        note({name: value for name, value in named.items() if name not in HOW_TO_RETURN})
+        return original(*args, **kwargs)
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    vars(model)["forward"] = forward  # Sentence Transformers calls it without the module's hooks
     try:
-        run()
+        yield
     finally:
-        handle.remove()
-    return calls
+        del vars(model)["forward"]
+        if before is not None:
+            vars(model)["forward"] = before

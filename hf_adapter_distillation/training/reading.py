@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .._compat import forward_arguments, heads_of
 from ..method.predictions import without_dropout
-from ..method.wrappers import accepted_inputs, noted_inputs
+from ..method.wrappers import accepted_inputs, noting_inputs
 from .data import Examples
 from .preparation import fit_student
 from .steps import TwoStageTrainer
@@ -78,8 +78,16 @@ class ReadingTrainer(TwoStageTrainer):
             return [inputs]
         if inner is self.model and inner.main_input_name in inputs:  # other columns are for the loss
             return [accepted_inputs(inner, inputs)]
+        calls: list[dict[str, Any]] = []
         with torch.no_grad(), without_dropout(self.model), self._active_student(), self._autocast():
-            return noted_inputs(inner, lambda: self.compute_loss(self.model, dict(inputs)))
+            with noting_inputs(inner, calls.append):
+                self.compute_loss(self.model, dict(inputs))
+        if not calls:
+            raise ValueError(
+                f"The loss of {type(self).__name__} does not run the model with adapters ({type(inner).__name__}), so "
+                "it cannot distil; compute it from the model's outputs."
+            )
+        return calls
 
     @contextmanager
     def _active_student(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from tiny_models import TEACHERS, make_batch, make_model, make_student
 from torch import nn
 from wrapped_models import Classifier
 
-from hf_adapter_distillation.method.wrappers import accepted_inputs, model_with_adapters, noted_inputs
+from hf_adapter_distillation.method.wrappers import accepted_inputs, model_with_adapters, noting_inputs
 
 
 def test_the_outermost_model_with_adapters_is_found():
@@ -34,8 +34,11 @@ def test_columns_that_a_model_does_not_take_are_left_out():
 def test_inputs_are_noted_at_each_call_of_the_wrapped_model():
     model = make_student(make_model(kind="base"), teachers=TEACHERS)
     first, second = make_batch(), make_batch(seed=1)
-    calls = noted_inputs(model, lambda: [Classifier(model)(**batch, return_dict=False) for batch in (first, second)])
+    calls = []
+    with noting_inputs(model, calls.append):
+        for batch in (first, second):
+            Classifier(model)(**batch, return_dict=False)
     assert [call.keys() for call in calls] == [{"input_ids", "attention_mask"}] * 2
     assert torch.equal(calls[0]["input_ids"], first["input_ids"])
     assert torch.equal(calls[1]["input_ids"], second["input_ids"])
-    assert not model._forward_pre_hooks
+    assert "forward" not in vars(model)
