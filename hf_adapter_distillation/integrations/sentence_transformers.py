@@ -114,6 +114,10 @@ class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceT
 
     training_args_class: Any = SentenceTransformerDistillationTrainingArguments
 
+    def _outputs(self, model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        features, _ = self.collect_features(inputs)
+        return [model(column)["sentence_embedding"] for column in features]
+
 
 class CrossEncoderDistillationTrainer(_WrappedTransformerMixin, CrossEncoderTrainer):  # type: ignore[misc]
     """Train a student adapter of a cross-encoder in two stages, with the `CrossEncoderTrainer`.
@@ -130,3 +134,10 @@ class CrossEncoderDistillationTrainer(_WrappedTransformerMixin, CrossEncoderTrai
     """
 
     training_args_class: Any = CrossEncoderDistillationTrainingArguments
+
+    def __init__(self, *args: Any, distillation_dataset: Dataset | None = None, **kwargs: Any) -> None:
+        if distillation_dataset is not None:
+            raise ValueError(
+                "distillation_dataset is not supported for a CrossEncoder, whose loss forms its pairs; leave it out."
+            )
+        super().__init__(*args, **kwargs)

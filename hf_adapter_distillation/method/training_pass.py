@@ -2,7 +2,7 @@
 
 import torch
 
-from .distillation import Distillation, TeacherAttention
+from .distillation import Distillation
 from .fusion import TeacherFusion
 from .layer_pass import LayerPass, Place
 from .losses import CosineLoss, FeatureLoss
@@ -13,7 +13,7 @@ LAYER_LOSSES = {"features": FeatureLoss(), "cosine": CosineLoss()}  # the object
 class TrainingPass(LayerPass):
     """Forward pass of stage 1, or of stage 2 without a match in the layers: the teachers do not run.
 
-    The terms of all training passes are collected here; `forward.fold` makes a loss of them.
+    The terms of all training passes are collected here; `terms.sum_terms` makes one term of them.
     """
 
     runs_teachers = False
@@ -21,12 +21,13 @@ class TrainingPass(LayerPass):
     def __init__(self, distillation: Distillation) -> None:
         self.distillation = distillation
         self.fusions: dict[str, TeacherFusion] = {}
-        # Gradient checkpointing runs layers again in backward, and appends again: after `fold` has read the lists.
+        # Gradient checkpointing runs layers again in backward, and appends again: after the lists have been read.
         self.losses: list[dict[str, torch.Tensor]] = []
+        self.sizes: list[int] = []  # the number of sequences behind each of them
         self.output_losses: dict[str, torch.Tensor] = {}
         self.probe_losses: list[torch.Tensor] = []
         self.ratios: list[torch.Tensor] = []
-        self.attention: dict[str, TeacherAttention] = {}
+        self.attention: dict[str, list[tuple[int, tuple[str, ...], torch.Tensor]]] = {}  # sequences, names, weights
         self.updates: list[
             tuple[TeacherFusion, torch.Tensor]
         ] = []  # of the carrier `dual`, until both passes have run
@@ -43,7 +44,7 @@ class TrainingPass(LayerPass):
         fused = place.fuse(with_student)
         _, batch_weights = self.token_weights(place.fusion, fused.output)
         attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))  # (n,)
-        self.attention[place.fusion.location] = TeacherAttention(fused.names, attention)
+        self.attention.setdefault(place.fusion.location, []).append((len(fused.output), fused.names, attention))
         return fused.output
 
     def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
@@ -60,6 +61,7 @@ class TrainingPass(LayerPass):
                 )
             losses[name] = loss(student_output, target, weights) * fusion.layer_weight
         self.losses.append(losses)
+        self.sizes.append(len(student_output))
         if (probe := fusion.task_specific) is not None:
             self.ratios.append(probe.ratio(target, weights))
             if self.inputs.labels is not None:
