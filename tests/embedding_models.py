@@ -38,6 +38,7 @@ def base_folder(folder, encoder, model_class, dropout, **config):
         len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **config,
     )  # fmt: skip
+    folder.mkdir(exist_ok=True)
     model_class(settings).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return str(folder / "base")

@@ -15,6 +15,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, num_labels)
         self.to(next(encoder.parameters()).dtype)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
     def forward(self, input_ids, attention_mask, labels=None, return_dict=True):
         states = self.encoder(input_ids, attention_mask=attention_mask, return_dict=return_dict)[0]  # (B, T, d)
         weights = (attention_mask / attention_mask.sum(dim=1, keepdim=True)).to(states.dtype)
