@@ -4,65 +4,20 @@ import pytest
 import torch
 from embedding_models import PAIRS, SCORED, cross_encoder, embedding_model
 from marks import LONG
+from own_trainers import Twice, Weighted, two_columns, two_sided, weighted
 from reference import reference_gradients
 from sentence_transformers import losses
 from sentence_transformers.cross_encoder import losses as cross_encoder_losses
 from tiny_models import make_dataset, make_model, make_student
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, pad
-from transformers import Trainer, TrainerCallback, set_seed
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
+from transformers import TrainerCallback, set_seed
 from wrapped_models import Classifier
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.integrations import sentence_transformers as embeddings
 
 WEIGHT, REGULARIZATION, BATCH = 0.7, 0.3, 4
-
-
-class WeightedTrainer(Trainer):
-    """Ignores the model's own loss, as for unbalanced classes."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        logits = model(**inputs).logits
-        loss = weighted(logits, labels)
-        return (loss, {"logits": logits}) if return_outputs else loss
-
-
-def weighted(logits, labels):
-    return cross_entropy(logits, labels, weight=torch.tensor([1.0, 3.0], dtype=logits.dtype))
-
-
-class TwiceTrainer(Trainer):
-    """Embeds two columns of a batch, with paddings of their own, by one model."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = two_columns(model, inputs)
-        return (loss, {}) if return_outputs else loss
-
-
-def two_columns(model, inputs):
-    first, second = (
-        model(inputs[f"{side}_input_ids"], attention_mask=inputs[f"{side}_attention_mask"])[0][:, 0]
-        for side in ("left", "right")
-    )
-    return (cosine_similarity(first, second) - inputs["labels"]).square().mean()
-
-
-class Weighted(had.DistillationMixin, WeightedTrainer):
-    """Both."""
-
-
-class Twice(had.DistillationMixin, TwiceTrainer):
-    """Both."""
-
-
-def two_sided():
-    sides = {"left": make_dataset(16), "right": make_dataset(16, seed=3)}
-    columns = {f"{side}_{name}": sides[side][name] for side in sides for name in ("input_ids", "attention_mask")}
-    return make_dataset(16).select_columns("labels").add_column("row", list(range(16))).map(
-        lambda row: {name: values[row["row"]] for name, values in columns.items()}, remove_columns="row"
-    )  # fmt: skip
 
 
 class TupleClassifier(Classifier):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import Stack
+from datasets import Dataset
 from embedding_models import PAIRS, SCORED, TEXTS, cross_encoder, embedding_model
 from model_state import changed, snapshot
 from safetensors.torch import load_file
@@ -178,6 +179,19 @@ def test_several_data_sets_with_losses_of_their_own(tiny_encoder, tmp_path):
     trainer.train()
     assert trainer.distillation_weight == 1.0
     assert trainer.state.log_history[-2]["distillation_loss"] > 0
+
+
+def test_texts_without_labels_are_distilled_too(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder)
+    trainer = SentenceTransformerDistillationTrainer(
+        model, arguments(tmp_path), train_dataset=SCORED, loss=losses.CoSENTLoss(model),
+        distillation_dataset=Dataset.from_dict({"text": [f"{text} now" for text in TEXTS]}),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[-2]["distillation_loss"] > 0
+    args = arguments(tmp_path, CrossEncoderDistillationTrainingArguments)
+    with pytest.raises(ValueError, match="^distillation_dataset is not supported for a CrossEncoder"):
+        CrossEncoderDistillationTrainer(None, args, distillation_dataset=PAIRS)
 
 
 def test_losses_that_train_a_copy_are_named_at_construction(tiny_encoder, tmp_path):
