@@ -162,7 +162,8 @@ class TwoStageTrainer(StudentPushingTrainer):
         self._enter_stage()
         with self.compute_loss_context_manager():
             # The terms ride on each output; so does the head, which no gradient reaches in this pass.
-            zero = sum(value.sum() * 0.0 for value in self._outputs(model, inputs) if isinstance(value, torch.Tensor))
+            parts = [value.sum() for value in self._outputs(model, inputs) if isinstance(value, torch.Tensor)]
+            zero = 0.0 * torch.stack(parts).sum()
         self.accelerator.backward(zero)
         record = self._take_record(zero.detach(), lambda: self._outputs(self.model, inputs))
         self._terms.note_distillation(record, step * self._share)
