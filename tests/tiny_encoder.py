@@ -11,6 +11,7 @@ def save_tiny_encoder(folder):
     words = sorted(set(" ".join(texts).split()) - set(letters))
     # A vocabulary that is trained differs from process to process.
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *words]
+    tokens += [f"[unused{number}]" for number in range(80 - len(tokens))]  # tests draw any of 60
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -118,7 +118,7 @@ def test_saved_models_are_loaded_without_this_package(tiny_encoder, tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), output)
 
 
-def test_a_resumed_run_is_bitwise_the_unbroken_one_of_embeddings(tiny_encoder, tmp_path):
+def test_a_killed_training_of_embeddings_goes_on_to_the_same_weights(tiny_encoder, tmp_path):
     def run(folder, noise, resume=None, callbacks=()):
         (tmp_path / folder).mkdir(exist_ok=True)
         trainer = trainer_of(

@@ -17,7 +17,7 @@ def test_the_outermost_model_with_adapters_is_found():
     assert model_with_adapters(nn.ModuleList([plain, student])) is student, "the one with a distilled student"
 
 
-def test_a_wrapper_of_no_or_of_two_students_names_them():
+def test_a_wrapper_must_have_one_student():
     with pytest.raises(TypeError, match="^Linear has no adapters; call adapters.init"):
         model_with_adapters(nn.Linear(2, 2))
     both = nn.ModuleDict({"left": make_student(make_model()), "right": make_student(make_model())})
