@@ -110,7 +110,8 @@ class DistillationMixin(ReadingTrainer):
             # Adapters hides the signatures by which Trainer decides these; a wrong answer scales the gradients.
             self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(inner)
             self.label_names = self.label_names or label_names(inner, self.block.student)
-        check_loss(inner, has_other_loss=self._loss_is_outside or inner is not self.model)
+        config, is_wrapped = self.distillation.config, inner is not self.model
+        check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
         check_combinations(
             args,
             self.distillation,
