@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, ModelWithHeadsAdaptersMixin
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -15,14 +15,26 @@ from .._compat import HEAD_WEIGHTS, heads_of, original_class
 
 
 def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
-    """Write the student with its head by `save_adapter`, as safetensors where adapters can."""
+    """Write the student with its head by `save_adapter`, as safetensors where adapters can.
+
+    The head of a language model is left out where `train_adapter` has frozen it: it is the base model's.
+    """
     # Adapters cannot write prefixes as safetensors: several layers share them.
     has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
-    model.save_adapter(folder, student, use_safetensors=not has_prefix)
+    without_head = {"with_head": False} if _has_frozen_head(model) else {}
+    model.save_adapter(folder, student, use_safetensors=not has_prefix, **without_head)
     heads = heads_of(model)
     if student in heads and any(name.startswith(student) for name in heads if name != student):
         path = Path(folder) / HEAD_WEIGHTS[has_prefix]
         write_weights(read_weights(path, student), path)
+
+
+def _has_frozen_head(model: ModelAdaptersMixin) -> bool:
+    """Return whether a model has one head for all adapters, and no parameter of it is trained."""
+    if not isinstance(model, ModelWithHeadsAdaptersMixin) or isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        return False
+    base = set(map(id, model.base_model.parameters()))
+    return not any(parameter.requires_grad for parameter in model.parameters() if id(parameter) not in base)
 
 
 def read_weights(path: Path, student: str) -> dict[str, torch.Tensor]:

@@ -1,10 +1,12 @@
 """What leaves the package is a plain adapter."""
 
+import pytest
 import torch
 from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student
 from without_package import logits_without_package
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.student.saving import save_weights
 
 
 def test_a_saved_student_loads_without_this_package(trainer_args, tmp_path):
@@ -45,3 +47,12 @@ def test_a_saved_student_has_the_files_and_keys_of_a_plain_adapter(trainer_args,
         shapes = {key.replace(name, "NAME"): value.shape for key, value in weights.items()}
         saved[name] = ({path.name for path in folder.iterdir()}, shapes)
     assert saved["insurance"] == saved["plain"]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "has_head"),
+    [("llama", "causal_lm", False), ("bert", "classification", True), ("bert", "flex", True), ("bert", "base", False)],
+)
+def test_the_frozen_head_of_a_language_model_is_not_saved(family, kind, has_head, tmp_path):
+    save_weights(make_student(make_model(family, kind)), "insurance", str(tmp_path))
+    assert (tmp_path / "model_head.safetensors").exists() == has_head
