@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from chats import chat_tokenizer, chats
 from embedding_models import SCORED, embedding_model
 from own_trainers import Twice, two_sided
 from sentence_transformers.losses import CosineSimilarityLoss
@@ -64,6 +66,8 @@ SETTINGS = {
     "a loss of two passes": {"trainer": "two passes"},
     "sentence embeddings": {"trainer": "embeddings", "gradient_accumulation_steps": 2},
 }  # fmt: skip
+if find_spec("trl"):
+    SETTINGS["chats"] = {"trainer": "chats", "gradient_accumulation_steps": 2}
 
 
 def trainer_of(
@@ -108,6 +112,13 @@ def other_trainer_of(folder, trainer, gradient_accumulation_steps=1):
         model = make_student(make_model(kind="base", dtype=torch.float64)).double()
         args = had.DistillationTrainingArguments(str(folder), remove_unused_columns=False, **arguments)
         return Twice(model, args, train_dataset=two_sided())
+    if trainer == "chats":
+        from hf_adapter_distillation.integrations.trl import SFTDistillationConfig, SFTDistillationTrainer
+
+        model = make_student(make_model("llama", "causal_lm"), config="lora", student_start="average").double()
+        args = SFTDistillationConfig(str(folder), bf16=False, assistant_only_loss=True, **arguments)
+        data = {"train_dataset": chats(GLOBAL_BATCH), "processing_class": chat_tokenizer()}
+        return SFTDistillationTrainer(model, args, **data)
     base = tempfile.mkdtemp()  # for this process alone
     model = embedding_model(Path(base), save_tiny_encoder(base), dropout=0.0, dtype=torch.float64)
     args = embeddings.SentenceTransformerDistillationTrainingArguments(str(folder), **arguments)
