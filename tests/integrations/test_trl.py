@@ -129,6 +129,7 @@ def test_gradients_of_bottlenecks(sft_args):
         {"assistant_only_loss": True},
         {"assistant_only_loss": True, "packing": True, "max_length": 40},
         {"loss_type": "dft"},
+        {"loss_type": "nll", "label_smoothing_factor": 0.1},
     ],
     ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()),
 )
@@ -138,6 +139,15 @@ def test_forms_of_a_batch(settings, sft_args):
     is_flat = settings.get("packing") and settings.get("packing_strategy") != "wrapped"
     assert ("attention_mask" in batch) != bool(is_flat or settings.get("padding_free"))
     assert_gradients_equal_the_reference(trainer)
+
+
+def test_a_loss_function(sft_args):
+    def loss(outputs, labels, num_items_in_batch=None):
+        labels = labels[:, 1:].flatten()
+        return cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels, reduction="sum") / num_items_in_batch
+
+    args = sft_args(gradient_accumulation_steps=2, loss_type="nll")
+    assert_gradients_equal_the_reference(train(student_model(student_start="random"), args, compute_loss_func=loss))
 
 
 def test_padding_changes_nothing(sft_args):
@@ -321,8 +331,20 @@ def test_settings_that_do_not_go_with_distillation(settings, message, sft_args):
         (lambda: make_student(make_model("llama"), head="causal_lm"), {}, ValueError, "LlamaAdapterModel has heads"),
     ],
 )
-def test_what_does_not_go_with_distillation(model, kwargs, error, message, sft_args):
+def test_models_that_do_not_go_with_distillation(model, kwargs, error, message, sft_args):
     kwargs.setdefault("args", sft_args())
     with pytest.raises(error, match=message) as caught:
         SFTDistillationTrainer(model(), train_dataset=chats(), **kwargs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"packing": True}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize("config", ["loreft", LoRAConfig(r=4, use_gating=True)], ids=["reft", "gate"])
+def test_adapters_that_take_a_row_for_a_sequence(config, settings, sft_args):
+    model = make_student(make_model("llama", "causal_lm"), config=config, head=None, student_start="random")
+    with pytest.raises(
+        ValueError, match="several sequences into one row, but 'insurance' has ReFT or a gate"
+    ) as caught:
+        SFTDistillationTrainer(model, sft_args(**settings), train_dataset=chats(), processing_class=chat_tokenizer())
+    assert "\n" not in str(caught.value)
+    SFTDistillationTrainer(model, sft_args(), train_dataset=chats(), processing_class=chat_tokenizer())
