@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from trainings import EachStep, StopAt
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method.distillation import distillations
-from hf_adapter_distillation.student.provenance import adapter_digest
 
 GLOBAL_BATCH = 8
 
@@ -67,9 +65,6 @@ def trainer_of(
         make_model(family, kind, dtype=dtype), config=config, carrier=carrier, level=level, student_start=start,
         objective=objective, teacher_selection=teacher_selection,
     ).to(dtype)  # fmt: skip
-    distillation = distillations(model.adapters_config)["insurance"]
-    if start == "teachers":  # the cast has changed the digest
-        distillation.start_digest = adapter_digest(model, "insurance")
     dataset = make_dataset(examples, labels.split()[-1])
     if labels == "all tokens":
         dataset = dataset.map(lambda row: {"attention_mask": [1] * 8, "labels": row["input_ids"]})

@@ -87,7 +87,8 @@ class Distillation:
         level: The level that `config.level` led to.
         level_reason: The reason for "layer" where `config.level` is "auto".
         sources: The origin of each teacher: `{"source": name, folder or Hub id, "revision": commit or None}`.
-        start_digest: The digest of the student's weights if they started at the average of its teachers.
+        start_digests: The digests of the student's weights if they started at the average of its teachers, one for
+            each data type to which the model may be cast since.
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
@@ -99,7 +100,7 @@ class Distillation:
     level: Literal["adapter", "layer"] = "adapter"
     level_reason: str = ""
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    start_digest: str | None = None
+    start_digests: frozenset[str] = frozenset()
     ranking: dict[str, float] | None = None
     run: Any = None
     settings: StageSettings = field(default_factory=StageSettings)

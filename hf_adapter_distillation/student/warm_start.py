@@ -15,7 +15,7 @@ from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
 from .least_squares import UpProjectionFit
-from .provenance import adapter_digest
+from .provenance import rounded_digests, value_digest
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
             _start_module(module, [teacher[place][location] for teacher in modules_of_teachers])
-    distillation.start_digest = adapter_digest(model, student)
+    distillation.start_digests = rounded_digests(model, student)
 
 
 def _has_factors(config: AdapterConfig, level: str) -> bool:
@@ -102,9 +102,9 @@ def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
 
 
 def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
-    """Return whether a student is still at the average of its teachers, where it started."""
-    start = distillation_of(model, student).start_digest
-    return start is not None and start == adapter_digest(model, student)
+    """Return whether a student is still at the average of its teachers, where it started; a cast does not move it."""
+    starts = distillation_of(model, student).start_digests
+    return bool(starts) and value_digest(model, student) in starts
 
 
 def start_head(model: ModelWithFlexibleHeadsAdaptersMixin, student: str) -> None:

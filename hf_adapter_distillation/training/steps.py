@@ -37,7 +37,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         """The fraction of all steps in stage 1, by the argument or the default for this student."""
         if self.args.distillation_start is not None:
             return self.args.distillation_start
-        return 0.5 if self.distillation.start_digest is None else 0.0
+        return 0.0 if self.distillation.start_digests else 0.5
 
     @property
     def distillation_weight(self) -> float:
