@@ -11,6 +11,7 @@ from transformers.trainer_utils import has_length
 from ..hub.trainer_mixin import StudentPushingTrainer
 from ..method.distillation import Distillation, StageSettings, distillation_of
 from ..method.nonfinite import find_overflow, loss_error
+from ..student.preparing import keep_active
 from .data import UnlabelledBatch, UnlabelledBatches
 from .loss_log import LoggedTerms
 from .preparation import Preparation
@@ -152,6 +153,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         return loss
 
     def _micro_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+        keep_active(self.model, self.block)
         self._enter_stage(num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         distillation = self.distillation

@@ -130,7 +130,7 @@ class DistillationTrainer(TwoStageTrainer):
         self._note_training()
         if not self.args.keep_fusion:
             drop_fusion(self.model, self.block.student)
-        self.model.set_active_adapters(Stack(*self.block.children))
+        self.model.set_active_adapters(Stack(*self.block.children), self.model.adapters_config.skip_layers)
         return output
 
     # Before the first step
