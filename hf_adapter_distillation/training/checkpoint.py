@@ -25,13 +25,20 @@ DIGESTS_NAME = "checkpoint_digests.json"
 STAGE_2_START = "first_distillation_step"  # in the metadata of the fusion
 
 
-def save_student(model: ModelAdaptersMixin, student: str, folder: str, stage_2_start: int | None = None) -> None:
+def save_student(
+    model: ModelAdaptersMixin,
+    student: str,
+    folder: str,
+    stage_2_start: int | None = None,
+    safetensors: bool = True,
+) -> None:
     """Write the student with its head, as `save_adapter` does, and the fusion if it is on the model.
 
-    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`.
+    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`. Without `safetensors` the student
+    is a pickle. The fusion never is: its number of the first step belongs to the safetensors.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_weights(model, student, str(Path(folder) / student))
+    save_weights(model, student, str(Path(folder) / student), safetensors)
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
         metadata = None if stage_2_start is None else {STAGE_2_START: str(stage_2_start)}
         save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME, metadata)
@@ -60,7 +67,7 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
     if not fusion.is_file():
         raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
     state = load_file(fusion)
-    for path in (*saved.glob("*.safetensors"), *saved.glob("*.bin")):  # pickles of a student with a prefix
+    for path in (*saved.glob("*.safetensors"), *saved.glob("*.bin")):  # a pickle has no safetensors beside it
         state |= read_weights(path, block.student)
     current = model.state_dict()
     wrong = {name for name, value in state.items() if name not in current or current[name].shape != value.shape}

@@ -287,7 +287,7 @@ class DistillationTrainer(TwoStageTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         first = self.first_distillation_step if self.state.global_step > self.first_distillation_step else None
-        checkpoints.save_student(self.model, self.block.student, output_dir, first)
+        checkpoints.save_student(self.model, self.block.student, output_dir, first, self.args.save_safetensors)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         args = copy(self.args)
