@@ -148,7 +148,8 @@ class TaskSpecificLoss(nn.Module):
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the match, of the arguments of `FeatureLoss`, without gradient to the projection."""
-        return FeatureLoss.of_sequences(*self._project(student_output, fused_output), weights).mean()
+        student, fused = self._project(student_output, fused_output)
+        return FeatureLoss.of_sequences(student, fused, weights).mean()
 
     def match(
         self,
@@ -158,7 +159,8 @@ class TaskSpecificLoss(nn.Module):
         hidden_states: torch.Tensor,
     ) -> LayerMatch:
         """Match one layer for `bounded_losses`, without gradient to the projection."""
-        return FeatureLoss.match(*self._project(student_output, fused_output), weights, hidden_states)
+        student, fused = self._project(student_output, fused_output)
+        return FeatureLoss.match(student, fused, weights, hidden_states)
 
     def _project(self, *outputs: torch.Tensor) -> list[torch.Tensor]:
         projection = self.projection.weight.detach()  # (p, d)

@@ -54,6 +54,15 @@ def ends_in_up_projection(adapter: Adapter | LoRA) -> bool:
     return isinstance(adapter, LoRA) or not (adapter.use_gating or adapter.add_layer_norm_after)
 
 
+def says_nothing(adapter: Adapter | LoRA) -> bool:
+    """Return whether the update of an adapter is zero for all inputs, as that of LoRA before its training."""
+    if isinstance(adapter, LoRA):
+        return not adapter.lora_B.any()
+    if adapter.add_layer_norm_after or not isinstance(adapter.adapter_up, nn.Linear):
+        return False
+    return not any(parameter.any() for parameter in adapter.adapter_up.parameters())
+
+
 def can_be_stacked(adapter: Adapter | LoRA) -> bool:
     """Return whether an adapter is linear at both ends, with an activation without weights."""
     if isinstance(adapter, LoRA):

@@ -16,7 +16,7 @@ from ..method.heads import number_of_labels
 from ..method.layers import adapter_layers
 from ..method.losses import TaskSpecificLoss
 from ..method.parameters import owner
-from ..method.stacking import update_sizes
+from ..method.stacking import says_nothing, update_sizes
 from ..method.whole_layers import distill_layer, hidden_size, holds, whole_layers
 
 
@@ -82,15 +82,25 @@ def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location:
 def _places(
     model: ModelAdaptersMixin, block: AdapterDistillation, level: str
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
-    """Yield the modules that hold the student and a teacher, with their names and the widths of input and update."""
+    """Yield the modules that hold the student and a teacher, with their names and the widths of input and update.
+
+    Inside the layers a place is left out where the updates of all its teachers are zero, unless they are everywhere.
+    """
     if level == "layer":
         for name, layer in whole_layers(model, block.student):
             if any(holds(layer, teacher) for teacher in block.teachers):
                 yield name, layer, (hidden_size(layer), hidden_size(layer))
     else:
+        held = []
         for name, layer in adapter_layers(model, block.student):
-            if any(teacher in layer.adapter_modules for teacher in block.teachers):
-                yield name, layer, update_sizes(layer.adapter_modules[block.student])
+            if teachers := [
+                layer.adapter_modules[teacher] for teacher in block.teachers if teacher in layer.adapter_modules
+            ]:
+                place = (name, layer, update_sizes(layer.adapter_modules[block.student]))
+                held.append((place, all(map(says_nothing, teachers))))
+        for place, is_silent in held:
+            if not is_silent or all(silent for _, silent in held):
+                yield place
 
 
 def _reads_encoder(name: str, layer: nn.Module) -> bool:

@@ -59,7 +59,8 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     """Set the student to the average of its teachers' weights, if there is one; `start_head` sets the head."""
     distillation = distillation_of(model, student)
     # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
-    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
+    # A layer that some leave out has the average of the others.
+    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype", "leave_out"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
@@ -78,7 +79,9 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     modules_of_teachers = [model.get_adapter(name) for name in teachers]
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
-            _start_module(module, [teacher[place][location] for teacher in modules_of_teachers])
+            teachers_here = [teacher[place][location] for teacher in modules_of_teachers if place in teacher]
+            if teachers_here:
+                _start_module(module, teachers_here)
     distillation.start_digests = rounded_digests(model, student)
 
 
