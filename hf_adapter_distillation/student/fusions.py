@@ -41,7 +41,6 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         if distillation.config.layer_weights is not None:
             fusion.layer_weight = _layer_weight(model, distillation.config.layer_weights, name)
         fusion.requires_grad_(True).train(layer.training)
-        fusion.cache.clear()
         if distillation.level == "layer":
             hook = layer.register_forward_hook(partial(distill_layer, student), with_kwargs=True)
             distillation.hooks.append(hook)

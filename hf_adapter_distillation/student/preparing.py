@@ -11,7 +11,7 @@ from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
-from .fusions import drop_fusion, fusions_of
+from .fusions import drop_fusion
 from .warm_start import is_at_average, start_at_average, start_head
 
 
@@ -153,8 +153,6 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 f"delete teachers after the training to silence this warning.",
                 stacklevel=4,
             )
-        for fusion in fusions_of(model, student):
-            fusion.cache.clear()
         if not left:
             drop_fusion(model, student)
         if active is not None and active.student == student:

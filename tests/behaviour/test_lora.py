@@ -8,10 +8,11 @@ from model_state import changed, snapshot
 from tiny_models import TEACHERS, copy_weights, make_batch, make_dataset, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.method import layers
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update, compose_distillation
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.method.stacking import StackCache, stack
+from hf_adapter_distillation.method.stacking import stack
 from hf_adapter_distillation.student.warm_start import average_lora
 
 
@@ -75,7 +76,7 @@ def test_the_stacked_form_is_that_of_single_teachers(carrier, monkeypatch):
     gradients = []
     for stacked in (True, False):
         if not stacked:
-            monkeypatch.setattr(StackCache, "get", lambda *args: None)
+            monkeypatch.setattr(layers, "stack_alike", lambda *args: None)
         model = make_student(make_model(), config=LORAS["everywhere"], carrier=carrier, student_start="random")
         noisy(model, "insurance")
         model = model.double()

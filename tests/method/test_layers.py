@@ -216,9 +216,7 @@ def test_a_teacher_whose_activation_has_weights_runs_on_its_own():
     model.train_adapter("insurance")
     output, record = forward_in_stage_2(model)
     output.loss.backward()
-    fusion = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"]
     assert torch.isfinite(output.loss)
-    assert fusion.cache.nbytes == 0
     assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
 
 
@@ -300,7 +298,7 @@ def test_one_token_one_teacher_of_width_one_and_padded_rows_are_finite(carrier):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("carrier", ["student", "fused"])
-def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monkeypatch):
+def test_autocast_softmax_is_float32(carrier, dtype, monkeypatch):
     model = make_student(make_model(), carrier=carrier)
     seen = []
     softmax = torch.Tensor.softmax
@@ -316,10 +314,6 @@ def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monke
     output.loss.backward()
     assert seen == [torch.float32] * 2
     assert record.distillation_loss.dtype == torch.float32
-    cache = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"].cache
-    small = cache.nbytes
-    forward_in_stage_2(model)
-    assert cache.nbytes == 2 * small > 0
 
 
 LENGTHS = (8, 6, 7, 12, 9)
