@@ -13,6 +13,11 @@ def configure(model, student="insurance", **settings):
     distillation.settings = replace(distillation.settings, **settings)
 
 
+def take_terms(model, student="insurance"):
+    """The sum of the terms of the forward passes since the last step."""
+    return distillation_of(model, student).take_record().added
+
+
 def snapshot(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 

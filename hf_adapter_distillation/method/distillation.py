@@ -32,7 +32,10 @@ class StageSettings:
         enabled: Whether the pass distils (stage 2) or not (stage 1).
         weight: The weight of the distillation loss.
         regularization: The weight of the value matrices' regularisation.
-        scale: A factor on both, for losses that are summed, not averaged, over micro-batches.
+        scale: The gradient of both in a step, whatever the training's loss is and however often the model is called.
+            None where it is not known: it is that of the model's own loss, if the training uses this, and else 1.
+        sequences: The number of sequences in all forward passes of a step, for gradient caches, which run backward
+            passes between them. By default they are counted until the backward pass.
         fused_probability: The probability with which a layer passes on the fused output (carrier `mixed`); a tensor
             where it changes from step to step, since compiled code would be compiled again for each number.
         calibration: The slope and the offset of each teacher's scores, (n_teachers, 2), for `cross_task`.
@@ -42,24 +45,26 @@ class StageSettings:
     enabled: bool = True
     weight: float = 1.0
     regularization: float = DistillationTrainingArguments.fusion_regularization
-    scale: float = 1.0
+    scale: float | torch.Tensor | None = None
+    sequences: int = 0
     fused_probability: float | torch.Tensor = 1.0
     calibration: torch.Tensor | None = None
     predictions: PredictionCache | None = None
 
 
+DEFAULTS = StageSettings()  # of a student whose settings were never set
+
+
 @dataclass
 class DistillationRecord:
-    """Terms that one training forward pass added to the task loss; detached, and None in stage 1.
+    """Terms of the training forward passes of a step, averaged over their sequences; detached, and None in stage 1.
 
     Args:
-        added: The sum that stands, or belongs, in the loss: (weighted distillation loss + regularisation) x scale.
+        added: The sum of all terms as they are trained: weighted distillation loss + regularisation + probes' loss.
         attention: The attention at each place, by its name.
-        in_loss: Whether it was added to the loss of the model's output. False where the output has no loss; then
-            `added` still carries its graph and the caller adds it.
         distillation_loss: The mean over layers, unweighted.
         fusion_regularization: The regularisation, weighted.
-        fused_task_loss: The task loss of the fused pass of the carrier `dual`.
+        fused_task_loss: The task loss of the fused pass of the carrier `dual`, which is part of the model's loss.
         layer_losses: The parts of `distillation_loss` in the order of the layers, if an objective matches layers.
         terms: Other logged values: each objective where there are several, and for `task_specific` the loss of its
             probes and its ratio.
@@ -67,12 +72,51 @@ class DistillationRecord:
 
     added: torch.Tensor
     attention: dict[str, TeacherAttention]
-    in_loss: bool = False
     distillation_loss: torch.Tensor | None = None
     fusion_regularization: torch.Tensor | None = None
     fused_task_loss: torch.Tensor | None = None
     layer_losses: torch.Tensor | None = None
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def joined(self, other: "DistillationRecord", share: float) -> "DistillationRecord":
+        """Return the mean with another record, which has a share of the sequences."""
+
+        def mean(ours: Any, others: Any) -> Any:
+            if ours is None or others is None:
+                return others if ours is None else ours
+            if isinstance(ours, dict):
+                return {name: mean(ours.get(name), others.get(name)) for name in ours | others}
+            if isinstance(ours, TeacherAttention):
+                return TeacherAttention(ours.names, mean(ours.weights, others.weights))
+            return (1 - share) * ours + share * others
+
+        return DistillationRecord(**{name: mean(value, vars(other)[name]) for name, value in vars(self).items()})
+
+
+@dataclass(eq=False)
+class TrainingStep:
+    """The training forward passes of a step, or of its micro-batch: what their terms share.
+
+    Args:
+        sequences: The number of sequences so far.
+        total: The number by which the terms are divided in the backward pass, a tensor.
+        ended: Whether a backward pass has reached the terms, so that the next forward pass begins another step.
+    """
+
+    record: DistillationRecord | None = None
+    sequences: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    ended: bool = False
+
+    def add(self, record: DistillationRecord, sequences: int, expected: int) -> None:
+        """Add a forward pass with a number of sequences; `expected` is that of the step, if it is known."""
+        self.sequences += sequences
+        self.total.fill_(max(self.sequences, expected))
+        self.record = record if self.record is None else self.record.joined(record, sequences / self.sequences)
+
+    def end(self, _: torch.Tensor) -> None:
+        """End the step; a hook on the gradient of its terms."""
+        self.ended = True
 
 
 @dataclass(slots=True)  # so that setting a field of `settings` here is an error
@@ -80,7 +124,7 @@ class Distillation:
     """Distillation of one student on one model.
 
     In a training loop of your own `settings` keeps its defaults until you replace it, and `take_record` returns the
-    terms that the last forward pass added to the loss.
+    terms of the forward passes since the last step.
 
     Args:
         config: The configuration; `config.teachers` holds the names on the model.
@@ -103,16 +147,34 @@ class Distillation:
     start_digests: frozenset[str] = frozenset()
     ranking: dict[str, float] | None = None
     run: Any = None
-    settings: StageSettings = field(default_factory=StageSettings)
-    record: DistillationRecord | None = None
+    settings: StageSettings = DEFAULTS
+    step: TrainingStep = field(default_factory=TrainingStep)
     inspection: LayerPass | None = None
     halves: list[Any] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    @property
+    def record(self) -> DistillationRecord | None:
+        """The terms of the forward passes since the step began, or None before the first one."""
+        return self.step.record
+
+    def begin_step(self) -> None:
+        """Begin a step. A loop need not do this: the first forward pass after a backward pass does."""
+        self.step = TrainingStep()
+
     def take_record(self) -> DistillationRecord:
-        """Return the record of the last forward pass, and forget it together with its graph."""
-        assert self.record is not None, "no forward pass of the student went before"
-        record, self.record = self.record, None
+        """Return the terms of the forward passes since the step began, and begin another one.
+
+        Raises:
+            RuntimeError: If there was no training forward pass of the student.
+        """
+        record = self.record
+        if record is None:
+            raise RuntimeError(
+                "No forward pass with the teachers went before, so nothing was distilled; run the student's model in "
+                "training mode, with gradients, and with the distilled student active."
+            )
+        self.begin_step()
         return record
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""A training forward pass from the outside: run the model with a pass, then fold its terms into the loss."""
+"""A training forward pass from the outside: run the model with a pass, then let its terms ride on the output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,16 +6,22 @@ from typing import Any
 
 import torch
 from adapters import AdapterSetup, ModelAdaptersMixin
+from transformers.utils import logging
 
 from .._compat import ForwardContext, forward_arguments
 from ..composition import block_of
-from .distillation import Distillation, DistillationRecord, distillation_of, distillations
+from .calls import masks_of, number_of_sequences
+from .distillation import DEFAULTS, Distillation, StageSettings, distillation_of, distillations
 from .heads import check_objectives, kind_of_labels
 from .layer_pass import LayerPass, PassInputs
-from .losses import CrossTaskLoss, logit_matching_loss, token_weights, value_regularization
+from .losses import CrossTaskLoss, logit_matching_loss, token_weights
 from .predictions import calibrated, match_logits, scores, teacher_logits
+from .term_gradient import carry
+from .terms import sum_terms
 from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
 from .whole_layers import prepare_reruns
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -38,7 +44,13 @@ class _Call:
     def run(self, context: ForwardContext, layer_pass: LayerPass | None) -> Any:
         """Run the model in a context, with a pass at its layers or without."""
         vars(context)["distillation_pass"] = layer_pass
-        return self.original(context, self.model, self.forward, *self.args, **self.kwargs)
+        contexts = ForwardContext.get_contexts()
+        depth = len(contexts)
+        try:
+            return self.original(context, self.model, self.forward, *self.args, **self.kwargs)
+        except BaseException:
+            del contexts[depth:]  # that of a call of the base model
+            raise
 
     def run_again(self, layer_pass: LayerPass | None = None) -> Any:
         """Run the model in a new context."""
@@ -54,7 +66,7 @@ def call_with_distillation(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a model's forward, and fold the terms of its layers into the loss of its output.
+    """Run a model's forward; in training the distillation terms ride on its output.
 
     Evaluation, and training of anything but a distillation block, runs only `original`, which is adapters' own
     `ForwardContext._call_forward`.
@@ -66,16 +78,22 @@ def call_with_distillation(
         return original(context, model, forward, *args, **kwargs)
 
     _share_parameters(context, model)
-    call = _Call(original, type(context), model, forward, args, kwargs)
     layer_pass = distillation.inspection or _training_pass(distillation)
     named = dict(zip(forward_arguments(model), args, strict=False)) | kwargs if args else kwargs
+    returns_dict = named.get("return_dict")
+    returns_dict = model.config.use_return_dict if returns_dict is None else returns_dict
+    returns_tuple = _reads_output(distillation) and not returns_dict
+    if returns_tuple:
+        args, kwargs = (), named | {"return_dict": True}
+    call = _Call(original, type(context), model, forward, args, kwargs)
     runs_layers_again = distillation.level == "layer" and layer_pass.runs_teachers
     reruns = prepare_reruns(call.new_context, block) if runs_layers_again else {}
-    masks = _masks(model, named, is_half=distillation.halves is not None)
+    masks = masks_of(model, named, is_half=distillation.halves is not None)
     layer_pass.begin(PassInputs(block, masks, named.get("labels"), reruns))
     if not isinstance(layer_pass, TrainingPass):
         return call.run(context, layer_pass)
 
+    _warn_of_defaults(distillation, block.student)
     if isinstance(layer_pass, DualStudentPass):
         output = _run_both(call, context, layer_pass)
     else:
@@ -84,16 +102,34 @@ def call_with_distillation(
         check_objectives(model, block)
         _match_predictions(layer_pass, call, named, output)
     if distillation.halves is None:
-        distillation.record = fold(layer_pass, output)
+        output = _finish(layer_pass, output, sum(layer_pass.calls) or number_of_sequences(named))
     else:
         distillation.halves.append(layer_pass)
-    return output
+    return output.to_tuple() if returns_tuple else output
+
+
+def _reads_output(distillation: Distillation) -> bool:
+    """Return whether the pass reads parts of the model's output by their names."""
+    config = distillation.config
+    return distillation.settings.enabled and bool(config.output_objectives or config.carrier == "dual")
 
 
 def _share_parameters(context: ForwardContext, model: ModelAdaptersMixin) -> None:
     """Give a context the shared parameters of all adapters; adapters gives it those of the active ones only."""
     if shared := model.base_model.shared_parameters:
         vars(context)["shared_parameters"] = dict(shared)
+
+
+def _warn_of_defaults(distillation: Distillation, student: str) -> None:
+    """Say once how a training that has never set the settings distils."""
+    if distillation.settings is DEFAULTS and not torch.compiler.is_compiling():
+        distillation.settings = StageSettings()
+        logger.warning(
+            f"{student!r} is distilled from its teachers in each training step, with weight {DEFAULTS.weight:g}. For "
+            "two stages, a fitted start, logged terms and checkpoints take had.DistillationTrainer, or put "
+            "had.DistillationMixin before the class of your trainer. Set had.distillation_of(model).settings = "
+            "had.StageSettings() to silence this."
+        )
 
 
 def _training_pass(distillation: Distillation) -> TrainingPass:
@@ -118,12 +154,13 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
-    for (fusion, student_output), (_, target) in zip(student_pass.updates, fused_pass.updates, strict=True):
-        student_pass.match(fusion, student_output, target)
+    for student, fused in zip(student_pass.updates, fused_pass.updates, strict=True):
+        student_pass.match(student, fused.output)
     for name in (name for name in output if name.endswith("logits")):
         weights = _logit_weights(student_pass, call.model, name, output[name])
         student_pass.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
     student_pass.fused_task_loss = fused_output["loss"]
+    output["loss"] = output["loss"] + fused_output["loss"].detach()  # the gradient is carried
     student_pass.fusions, student_pass.attention = fused_pass.fusions, fused_pass.attention
     return output
 
@@ -163,69 +200,25 @@ def _logit_weights(
     return token_weights((mask != 0).to(logits.device)) if of_tokens else None
 
 
-def fold(current: TrainingPass, output: Any) -> DistillationRecord:
-    """Add the terms of a pass to the loss of the output, if it has one, and return the record of what was added."""
-    config, settings = current.distillation.config, current.distillation.settings
-    added = _parameters_in_graph(current)
-    record = DistillationRecord(added, current.attention)
-    means, record.layer_losses = _means(current)
-    if means:
-        weighted = [weight * means[name] for name, weight in config.objectives.items()]
-        distillation_loss = sum(weighted[1:], weighted[0]) + current.logit_loss
-        regularization = torch.zeros_like(distillation_loss)
-        if current.runs_teachers:
-            values = (fusion.value.weight for fusion in current.fusions.values())
-            regularization = settings.regularization * value_regularization(values)
-        added = added + settings.scale * (settings.weight * distillation_loss + regularization)
-        record.distillation_loss, record.fusion_regularization = distillation_loss.detach(), regularization.detach()
-        if len(means) > 1:
-            record.terms = {f"distillation_loss/{name}": mean.detach() for name, mean in means.items()}
-    if current.ratios:
-        record.terms["task_specific_ratio"] = torch.stack(current.ratios).mean()
-    if current.probe_losses:
-        probe_loss = torch.stack(current.probe_losses).mean()
-        record.terms["probe_loss"] = probe_loss.detach()
-        added = added + settings.scale * probe_loss
+def _finish(current: TrainingPass, output: Any, sequences: int) -> Any:
+    """Let the terms of a pass ride on its output, add their record to the step, and return the output."""
+    distillation = current.distillation
+    settings, is_compiling = distillation.settings, torch.compiler.is_compiling()
+    if is_compiling or distillation.step.ended:  # compiled code cannot tell when a step ends
+        distillation.begin_step()
+    step = distillation.step
+    terms, record = sum_terms(current)
+    step.add(record, sequences, settings.sequences)
+    if not terms.requires_grad:
+        return output
+    scale = 1.0 if settings.scale is None else settings.scale
+    factor = sequences * torch.as_tensor(scale, dtype=None if torch.is_tensor(scale) else torch.float64)
+    output, zero = carry(output, terms, factor, step.total, follows_loss=settings.scale is None)
     if current.fused_task_loss is not None:
-        added = added + current.fused_task_loss
-        record.fused_task_loss = current.fused_task_loss.detach()
-    record.in_loss = _join(added, output)
-    record.added = added.detach() if record.in_loss else added
-    return record
-
-
-def _parameters_in_graph(current: TrainingPass) -> torch.Tensor:
-    """Return 0, with the fusion's parameters in its graph if DistributedDataParallel could wait for one in vain."""
-    zero, config = torch.zeros(()), current.distillation.config
-    if current.losses and config.carrier != "mixed" and "task_specific" not in config.objectives:
-        return zero
-    parameters = (parameter for fusion in current.fusions.values() for parameter in fusion.parameters())
-    return sum((parameter.sum() * 0.0 for parameter in parameters), zero)
-
-
-def _means(current: TrainingPass) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Return the unweighted mean of each objective, and the weighted loss of each layer, (n_layers,), detached."""
-    weights = current.distillation.config.layer_objectives
-    if not current.losses or not weights:
-        return current.output_losses, None
-    layers = {name: torch.stack([losses[name] for losses in current.losses]) for name in weights}  # (L,) each
-    of_layers = torch.stack([weight * layers[name].detach() for name, weight in weights.items()]).sum(dim=0)  # (L,)
-    return {name: losses.mean() for name, losses in layers.items()} | current.output_losses, of_layers
-
-
-def _join(added: torch.Tensor, output: Any) -> bool:
-    """Add a term to the loss of an output; return False if the output has no loss."""
-    if not isinstance(output, dict):
-        return False
-    if output.get("loss") is not None:
-        output["loss"] = output["loss"] + added
-        return True
-    # DistributedDataParallel takes parameters that no output depends on for unused.
-    for name, value in output.items():
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            output[name] = value + 0.0 * added
-            break
-    return False
+        output, _ = carry(output, current.fused_task_loss, factor, step.total, follows_loss=True)
+    if not is_compiling:
+        zero.register_hook(step.end)
+    return output
 
 
 def begin_halves(student: str, model: ModelAdaptersMixin, args: tuple) -> None:
@@ -236,29 +229,15 @@ def begin_halves(student: str, model: ModelAdaptersMixin, args: tuple) -> None:
     distillation_of(model, student).halves = []
 
 
-def fold_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: Any) -> None:
-    """Fold the terms of both halves into the loss; a hook behind the forward of an `EncoderDecoderModel`."""
+def join_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: Any) -> Any:
+    """Let the terms of both halves ride on the output; a hook behind the forward of an `EncoderDecoderModel`."""
     distillation = distillation_of(model, student)
     halves, distillation.halves = distillation.halves, None
     if not halves:
-        return
+        return None
     whole, *others = halves
     for half in others:
-        whole.losses += half.losses
+        whole.layers += half.layers
         whole.fusions |= half.fusions
         whole.attention |= half.attention
-    distillation.record = fold(whole, output)
-
-
-def _masks(model: ModelAdaptersMixin, named: dict[str, Any], is_half: bool) -> dict[bool, torch.Tensor | None]:
-    """Return the padding masks by `TeacherFusion.in_decoder`."""
-    encoder, decoder, labels = (named.get(name) for name in ("attention_mask", "decoder_attention_mask", "labels"))
-    if is_half:
-        return {False: named.get("encoder_attention_mask", encoder), True: encoder}
-    if decoder is not None or not model.config.is_encoder_decoder:
-        return {False: encoder, True: decoder}
-    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
-        decoder = labels != -100  # the decoder's inputs are the shifted labels
-    elif encoder is not None and all(named.get(f"decoder_{name}") is None for name in ("input_ids", "inputs_embeds")):
-        decoder = encoder  # ... the shifted inputs of the encoder, whose last token is cut off in the longest row
-    return {False: encoder, True: decoder}
+    return _finish(whole, output, max((layer.sequences for layer in whole.layers), default=1))

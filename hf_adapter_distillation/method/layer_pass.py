@@ -5,6 +5,7 @@ run, what is compared, and which states the layer passes on. So no layer knows w
 (`training_pass`), the fit of the start, the analysis, or the search for overflows.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,7 +74,14 @@ class LayerPass:
     def begin(self, inputs: PassInputs) -> None:
         """Begin a forward pass."""
         self.inputs = inputs
+        self.calls: list[int] = []  # the number of sequences in each call of the base model
         self._token_weights: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def for_call(self, masks: dict[bool, torch.Tensor | None]) -> "LayerPass":
+        """Return this pass with the masks of another call of the base model, which collects into the same lists."""
+        other = copy(self)
+        other.inputs, other._token_weights = self.inputs._replace(masks=masks), {}
+        return other
 
     def visit(self, fusion: TeacherFusion) -> bool:
         """Return whether the layer of a fusion shall call `run_layer`; else the student runs there alone."""

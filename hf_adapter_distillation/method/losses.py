@@ -120,6 +120,16 @@ class CosineLoss(nn.Module):
         student, fused = _in_float32(student_output, fused_output)
         return _mean(1 - cosine_similarity(student, fused, dim=-1), weights)
 
+    def match(
+        self,
+        student_output: torch.Tensor,
+        fused_output: torch.Tensor,
+        weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the loss, which needs no floor: it has a bound of its own."""
+        return self(student_output, fused_output, weights)
+
 
 class TaskSpecificLoss(nn.Module):
     r"""`FeatureLoss` in the subspace of the updates that matters for the task, in one layer.

@@ -18,15 +18,16 @@ class OverflowPass(LayerPass):
 
     def __init__(self, joins_student: bool) -> None:
         self.joins_student = joins_student
-        self.overflow = ""
+        self.overflows: list[str] = []
 
     def run_layer(self, place: Place) -> torch.Tensor | None:
         """Compute the updates one by one, and check them."""
         states = (place.query_states, torch.as_tensor(place.base))
-        if not self.overflow and all(tensor.isfinite().all() for tensor in states):
+        if not self.overflows and all(tensor.isfinite().all() for tensor in states):
             names = [repr(name) for name, update in place.updates().items() if not update.isfinite().all()]
             if names:
-                self.overflow = f"the update of teacher {' and '.join(names)} is not finite in {place.fusion.location}"
+                teachers = " and ".join(names)
+                self.overflows.append(f"the update of teacher {teachers} is not finite in {place.fusion.location}")
         return place.base + place.fuse(with_student=True).output if self.joins_student else None
 
 
@@ -39,7 +40,7 @@ def find_overflow(distillation: Distillation, forward_passes: Callable[[], objec
     overflow_pass = OverflowPass(joins_student)
     with distillation.inspected_by(overflow_pass):
         forward_passes()
-    return overflow_pass.overflow
+    return next(iter(overflow_pass.overflows), "")
 
 
 def nonfinite_term(record: DistillationRecord) -> str:

@@ -9,8 +9,9 @@ from transformers import EncoderDecoderModel
 
 from .._compat import LoRALinear
 from ..composition import AdapterDistillation
+from ..method.calls import begin_call, end_call
 from ..method.distillation import Distillation, distillation_of, distillations
-from ..method.forward import begin_halves, fold_halves
+from ..method.forward import begin_halves, join_halves
 from ..method.fusion import TeacherFusion, fusions_at
 from ..method.heads import number_of_labels
 from ..method.layers import adapter_layers
@@ -44,9 +45,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         if distillation.level == "layer":
             hook = layer.register_forward_hook(partial(distill_layer, student), with_kwargs=True)
             distillation.hooks.append(hook)
-    if isinstance(model, EncoderDecoderModel):
-        distillation.hooks.append(model.register_forward_pre_hook(partial(begin_halves, student)))
-        distillation.hooks.append(model.register_forward_hook(partial(fold_halves, student)))
+    _add_hooks(model, student, distillation)
     for below in block.children[:-1]:
         model.apply_to_adapter_layers(lambda i, layer, below=below: layer.freeze_adapter(below))
         model.apply_to_basemodel_childs(lambda i, child, below=below: child.freeze_adapter(below))
@@ -111,6 +110,16 @@ def _reads_encoder(name: str, layer: nn.Module) -> bool:
 def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
     """Return all fusions of a student."""
     return [fusions_at(m)[student] for m in model.base_model.modules() if student in fusions_at(m)]
+
+
+def _add_hooks(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+    """Add the hooks on the base model, and on an `EncoderDecoderModel`."""
+    base_model, begin = model.base_model, partial(begin_call, student)
+    distillation.hooks.append(base_model.register_forward_pre_hook(begin, with_kwargs=True))
+    distillation.hooks.append(base_model.register_forward_hook(end_call))
+    if isinstance(model, EncoderDecoderModel):
+        distillation.hooks.append(model.register_forward_pre_hook(partial(begin_halves, student)))
+        distillation.hooks.append(model.register_forward_hook(partial(join_halves, student)))
 
 
 def _remove_hooks(distillation: Distillation) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from ..composition import AdapterDistillation
-from ..method.distillation import DistillationRecord, StageSettings
+from ..method.distillation import DistillationRecord
 from ..method.parameters import parameter_roles
 
 
@@ -37,24 +37,22 @@ class LoggedTerms:
         self.attention: dict[tuple[str, ...], torch.Tensor] = {}
 
     def note(
-        self, loss: torch.Tensor, record: DistillationRecord, settings: StageSettings, step: float, share: float
+        self, loss: torch.Tensor, record: DistillationRecord, step: float, share: float, loss_factor: float
     ) -> None:
-        """Add the terms of a micro-batch with labels, from the whole loss as Trainer reports it, detached.
+        """Add the terms of a micro-batch with labels, and its loss as Trainer reports it, detached.
 
-        `step` is the share of the micro-batch in an optimizer step, `share` its share in the distillation loss.
+        `step` is the share of the micro-batch in an optimizer step, `share` its share in the distillation loss, and
+        `loss_factor` the factor of the model's loss in the loss of the step.
         """
         self.sums["steps"] += step
-        if record.distillation_loss is None or record.fusion_regularization is None:  # stage 1
+        if record.distillation_loss is None:  # stage 1
             self.sums["task_loss"] += loss
             return
-        added = share * (settings.weight * record.distillation_loss + record.fusion_regularization)
-        if "probe_loss" in record.terms:
-            added = added + share * record.terms["probe_loss"]
         if record.fused_task_loss is not None:
-            fused_task_loss = record.fused_task_loss / settings.scale  # normalised as the task loss is
-            added = added + fused_task_loss
-            self.sums["fused_task_loss"] += step * fused_task_loss
-        self.sums["task_loss"] += loss - step * added
+            fused_task_loss = loss_factor * record.fused_task_loss
+            loss = loss - fused_task_loss
+            self.sums["fused_task_loss"] += fused_task_loss
+        self.sums["task_loss"] += loss
         self.sums["stage_2_steps"] += step
         self.note_distillation(record, step * share)
 

@@ -1,5 +1,7 @@
 """The training steps of both stages: their settings, their loss, and the terms that are logged."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from math import ceil
 from typing import Any
@@ -9,10 +11,10 @@ from torch import nn
 from transformers.trainer_utils import has_length
 
 from ..hub.trainer_mixin import StudentPushingTrainer
-from ..method.distillation import Distillation, StageSettings, distillation_of
+from ..method.distillation import Distillation, DistillationRecord, StageSettings, distillation_of
 from ..method.nonfinite import find_overflow, loss_error
 from ..student.preparing import keep_active
-from .data import UnlabelledBatch, UnlabelledBatches
+from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .preparation import Preparation
 
@@ -68,18 +70,21 @@ class TwoStageTrainer(StudentPushingTrainer):
         """The number of examples of an optimizer step, in all processes."""
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _enter_stage(self, num_items_in_batch: torch.Tensor | None) -> None:
+    def _enter_stage(self) -> None:
         """Set the settings of the step on the model."""
         if self._prepared is None:
             raise RuntimeError(
                 "The training was not prepared; an overridden create_optimizer_and_scheduler must call super()."
             )
         step, first = self.state.global_step, self.first_distillation_step
+        scaler = self.accelerator.scaler  # of float16, by which accelerate multiplies the loss
+        scale = self._share / self.current_gradient_accumulation_steps
+        self.distillation.begin_step()
         self.distillation.settings = StageSettings(
             enabled=step >= first,
             weight=self.distillation_weight,
             regularization=self.args.fusion_regularization,
-            scale=self._share * self._loss_scale(num_items_in_batch),
+            scale=scale if scaler is None else scaler.scale(torch.tensor(scale, device=self.accelerator.device)),
             fused_probability=torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first)),
             calibration=self._prepared.calibration,
             predictions=self._prepared.predictions,
@@ -90,15 +95,20 @@ class TwoStageTrainer(StudentPushingTrainer):
         """The share of a batch in the distillation loss of its step."""
         return 1.0 if self._unlabelled is None else 0.5
 
-    def _loss_scale(self, num_items_in_batch: torch.Tensor | None) -> float:
-        """Return the factor of the terms where Trainer does not divide the loss by the micro-batches of a step."""
-        if self.compute_loss_func is not None:
+    def _loss_factor(self, num_items_in_batch: torch.Tensor | None) -> float:
+        """Return the factor of the model's loss in the loss of a step, as Trainer reports it."""
+        if self.compute_loss_func is None and (not self.model_accepts_loss_kwargs or num_items_in_batch is None):
             return 1 / self.current_gradient_accumulation_steps
-        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
-            return 1.0
-        # Trainer multiplies this loss by the number of processes, over which the gradients are averaged.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return 1 / (self.current_gradient_accumulation_steps * processes)
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Return Trainer's context of a loss, with the teachers in evaluation mode.
+
+        Trainer puts the whole model into training mode just before it enters the context.
+        """
+        for module in self._prepared.teacher_modules if self._prepared else ():
+            module.eval()
+        return super().compute_loss_context_manager()
 
     def compute_loss(
         self,
@@ -107,69 +117,76 @@ class TwoStageTrainer(StudentPushingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Compute the task loss, in stage 2 with the distillation terms; the arguments are those of Trainer.
+        """Compute the task loss, whose gradient the distillation terms join; the arguments are those of Trainer.
 
         Raises:
             ValueError: If a training batch has no labels.
         """
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        for module in self._prepared.teacher_modules if self._prepared else ():
-            module.eval()  # Trainer puts the whole model into training mode at each step
-        if isinstance(inputs, UnlabelledBatch):
-            outputs = model(**inputs)
-            # Parameters that no gradient reaches in this pass (the head) stay in the graph of each process.
-            loss = sum(value.sum() * 0.0 for value in outputs.values() if isinstance(value, torch.Tensor))
-        else:
-            if self.label_names and not any(inputs.get(name) is not None for name in self.label_names):
-                raise ValueError(
-                    f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
-                    "add a column of labels to train_dataset, or name the columns that hold them in label_names."
-                )
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        record = self.distillation.record
-        if record is not None and not record.in_loss:  # the model had no labels, and so no loss
-            loss = loss + record.added
-        return (loss, outputs) if return_outputs else loss
+        has_labels = any(inputs.get(name) is not None for name in self.label_names)
+        if model.training and self.label_names and not has_labels:
+            raise ValueError(
+                f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
+                "add a column of labels to train_dataset, or name the columns that hold them in label_names."
+            )
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run a forward and a backward pass, in stage 2 also on examples without labels, and return the detached loss.
 
-        In stage 1 the optimizer does not see the fusion. The arguments are those of Trainer. A loss that is NaN or
-        infinite is a `FloatingPointError`, unless `stop_on_nan` is unset.
+        The returned loss includes the distillation terms. In stage 1 the optimizer does not see the fusion. The
+        arguments are those of Trainer. A loss that is NaN or infinite is a `FloatingPointError`, unless `stop_on_nan`
+        is unset.
         """
-        loss = self._micro_step(model, inputs, num_items_in_batch)
-        settings, share = self.distillation.settings, 1 / self.current_gradient_accumulation_steps
-        self._terms.note(loss, self.distillation.take_record(), settings, share, self._share)
-        if self._unlabelled is not None and settings.enabled:
-            step = self.state.global_step - self.first_distillation_step
-            unlabelled = self._unlabelled.next(step, self._train_batch_size, self.args.gradient_accumulation_steps)
-            loss = loss + self._micro_step(model, unlabelled, num_items_in_batch)
-            self._terms.note_distillation(self.distillation.take_record(), share * self._share)
+        step = 1 / self.current_gradient_accumulation_steps
+        keep_active(self.model, self.block)
+        self._enter_stage()
+        task_loss = super().training_step(model, inputs, num_items_in_batch)
+        is_stage_2 = self.distillation.settings.enabled
+        if not is_stage_2:
+            # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
+            for parameter in self._fusion_parameters:
+                parameter.grad = None
+        record = self._take_record(task_loss, lambda: self.compute_loss(self.model, self._prepare_inputs(inputs)))
+        self._terms.note(task_loss, record, step, self._share, self._loss_factor(num_items_in_batch))
+        loss = task_loss + step * self._share * record.added
+        if self._unlabelled is not None and is_stage_2:
+            loss = loss + step * self._share * self._distil_unlabelled(model, self._unlabelled, step)
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             self._terms.note_gradients()
         return loss
 
-    def _micro_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
-        keep_active(self.model, self.block)
-        self._enter_stage(num_items_in_batch)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def _distil_unlabelled(self, model: nn.Module, unlabelled: UnlabelledBatches, step: float) -> torch.Tensor:
+        """Run a forward and a backward pass on examples without labels, and return the terms."""
+        number = self.state.global_step - self.first_distillation_step
+        batch = unlabelled.next(number, self._train_batch_size, self.args.gradient_accumulation_steps)
+        inputs = self._prepare_inputs(batch)
+        self._enter_stage()
+        with self.compute_loss_context_manager():
+            outputs = model(**inputs)
+            # The terms ride on each output; so does the head, which no gradient reaches in this pass.
+            parts = [value.sum() for value in outputs.values() if isinstance(value, torch.Tensor)]
+            zero = 0.0 * torch.stack(parts).sum()
+        self.accelerator.backward(zero)
+        record = self._take_record(zero.detach(), lambda: self.model(**inputs))
+        self._terms.note_distillation(record, step * self._share)
+        return record.added
+
+    def _take_record(self, task_loss: torch.Tensor, run_again: Callable[[], object]) -> DistillationRecord:
+        """Return the terms of a backward pass, after a check that they and the task loss are finite."""
         distillation = self.distillation
-        if not distillation.settings.enabled:
-            # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
-            for parameter in self._fusion_parameters:
-                parameter.grad = None
+        record = distillation.take_record()
+        loss = task_loss + record.added.to(task_loss)
         if not self.args.stop_on_nan or torch.isfinite(loss):
-            return loss
+            return record
 
         def once_more() -> None:
             with self.compute_loss_context_manager():  # on the model itself: in other processes all may be finite
-                self.model(**self._model_inputs(self._prepare_inputs(inputs)))
+                run_again()
 
         find = partial(find_overflow, distillation, once_more, distillation.config.carrier != "student")
-        raise loss_error(self.state.global_step + 1, loss, distillation.take_record(), find)
+        raise loss_error(self.state.global_step + 1, loss, record, find)
 
     @property
     def _takes_labels_away(self) -> bool:
