@@ -134,6 +134,7 @@ class Distillation:
         start_digests: The digests of the student's weights if they started at the average of its teachers, one for
             each data type to which the model may be cast since.
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
+        is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`, the passes
@@ -146,6 +147,7 @@ class Distillation:
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digests: frozenset[str] = frozenset()
     ranking: dict[str, float] | None = None
+    is_loaded: bool = False
     run: Any = None
     settings: StageSettings = DEFAULTS
     step: TrainingStep = field(default_factory=TrainingStep)

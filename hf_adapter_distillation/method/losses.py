@@ -147,9 +147,15 @@ class TaskSpecificLoss(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, n_labels: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        hidden_size: int,
+        n_labels: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        kind: str = "classes",
     ) -> None:
         super().__init__()
+        self.kind = kind  # of the labels (`heads.kind_of_labels`)
         width = min(hidden_size, max(n_labels, hidden_size // PROJECTION_DIVISOR))
         self.projection = nn.Linear(hidden_size, width, bias=False, device=device, dtype=dtype)
         self.classifier = nn.Linear(width, n_labels, device=device, dtype=dtype)
@@ -180,19 +186,21 @@ class TaskSpecificLoss(nn.Module):
         """Compute the task loss that trains projection and classifier: cross-entropy, or the squared error of values.
 
         The labels are classes of sequences, (batch,), or of tokens, (batch, seq_len), -100 where there is none; or
-        several labels at once, (batch, n_labels), or values, (batch,), as floating point numbers.
+        several labels at once, (batch, n_labels), or values, (batch,) or (batch, 1). The head says which. Classes as
+        floating point numbers are several labels, as in transformers.
         """
         logits = self.classifier(self.projection(fused_output.detach().to(self.projection.weight.dtype)))  # (B, T, C)
         logits = logits.to(at_least_float32(logits.dtype))
-        if labels.dim() == 2 and not labels.is_floating_point():
+        if self.kind == "tokens":
             counted = (labels != -100).sum().clamp(min=1)
             return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / counted
         logits = torch.einsum("bt,btc->bc", weights.to(logits.dtype), logits)  # (B, C)
-        if not labels.is_floating_point() and logits.shape[1] > 1:
-            return cross_entropy(logits, labels)
-        if logits.shape[1] > 1 or labels.dim() == 2:
-            return binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return (logits.squeeze(1) - labels.to(logits.dtype)).square().mean()
+        if self.kind == "classes" and not labels.is_floating_point():
+            return cross_entropy(logits, labels.reshape(-1))
+        targets = labels.reshape(logits.shape).to(logits.dtype)
+        if self.kind == "values":
+            return (logits - targets).square().mean()
+        return binary_cross_entropy_with_logits(logits, targets)
 
     @torch.no_grad()
     def ratio(self, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

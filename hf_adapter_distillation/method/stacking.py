@@ -57,10 +57,12 @@ def ends_in_up_projection(adapter: Adapter | LoRA) -> bool:
 def says_nothing(adapter: Adapter | LoRA) -> bool:
     """Return whether the update of an adapter is zero for all inputs, as that of LoRA before its training."""
     if isinstance(adapter, LoRA):
-        return not adapter.lora_B.any()
-    if adapter.add_layer_norm_after or not isinstance(adapter.adapter_up, nn.Linear):
+        weights = [adapter.lora_B]
+    elif adapter.add_layer_norm_after or not isinstance(adapter.adapter_up, nn.Linear):
         return False
-    return not any(parameter.any() for parameter in adapter.adapter_up.parameters())
+    else:
+        weights = list(adapter.adapter_up.parameters())
+    return not any(weight.is_meta or bool(weight.any()) for weight in weights)
 
 
 def can_be_stacked(adapter: Adapter | LoRA) -> bool:

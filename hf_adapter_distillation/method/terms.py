@@ -1,7 +1,6 @@
 """Terms of a training forward pass: their sum, and the record of them."""
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 
@@ -68,12 +67,16 @@ def _means(current: TrainingPass) -> tuple[dict[str, torch.Tensor], torch.Tensor
 def _layer_losses(layers: Sequence[LayerTerms], objective: str) -> torch.Tensor:
     """Return the loss of each layer, times its weight, (n_layers,); the layers of each call have a common floor."""
     losses = []
-    for _, of_call in groupby(layers, key=lambda layer: layer.call):
-        part = list(of_call)
-        matches = [match for layer in part if isinstance(match := layer.matches[objective], LayerMatch)]
-        others = [loss for layer in part if isinstance(loss := layer.matches[objective], torch.Tensor)]
+    for call in dict.fromkeys(layer.call for layer in layers):
+        matches: list[LayerMatch] = []
+        others: list[torch.Tensor] = []
+        weights = []
+        for layer in layers:
+            if layer.call == call:
+                match = layer.matches[objective]
+                matches.append(match) if isinstance(match, LayerMatch) else others.append(match)
+                weights.append(layer.weight)
         values = bounded_losses(matches) if matches else torch.stack(others)  # (L,)
-        weights = [layer.weight for layer in part]
         losses.append(values if set(weights) == {1.0} else values * values.new_tensor(weights))
     return torch.cat(losses)
 
@@ -83,7 +86,6 @@ def _attention(current: TrainingPass) -> dict[str, TeacherAttention]:
     attention = {}
     for location, calls in current.attention.items():
         total = sum(size for size, _, _ in calls)
-        attention[location] = TeacherAttention(
-            calls[0][1], sum(weights * (size / total) for size, _, weights in calls)
-        )
+        means = [weights * (size / total) for size, _, weights in calls]
+        attention[location] = TeacherAttention(calls[0][1], torch.stack(means).sum(dim=0))
     return attention

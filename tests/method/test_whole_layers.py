@@ -12,6 +12,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.method import training_pass as passes
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.fusion import TeacherFusion
+from hf_adapter_distillation.method.layer_match import bounded_losses
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.warm_start import is_at_average
@@ -89,9 +90,9 @@ class Noted(FeatureLoss):
         super().__init__()
         self.terms = terms
 
-    def match(self, student_output, fused_output, weights, hidden_states):
-        self.terms.append(self(student_output, fused_output, weights))
-        return super().match(student_output, fused_output, weights, hidden_states)
+    def match(self, *outputs):
+        self.terms.append(super().match(*outputs))
+        return self.terms[-1]
 
 
 def compare_with_whole_passes(model, monkeypatch, *below):
@@ -100,7 +101,7 @@ def compare_with_whole_passes(model, monkeypatch, *below):
     monkeypatch.setitem(passes.LAYER_LOSSES, "features", Noted(terms))
     _, record = distil(model, batch)
     assert len(terms) == 2
-    assert torch.allclose(sum(terms) / 2, record.distillation_loss)
+    assert torch.allclose(bounded_losses(terms).mean(), record.distillation_loss)
 
     model.eval()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -124,12 +125,13 @@ def compare_with_whole_passes(model, monkeypatch, *below):
     weights = torch.einsum("btd,btnd->btn", query, values @ fusion.key.weight.T).softmax(dim=-1)
     fused = torch.einsum("btn,btnd->btd", weights, values @ fusion.value.weight.T)
     mask = batch["attention_mask"].double()
-    expected = FeatureLoss()(update["insurance"], fused, token_weights(mask))
+    expected = FeatureLoss.match(update["insurance"], fused, token_weights(mask), embedded)
     assert attention.names == tuple(TEACHERS)
     mean = (weights * mask.unsqueeze(-1)).sum(dim=(0, 1)) / mask.sum()
     assert torch.allclose(attention.weights, mean, atol=1e-10)
 
-    assert torch.allclose(terms[0], expected, atol=1e-10, rtol=1e-10)
+    for part, expected_part in zip(terms[0], expected, strict=True):
+        assert torch.allclose(part, expected_part, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("carrier", ["student", "fused", "mixed", "dual"])
@@ -164,7 +166,7 @@ def test_each_layer_is_matched_at_the_states_that_it_gets(monkeypatch):
     for layer in range(2):
         own = [p for name, p in model.named_parameters() if f".layer.{layer}." in name and ".insurance." in name]
         for number, term in enumerate(terms):
-            gradients = torch.autograd.grad(term, own, allow_unused=True, retain_graph=True)
+            gradients = torch.autograd.grad(term.error.sum(), own, allow_unused=True, retain_graph=True)
             assert {gradient is None for gradient in gradients} == {number != layer}
 
 
