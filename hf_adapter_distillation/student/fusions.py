@@ -13,7 +13,7 @@ from ..method.calls import begin_call, end_call
 from ..method.distillation import Distillation, distillation_of, distillations
 from ..method.forward import begin_halves, join_halves
 from ..method.fusion import TeacherFusion, fusions_at
-from ..method.heads import number_of_labels
+from ..method.heads import kind_of_labels, number_of_labels
 from ..method.layers import adapter_layers
 from ..method.losses import TaskSpecificLoss
 from ..method.parameters import owner
@@ -29,6 +29,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     student, distillation = block.student, distillation_of(model, block.student)
     decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
     dtype = next(p.dtype for name, p in model.base_model.named_parameters() if owner(name, {student}))
+    distillation.is_loaded = False
     _remove_hooks(distillation)
     for name, layer, sizes in _places(model, block, distillation.level):
         if not fusions_at(layer):
@@ -60,10 +61,11 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
     config = distillation_of(model, student).config
     if "task_specific" not in config.objectives or n_labels is None:  # the trainer refuses a student without a head
         return
+    kind = kind_of_labels(model, student)
     for fusion in fusions_of(model, student):
         if fusion.task_specific is None:
             weight = fusion.value.weight
-            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype)
+            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype, kind)
             fusion.task_specific.train(fusion.training)
 
 

@@ -78,6 +78,21 @@ def read_provenance(folder: str | Path) -> Provenance:
     return provenance_of(read_saved(folder), folder)
 
 
+def note_loaded(distillation: Distillation, source: str) -> None:
+    """Note that the weights of a student come from a source: with its training if it is a folder of this student.
+
+    Until its next `train_adapter` the student is saved like the plain adapter that was loaded.
+    """
+    try:
+        saved = read_provenance(source)
+    except ValueError:
+        distillation.run, distillation.is_loaded = None, True
+        return
+    same_teachers = [teacher.name for teacher in saved.teachers] == list(distillation.config.teachers)
+    distillation.run = saved.run if same_teachers and saved.run.settings else None
+    distillation.is_loaded = not same_teachers
+
+
 def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
     """Return the provenance in the config of a saved adapter; `source` is its folder or Hub id, for messages.
 
