@@ -1,5 +1,6 @@
 """The files of a student on a model."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ from adapters import ModelAdaptersMixin
 from safetensors.torch import load_file, save_file
 
 from .._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS, heads_of
+
+DIGESTS_NAME = "checkpoint_digests.json"  # in a checkpoint, of its other files
 
 
 def save_weights(model: ModelAdaptersMixin, student: str, folder: str, safetensors: bool = True) -> None:
@@ -44,3 +47,8 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         save_file(weights, path)
     else:
         torch.save(weights, path)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

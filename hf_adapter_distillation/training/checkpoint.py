@@ -1,6 +1,5 @@
 """Checkpoints of a distillation: write, check and load them."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,12 +15,11 @@ from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.parameters import is_fusion
 from ..student.provenance import read_provenance, teacher_digests
-from ..student.saving import read_weights, save_weights
+from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights
 
 logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
-DIGESTS_NAME = "checkpoint_digests.json"
 STAGE_2_START = "first_distillation_step"  # in the metadata of the fusion
 
 
@@ -101,12 +99,8 @@ def write_digests(folder: str) -> None:
     """
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != DIGESTS_NAME)
-    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     (Path(folder) / DIGESTS_NAME).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_whole(folder: str) -> None:
@@ -120,7 +114,7 @@ def check_whole(folder: str) -> None:
         digests = json.loads(path.read_text(encoding="utf-8"))
         for name, digest in digests.items():
             path = Path(folder) / name
-            if _digest(path) != digest:
+            if file_digest(path) != digest:
                 raise ValueError
         path = Path(folder) / TRAINER_STATE_NAME
         json.loads(path.read_text(encoding="utf-8"))
