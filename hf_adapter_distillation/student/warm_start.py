@@ -185,6 +185,8 @@ def fit_start(
     fitting_pass = FittingPass()
     with distillation.inspected_by(fitting_pass):
         run()
+    for fit in fitting_pass.fits.values():
+        fit.reduce(reduce)  # before any process can raise: the others would wait for it
     for name, fit in fitting_pass.fits.items():
         if not fit.square.isfinite():
             overflow = find_overflow(distillation, run, joins_student=False)
@@ -194,7 +196,6 @@ def fit_start(
     for name, layer in adapter_layers(model, student):
         if name in fitting_pass.fits:
             fit, up = fitting_pass.fits[name], layer.adapter_modules[student].adapter_up
-            fit.reduce(reduce)
             weight, bias, error = fit.solve(up.weight.data, up.bias.data)
             up.weight.data.copy_(weight)
             up.bias.data.copy_(bias)
