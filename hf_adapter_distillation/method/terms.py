@@ -20,7 +20,7 @@ def sum_terms(current: TrainingPass) -> tuple[torch.Tensor, DistillationRecord]:
         weighted = [weight * means[name] for name, weight in config.objectives.items()]
         distillation_loss = sum(weighted[1:], weighted[0]) + current.logit_loss
         regularization = torch.zeros_like(distillation_loss)
-        if current.runs_teachers:
+        if current.runs_teachers and current.fusions:  # all layers may be skipped
             values = (fusion.value.weight for fusion in current.fusions.values())
             regularization = settings.regularization * value_regularization(values)
         added = added + settings.weight * distillation_loss + regularization
