@@ -20,7 +20,7 @@ from .method.layers import FusedLayer, compose_distillation
 from .student.adding import add_student
 from .student.fusions import fusions_of, prepare_fusion, prepare_probes
 from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head
-from .student.provenance import Provenance
+from .student.provenance import Provenance, note_loaded
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
@@ -52,6 +52,7 @@ def register() -> None:
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter", _train_adapter_with_head)
     _wrap(ModelAdaptersMixin, "set_active_adapters", _set_active_adapters)
     _wrap(ModelAdaptersMixin, "delete_adapter", _delete_adapter)
+    _wrap(ModelAdaptersMixin, "load_adapter", _load_adapter)
     _wrap(ModelAdaptersMixin, "save_adapter", _save_adapter)
     _wrap(ModelAdaptersMixin, "save_pretrained", _save_pretrained)
     _wrap(PushAdapterToHubMixin, "push_adapter_to_hub", _push_adapter_to_hub)
@@ -152,6 +153,15 @@ def _delete_adapter(original: Callable, self: ModelAdaptersMixin, adapter_name: 
     original(self, adapter_name)
 
 
+def _load_adapter(
+    original: Callable, self: ModelAdaptersMixin, adapter_name_or_path: str, *args: Any, **kwargs: Any
+) -> str:
+    name = original(self, adapter_name_or_path, *args, **kwargs)
+    if distillation := distillations(self.adapters_config).get(name):
+        note_loaded(distillation, adapter_name_or_path)
+    return name
+
+
 def _save_adapter(
     original: Callable,
     self: ModelAdaptersMixin,
@@ -160,7 +170,8 @@ def _save_adapter(
     meta_dict: dict | None = None,
     **kwargs: Any,
 ) -> None:
-    if distillation := distillations(self.adapters_config).get(adapter_name):
+    distillation = distillations(self.adapters_config).get(adapter_name)
+    if distillation is not None and not distillation.is_loaded:
         meta_dict = {**(meta_dict or {}), "distillation": Provenance.of(self, distillation).to_dict()}
     original(self, save_directory, adapter_name, meta_dict=meta_dict, **kwargs)
 

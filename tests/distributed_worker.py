@@ -20,8 +20,6 @@ from trainings import EachStep, StopAt
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.integrations import sentence_transformers as embeddings
-from hf_adapter_distillation.method.distillation import distillations
-from hf_adapter_distillation.student.provenance import adapter_digest
 
 GLOBAL_BATCH = 8
 
@@ -71,21 +69,21 @@ def trainer_of(
     level="auto", start="random", dtype=torch.float64, callbacks=(), compute_loss_func=None,
     gradient_accumulation_steps=1, objective="features", teacher_selection="all", unlabelled=0, **kwargs,
 ):  # fmt: skip
+    head = "tagging" if labels == "tags" else "classification"
     model = make_student(
-        make_model(family, kind, dtype=dtype), config=config, carrier=carrier, level=level, student_start=start,
-        objective=objective, teacher_selection=teacher_selection,
+        make_model(family, kind, dtype=dtype), head=head, config=config, carrier=carrier, level=level,
+        student_start=start, objective=objective, teacher_selection=teacher_selection,
     ).to(dtype)  # fmt: skip
-    distillation = distillations(model.adapters_config)["insurance"]
-    if start == "teachers":  # the cast has changed the digest
-        distillation.start_digest = adapter_digest(model, "insurance")
     dataset = make_dataset(examples, labels.split()[-1])
+    if labels == "tags":
+        dataset = dataset.map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})
     if labels == "all tokens":
         dataset = dataset.map(lambda row: {"attention_mask": [1] * 8, "labels": row["input_ids"]})
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    defaults = {"max_steps": 4, "distillation_start": 0.5}
+    defaults = {"max_steps": 4, "distillation_start": 0.5, "logging_steps": 1}
     args = had.DistillationTrainingArguments(
         str(folder), per_device_train_batch_size=GLOBAL_BATCH // processes // gradient_accumulation_steps,
-        gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=1e-2, logging_steps=1, keep_fusion=True,
+        gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=1e-2, keep_fusion=True,
         ddp_timeout=60,
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         **{"save_strategy": "no", **defaults, **kwargs},
@@ -154,6 +152,28 @@ def terminated(folder, rank):
         return stop.code, trainer.state.global_step, (folder / "terminated" / "checkpoint-3").is_dir()
 
 
+# Trainings with less data than processes, and with heads of tokens: each collective call is reached by both processes.
+FEW = {
+    "one example": {"examples": 1, "objective": {"features": 1.0, "logits": 1.0}, "unlabelled": 1},
+    "three examples": {"examples": 3, "objective": "cross_task", "teacher_selection": 2, "start": "teachers"},
+    "tokens of one example": {"examples": 1, "labels": "tags", "objective": {"features": 1.0, "logits": 1.0}},
+    "tokens of one batch": {"examples": 8, "labels": "tags", "objective": {"features": 1.0, "logits": 1.0}},
+    "fewer than a batch, stage 2 alone": {"examples": 5, "distillation_start": 0.0, "carrier": "mixed"},
+    "checkpoints": {"examples": 1, "save_strategy": "steps", "save_steps": 1},
+    "an analysis": {"examples": 3, "analysis": True},
+}
+
+
+def with_few_examples(folder):
+    """The steps of each training, which a process that waits would never finish."""
+    steps = {}
+    for name, settings in FEW.items():
+        trainer = trainer_of(folder / name, dtype=torch.float32, **{"max_steps": 8, "logging_steps": 3, **settings})
+        trainer.train()
+        steps[name] = trainer.state.global_step
+    return steps
+
+
 def main(folder):
     rank = int(os.environ["RANK"])
     # Trainer resumes optimizers to "cpu:0", a place that torch does not know.
@@ -165,7 +185,11 @@ def main(folder):
         if trainer.args.max_steps:
             assert isinstance(trainer.model_wrapped, DistributedDataParallel)
         results[name] = {"trained": trained, "logs": logs}
-    facts = {"resumed": resumed(folder, rank), "terminated": terminated(folder, rank)}
+    facts = {
+        "resumed": resumed(folder, rank),
+        "terminated": terminated(folder, rank),
+        "few": with_few_examples(folder),
+    }
     torch.save({"results": results, "facts": facts}, folder / f"rank-{rank}.pt")
 
 

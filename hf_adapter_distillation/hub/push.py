@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from shutil import copyfile
+from shutil import copyfile, copytree, ignore_patterns
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,11 +14,12 @@ from adapters import ModelAdaptersMixin
 from huggingface_hub import CommitInfo, create_branch, create_repo, get_token, upload_folder, whoami
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
 from ..downloads import hub_reason
 from ..student.provenance import provenance_of, read_saved
-from ..student.saving import read_weights, save_weights, write_weights
+from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
 STUDENT_FILES = (
@@ -95,10 +96,35 @@ def _write_weights(saved: Path, folder: Path, student: str) -> None:
             write_weights(weights, folder / name)
 
 
+@contextmanager
+def checkpoint_to_share(checkpoint: str | Path, student: str) -> Iterator[Path]:
+    """Write the files of a checkpoint to a temporary folder, without the paths of this machine that are in them.
+
+    The training arguments are left out, which no training that is resumed reads. The state of the trainer forgets the
+    folder of the best checkpoint.
+
+    Yields:
+        The folder.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name) / "checkpoint"
+        copytree(checkpoint, folder, ignore=ignore_patterns(TRAINING_ARGS_NAME))
+        _drop_folders(config := folder / student / ADAPTER_CONFIG_NAME)
+        if (path := folder / TRAINER_STATE_NAME).is_file():
+            state = json.loads(path.read_text(encoding="utf-8")) | {"best_model_checkpoint": None}
+            path.write_text(json.dumps(state, indent=2), encoding="utf-8")
+        if (path := folder / DIGESTS_NAME).is_file():
+            digests = json.loads(path.read_text(encoding="utf-8"))
+            digests.pop(TRAINING_ARGS_NAME, None)
+            digests[config.relative_to(folder).as_posix()] = file_digest(config)
+            path.write_text(json.dumps(digests, indent=2), encoding="utf-8")
+        yield folder
+
+
 def _drop_folders(path: Path) -> None:
     """Replace the teachers' local folders in an adapter config by their names."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    for teacher in config["distillation"]["teachers"]:
+    for teacher in config.get("distillation", {}).get("teachers", ()):
         if teacher["revision"] is None:
             teacher["source"] = teacher["name"]
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -16,7 +16,15 @@ from transformers.utils import logging
 from ..composition import AdapterDistillation
 from ..method.wrappers import model_with_adapters
 from .card import CardFacts, CardOptions, write_card
-from .push import PushOptions, check_push, push_errors, saved_student_folder, student_folder, upload
+from .push import (
+    PushOptions,
+    check_push,
+    checkpoint_to_share,
+    push_errors,
+    saved_student_folder,
+    student_folder,
+    upload,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -130,22 +138,24 @@ class StudentPushingTrainer(Trainer):
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         target = {"token": args.hub_token, "revision": args.hub_revision}
 
-        def push(files: ExitStack, folder: Path) -> None:
+        def push(files: ExitStack, folder: Path, checkpoint: Path | None) -> None:
             with files, self._failure_as_warning():
                 upload(folder, student, self.hub_model_id, PushOptions(commit_message=message, **target))
-                if name := names.get(args.hub_strategy):
+                if checkpoint is not None:
                     upload_folder(
                         repo_id=self.hub_model_id,
-                        folder_path=checkpoint_folder,
-                        path_in_repo=name,
+                        folder_path=checkpoint,
+                        path_in_repo=names[args.hub_strategy],
                         commit_message=f"{message}, checkpoint",
                         **target,
                     )
 
         with self._failure_as_warning(), ExitStack() as stack:
             saved = Path(checkpoint_folder) / student
-            folder = stack.enter_context(saved_student_folder(saved, self.hub_model_id, CardOptions()))
-            self._pushes = [*running, run_as_future(push, stack.pop_all(), folder)]
+            folder, whole = stack.enter_context(saved_student_folder(saved, self.hub_model_id, CardOptions())), None
+            if args.hub_strategy in names:
+                whole = stack.enter_context(checkpoint_to_share(checkpoint_folder, student))
+            self._pushes = [*running, run_as_future(push, stack.pop_all(), folder, whole)]
 
     @contextmanager
     def _failure_as_warning(self) -> Iterator[None]:

@@ -2,6 +2,6 @@
 
 In reading order: `forward`, `calls`, `distillation` and `wrappers` (a pass from the outside), `layer_pass`,
 `training_pass`, `layers` and `whole_layers` (a pass inside the layers), `fusion` and `stacking` (the teachers of one
-layer), `losses`, `predictions` and `heads` (the objectives), `terms` and `term_gradient` (what reaches the loss),
-`parameters` and `nonfinite` (the checks).
+layer), `losses`, `layer_match`, `predictions` and `heads` (the objectives), `terms` and `term_gradient` (what reaches
+the loss), `parameters` and `nonfinite` (the checks).
 """

@@ -10,6 +10,7 @@ import torch
 from adapters import ModelAdaptersMixin
 
 from .._compat import ForwardContext, forward_arguments
+from .heads import shifts_labels
 from .layer_pass import current_pass
 
 
@@ -25,7 +26,7 @@ def masks_of(model: ModelAdaptersMixin, named: dict[str, Any], is_half: bool) ->
         return {False: named.get("encoder_attention_mask", encoder), True: encoder}
     if decoder is not None or not model.config.is_encoder_decoder:
         return {False: encoder, True: decoder}
-    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+    if labels is not None and shifts_labels(model):
         decoder = labels != -100  # the decoder's inputs are the shifted labels
     elif encoder is not None and all(named.get(f"decoder_{name}") is None for name in ("input_ids", "inputs_embeds")):
         decoder = encoder  # ... the shifted inputs of the encoder, whose last token is cut off in the longest row

@@ -131,8 +131,10 @@ class Distillation:
         level: The level that `config.level` led to.
         level_reason: The reason for "layer" where `config.level` is "auto".
         sources: The origin of each teacher: `{"source": name, folder or Hub id, "revision": commit or None}`.
-        start_digest: The digest of the student's weights if they started at the average of its teachers.
+        start_digests: The digests of the student's weights if they started at the average of its teachers, one for
+            each data type to which the model may be cast since.
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
+        is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`, the passes
@@ -143,8 +145,9 @@ class Distillation:
     level: Literal["adapter", "layer"] = "adapter"
     level_reason: str = ""
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    start_digest: str | None = None
+    start_digests: frozenset[str] = frozenset()
     ranking: dict[str, float] | None = None
+    is_loaded: bool = False
     run: Any = None
     settings: StageSettings = DEFAULTS
     step: TrainingStep = field(default_factory=TrainingStep)

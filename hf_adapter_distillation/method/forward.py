@@ -154,8 +154,8 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
-    for (fusion, student_output), (_, target) in zip(student_pass.updates, fused_pass.updates, strict=True):
-        student_pass.match(fusion, student_output, target)
+    for student, fused in zip(student_pass.updates, fused_pass.updates, strict=True):
+        student_pass.match(student, fused.output)
     for name in (name for name in output if name.endswith("logits")):
         weights = _logit_weights(student_pass, call.model, name, output[name])
         student_pass.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
@@ -237,8 +237,7 @@ def join_halves(student: str, model: ModelAdaptersMixin, args: tuple, output: An
         return None
     whole, *others = halves
     for half in others:
-        whole.losses += half.losses
-        whole.sizes += half.sizes
+        whole.layers += half.layers
         whole.fusions |= half.fusions
         whole.attention |= half.attention
-    return _finish(whole, output, max(whole.sizes, default=1))
+    return _finish(whole, output, max((layer.sequences for layer in whole.layers), default=1))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from .losses import TaskSpecificLoss, at_least_float32
-from .stacking import StackCache, StackedAdapters
+from .stacking import StackedAdapters
 
 
 class TeacherFusion(nn.Module):
@@ -53,13 +53,8 @@ class TeacherFusion(nn.Module):
         nn.init.zeros_(self.query.bias)
         nn.init.normal_(self.key.weight, std=0.02)
         nn.init.eye_(self.value.weight)
-        self.cache = StackCache()
         self.layer_weight = 1.0  # in the mean of the layers' losses
         self.task_specific: TaskSpecificLoss | None = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self.cache.clear()  # .to() and .half() move the teachers, too
-        return super()._apply(*args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, updates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the fused update from the update of each adapter, whatever the adapter's form.

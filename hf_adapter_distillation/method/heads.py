@@ -16,12 +16,31 @@ def head_config(model: ModelAdaptersMixin, name: str) -> dict[str, Any]:
 
 
 def kind_of_labels(model: ModelAdaptersMixin, name: str) -> str:
-    """Return "values" for a head of a regression, "labels" for several labels at once, else "classes"."""
+    """Return the kind of labels that the head of an adapter, or the static head of a model, predicts.
+
+    "values" for a regression, "labels" for several labels at once, "tokens" for classes of tokens, else "classes".
+    """
+    if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        if type(model).__name__.endswith("ForTokenClassification"):
+            return "tokens"
+        kinds = {"regression": "values", "multi_label_classification": "labels"}
+        is_regression = model.config.problem_type is None and model.config.num_labels == 1
+        return "values" if is_regression else kinds.get(model.config.problem_type, "classes")
     config = head_config(model, name)
+    if config.get("head_type") == "tagging":
+        return "tokens"
     if config.get("head_type") == "multilabel_classification" or config.get("multilabel"):
         return "labels"
     is_regression = config.get("num_labels") == 1 and str(config.get("head_type")).endswith("classification")
     return "values" if is_regression else "classes"
+
+
+def shifts_labels(model: ModelAdaptersMixin) -> bool:
+    """Return whether an encoder-decoder model makes the inputs of its decoder from the labels."""
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        head = model.active_head
+        return isinstance(head, str) and head in model.heads and head_config(model, head)["head_type"] == "seq2seq_lm"
+    return not type(model).__name__.endswith(("Classification", "QuestionAnswering"))
 
 
 def shares_labels(model: ModelAdaptersMixin, student: str, teacher: str) -> bool:

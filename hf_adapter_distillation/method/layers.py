@@ -11,7 +11,7 @@ from ..composition import AdapterDistillation
 from .fusion import fusions_at
 from .layer_pass import Fused, Place, current_pass
 from .losses import at_least_float32
-from .stacking import can_be_stacked, ends_in_up_projection, input_kind, stack
+from .stacking import can_be_stacked, ends_in_up_projection, input_kind, stack, stack_alike
 
 FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
 
@@ -121,7 +121,7 @@ class AdapterPlace(Place):
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
         device = self.query_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
-        stacks = self.fusion.cache.get(self._adapters(False), self.layer.adapters_config, dtype)
+        stacks = stack_alike(self._adapters(False), self.layer.adapters_config, dtype)
         if stacks is None or (with_student and not can_be_stacked(self.student)):
             return super().fuse(with_student)
         if with_student:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear, softplus
 
-MINIMAL_VARIANCE = 1e-6  # keeps the loss finite where all teachers put out the same constant, for instance zero
+from .layer_match import MINIMAL_VARIANCE, LayerMatch
+
 PROJECTION_DIVISOR = 8  # `TaskSpecificLoss` matches the updates in their width divided by this number
 
 
@@ -42,6 +43,23 @@ def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return (weights.to(values.dtype) * of_tokens).sum(dim=1).mean()
 
 
+def _mean_square(weights: torch.Tensor, output: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the mean square of an output, or of its difference to a target, in each sequence, (batch,)."""
+    output, weights = _in_float32(output, weights)
+    difference = output if target is None else output - target.to(output.dtype)
+    return (weights * difference.square().mean(dim=-1)).sum(dim=1)
+
+
+def _variance(output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the variance of an output over the tokens and dimensions of each sequence, (batch,), without gradient."""
+    # It is the mean of the tokens' variances and the variance of their means.
+    output, weights = _in_float32(output.detach(), weights)
+    means = output.mean(dim=-1)  # (B, T)
+    variances = (output - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
+    mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
+    return (weights * (variances + (means - mean).square())).sum(dim=1)
+
+
 class FeatureLoss(nn.Module):
     r"""Relative squared error of the student's update with respect to the teachers' fused update, in one layer.
 
@@ -51,7 +69,8 @@ class FeatureLoss(nn.Module):
 
     with student output u, fused output f, and t running over the T_b non-padding tokens of sequence b. The variance
     makes layers and models comparable; no gradient flows through it. Tokens are averaged within their sequence and
-    sequences within the batch, so the loss of a batch is the mean over its micro-batches, however it is split.
+    sequences within the batch, so the loss of a batch is the mean over its micro-batches, however it is split. In a
+    training `bounded_losses` computes it for all layers at once, with a floor of the variance.
 
     Feature matching is the objective of Wang et al., https://arxiv.org/abs/2312.16261; the normalisation is ours.
     """
@@ -69,16 +88,21 @@ class FeatureLoss(nn.Module):
     @staticmethod
     def of_sequences(student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the loss of each sequence, (batch,), whose mean `forward` returns."""
-        student, fused, weights = _in_float32(student_output, fused_output, weights)
-        # The variance of a sequence is the mean of its tokens' variances and the variance of their means.
-        target = fused.detach()
-        means = target.mean(dim=-1)  # (B, T)
-        variances = (target - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
-        mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
-        variance = (weights * (variances + (means - mean).square())).sum(dim=1)  # (B,)
-        errors = (student - fused).square().mean(dim=-1)  # (B, T)
-        error = (weights * errors).sum(dim=1)  # (B,)
-        return error / variance.clamp(min=MINIMAL_VARIANCE)
+        variance = _variance(fused_output, weights)
+        return _mean_square(weights, student_output, fused_output) / variance.clamp(min=MINIMAL_VARIANCE)
+
+    @staticmethod
+    def match(
+        student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor, hidden_states: torch.Tensor
+    ) -> LayerMatch:
+        """Match one layer for `bounded_losses`; the adapters' input is (batch, seq_len, hidden)."""
+        outputs = (student_output.detach(), fused_output.detach())
+        return LayerMatch(
+            _mean_square(weights, student_output, fused_output),
+            _variance(fused_output, weights),
+            torch.maximum(*(_mean_square(weights, output) for output in outputs)),
+            _variance(hidden_states, weights),
+        )
 
 
 class CosineLoss(nn.Module):
@@ -95,6 +119,16 @@ class CosineLoss(nn.Module):
         """Compute the loss, from 0 to 2, of the arguments of `FeatureLoss`."""
         student, fused = _in_float32(student_output, fused_output)
         return _mean(1 - cosine_similarity(student, fused, dim=-1), weights)
+
+    def match(
+        self,
+        student_output: torch.Tensor,
+        fused_output: torch.Tensor,
+        weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the loss, which needs no floor: it has a bound of its own."""
+        return self(student_output, fused_output, weights)
 
 
 class TaskSpecificLoss(nn.Module):
@@ -113,39 +147,60 @@ class TaskSpecificLoss(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, n_labels: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        hidden_size: int,
+        n_labels: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        kind: str = "classes",
     ) -> None:
         super().__init__()
+        self.kind = kind  # of the labels (`heads.kind_of_labels`)
         width = min(hidden_size, max(n_labels, hidden_size // PROJECTION_DIVISOR))
         self.projection = nn.Linear(hidden_size, width, bias=False, device=device, dtype=dtype)
         self.classifier = nn.Linear(width, n_labels, device=device, dtype=dtype)
         with torch.no_grad():  # in float32, since there is no half-precision decomposition
             self.projection.weight.copy_(nn.init.orthogonal_(torch.empty(width, hidden_size)))
-        self.match = FeatureLoss()
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the match, of the arguments of `FeatureLoss`, without gradient to the projection."""
+        student, fused = self._project(student_output, fused_output)
+        return FeatureLoss.of_sequences(student, fused, weights).mean()
+
+    def match(
+        self,
+        student_output: torch.Tensor,
+        fused_output: torch.Tensor,
+        weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> LayerMatch:
+        """Match one layer for `bounded_losses`, without gradient to the projection."""
+        student, fused = self._project(student_output, fused_output)
+        return FeatureLoss.match(student, fused, weights, hidden_states)
+
+    def _project(self, *outputs: torch.Tensor) -> list[torch.Tensor]:
         projection = self.projection.weight.detach()  # (p, d)
-        student, fused = (linear(o.to(projection.dtype), projection) for o in (student_output, fused_output))
-        return self.match(student, fused, weights)
+        return [linear(output.to(projection.dtype), projection) for output in outputs]
 
     def probe_loss(self, fused_output: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the task loss that trains projection and classifier: cross-entropy, or the squared error of values.
 
         The labels are classes of sequences, (batch,), or of tokens, (batch, seq_len), -100 where there is none; or
-        several labels at once, (batch, n_labels), or values, (batch,), as floating point numbers.
+        several labels at once, (batch, n_labels), or values, (batch,) or (batch, 1). The head says which. Classes as
+        floating point numbers are several labels, as in transformers.
         """
         logits = self.classifier(self.projection(fused_output.detach().to(self.projection.weight.dtype)))  # (B, T, C)
         logits = logits.to(at_least_float32(logits.dtype))
-        if labels.dim() == 2 and not labels.is_floating_point():
+        if self.kind == "tokens":
             counted = (labels != -100).sum().clamp(min=1)
             return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / counted
         logits = torch.einsum("bt,btc->bc", weights.to(logits.dtype), logits)  # (B, C)
-        if not labels.is_floating_point() and logits.shape[1] > 1:
-            return cross_entropy(logits, labels)
-        if logits.shape[1] > 1 or labels.dim() == 2:
-            return binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return (logits.squeeze(1) - labels.to(logits.dtype)).square().mean()
+        if self.kind == "classes" and not labels.is_floating_point():
+            return cross_entropy(logits, labels.reshape(-1))
+        targets = labels.reshape(logits.shape).to(logits.dtype)
+        if self.kind == "values":
+            return (logits - targets).square().mean()
+        return binary_cross_entropy_with_logits(logits, targets)
 
     @torch.no_grad()
     def ratio(self, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,17 @@ def ends_in_up_projection(adapter: Adapter | LoRA) -> bool:
     return isinstance(adapter, LoRA) or not (adapter.use_gating or adapter.add_layer_norm_after)
 
 
+def says_nothing(adapter: Adapter | LoRA) -> bool:
+    """Return whether the update of an adapter is zero for all inputs, as that of LoRA before its training."""
+    if isinstance(adapter, LoRA):
+        weights = [adapter.lora_B]
+    elif adapter.add_layer_norm_after or not isinstance(adapter.adapter_up, nn.Linear):
+        return False
+    else:
+        weights = list(adapter.adapter_up.parameters())
+    return not any(weight.is_meta or bool(weight.any()) for weight in weights)
+
+
 def can_be_stacked(adapter: Adapter | LoRA) -> bool:
     """Return whether an adapter is linear at both ends, with an activation without weights."""
     if isinstance(adapter, LoRA):
@@ -98,15 +109,16 @@ def stack(adapters: dict[str, Adapter | LoRA], dtype: torch.dtype | None = None)
     ends = [_ends(adapter) for adapter in adapters.values()]
     scales = [s.unsqueeze(-1) if isinstance(s, torch.Tensor) else s for s in (m.scaling for m in adapters.values())]
     zeros = ends[0].up.new_zeros(len(ends[0].up))
-    weights = [end.up * scale for end, scale in zip(ends, scales, strict=True)]  # (d, m) each
     up_biases = [zeros if end.up_bias is None else end.up_bias for end in ends]
-    biases = [bias.unsqueeze(-1) * scale for bias, scale in zip(up_biases, scales, strict=True)]  # (d, 1) each
+    parts = [*(end.up for end in ends), *(bias.unsqueeze(-1) for bias in up_biases)]  # (d, m) and (d, 1)
+    if any(isinstance(scale, torch.Tensor) or scale != 1 for scale in scales):
+        parts = [part * scale for part, scale in zip(parts, [*scales, *scales], strict=True)]
     down_biases = [end.down_bias for end in ends if end.down_bias is not None]
     return StackedAdapters(
         names=tuple(adapters),
         down_weight=torch.cat([end.down for end in ends]).to(dtype),
         down_bias=torch.cat(down_biases).to(dtype) if down_biases else None,
-        up=torch.cat([*weights, *biases], dim=1).to(dtype),
+        up=torch.cat(parts, dim=1).to(dtype),
         activation=ends[0].activation,
     )
 
@@ -119,55 +131,15 @@ def stacked_bytes(adapters: dict[str, Adapter | LoRA]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-class StackCache:
-    """Cache of stacked weights; they are copied again only where a teacher, its place or type has changed."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Free the copy."""
-        self._stacks: list[StackedAdapters] | None = None
-        self._dtype: torch.dtype | None = None
-        self._teachers: dict[str, Adapter | LoRA] = {}
-        self._sources: list[tuple[dict, str, nn.Parameter, int, int]] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the copy, in bytes."""
-        tensors = [t for stacked in self._stacks or () for t in (stacked.down_weight, stacked.down_bias, stacked.up)]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    @torch.no_grad()
-    def get(
-        self, teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
-    ) -> list[StackedAdapters] | None:
-        """Return a stack for each width, activation and input of the teachers; None if one cannot be stacked."""
-        if torch.compiler.is_compiling():  # compiled code cannot check a cache, and copies by itself
-            return _stack_alike(teachers, adapters_config, dtype)
-        if dtype != self._dtype or not self._is_fresh(teachers):
-            self.clear()
-            self._stacks = _stack_alike(teachers, adapters_config, dtype)
-            self._dtype, self._teachers = dtype, teachers
-            self._sources = [
-                (module._parameters, name, p, p._version, p.data_ptr())
-                for teacher in teachers.values()
-                for module in teacher.modules()
-                for name, p in module.named_parameters(recurse=False)
-            ]
-        return self._stacks
-
-    def _is_fresh(self, teachers: dict[str, Adapter | LoRA]) -> bool:
-        """Return whether the modules and weights are still the same objects as when they were copied, unchanged."""
-        return teachers == self._teachers and all(
-            owner.get(name) is p and p._version == version and p.data_ptr() == address
-            for owner, name, p, version, address in self._sources
-        )
-
-
-def _stack_alike(
+@torch.no_grad()
+def stack_alike(
     teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
 ) -> list[StackedAdapters] | None:
+    """Copy frozen adapters into a stack for each width, activation and input; None if one cannot be stacked.
+
+    Each forward pass copies anew. A copy that is kept would miss weights that are written through `.data`, and costs
+    as much memory; the copy takes few percent of the pass.
+    """
     if not all(map(can_be_stacked, teachers.values())):
         return None
     groups: dict[tuple, dict[str, Adapter | LoRA]] = {}

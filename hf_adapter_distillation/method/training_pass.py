@@ -1,13 +1,35 @@
 """The passes of a training: for each carrier, the match in the layers and the states that a layer passes on."""
 
+from typing import NamedTuple
+
 import torch
 
 from .distillation import Distillation
 from .fusion import TeacherFusion
+from .layer_match import LayerMatch
 from .layer_pass import LayerPass, Place
 from .losses import CosineLoss, FeatureLoss
 
-LAYER_LOSSES = {"features": FeatureLoss(), "cosine": CosineLoss()}  # the objectives without weights of their own
+# The objectives without weights of their own.
+LAYER_LOSSES: dict[str, FeatureLoss | CosineLoss] = {"features": FeatureLoss(), "cosine": CosineLoss()}
+
+
+class LayerTerms(NamedTuple):
+    """Terms of one layer in one call of the base model."""
+
+    call: int  # the number of the call
+    sequences: int
+    weight: float  # of the layer
+    matches: dict[str, LayerMatch | torch.Tensor]  # by the objective; losses with a bound of their own are tensors
+
+
+class Updates(NamedTuple):
+    """Updates of one layer, which the carrier `dual` keeps until both of its passes have run, (B, T, d) each."""
+
+    fusion: TeacherFusion
+    output: torch.Tensor  # the fused output, or the student's
+    hidden_states: torch.Tensor  # which the adapters read
+    call: int
 
 
 class TrainingPass(LayerPass):
@@ -22,15 +44,12 @@ class TrainingPass(LayerPass):
         self.distillation = distillation
         self.fusions: dict[str, TeacherFusion] = {}
         # Gradient checkpointing runs layers again in backward, and appends again: after the lists have been read.
-        self.losses: list[dict[str, torch.Tensor]] = []
-        self.sizes: list[int] = []  # the number of sequences behind each of them
+        self.layers: list[LayerTerms] = []
         self.output_losses: dict[str, torch.Tensor] = {}
         self.probe_losses: list[torch.Tensor] = []
         self.ratios: list[torch.Tensor] = []
         self.attention: dict[str, list[tuple[int, tuple[str, ...], torch.Tensor]]] = {}  # sequences, names, weights
-        self.updates: list[
-            tuple[TeacherFusion, torch.Tensor]
-        ] = []  # of the carrier `dual`, until both passes have run
+        self.updates: list[Updates] = []
         self.logit_loss: torch.Tensor | float = 0.0
         self.fused_task_loss: torch.Tensor | None = None
 
@@ -47,21 +66,25 @@ class TrainingPass(LayerPass):
         self.attention.setdefault(place.fusion.location, []).append((len(fused.output), fused.names, attention))
         return fused.output
 
-    def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
-        """Compute the objectives of one layer from the student's and the fused update, (batch, seq_len, hidden)."""
-        weights, _ = self.token_weights(fusion, student_output)
-        losses = {}
+    def updates_of(self, place: Place, output: torch.Tensor) -> Updates:
+        """Return the student's or the fused update of a place."""
+        return Updates(place.fusion, output, place.query_states, len(self.calls))
+
+    def match(self, student: Updates, target: torch.Tensor) -> None:
+        """Match one layer from the student's and the fused update, (batch, seq_len, hidden)."""
+        fusion = student.fusion
+        weights, _ = self.token_weights(fusion, student.output)
+        matches = {}
         for name in self.distillation.config.layer_objectives:
-            loss = LAYER_LOSSES.get(name, fusion.task_specific)
+            loss = LAYER_LOSSES.get(name) or fusion.task_specific
             if loss is None:  # the head was added after `train_adapter`
-                student = self.inputs.block.student
+                name_of_student = self.inputs.block.student
                 raise ValueError(
-                    f"The objective {name!r} needs the head of {student!r} in train_adapter; add one for "
-                    f"classes, labels or values, and call model.train_adapter({student!r}) again."
+                    f"The objective {name!r} needs the head of {name_of_student!r} in train_adapter; add one for "
+                    f"classes, labels or values, and call model.train_adapter({name_of_student!r}) again."
                 )
-            losses[name] = loss(student_output, target, weights) * fusion.layer_weight
-        self.losses.append(losses)
-        self.sizes.append(len(student_output))
+            matches[name] = loss.match(student.output, target, weights, student.hidden_states)
+        self.layers.append(LayerTerms(student.call, len(student.output), fusion.layer_weight, matches))
         if (probe := fusion.task_specific) is not None:
             self.ratios.append(probe.ratio(target, weights))
             if self.inputs.labels is not None:
@@ -75,7 +98,7 @@ class StudentPass(TrainingPass):
 
     def run_layer(self, place: Place) -> None:
         """Match the student with the fused teachers, both of which the distillation loss trains."""
-        self.match(place.fusion, place.student_output, self.fuse(place))
+        self.match(self.updates_of(place, place.student_output), self.fuse(place))
 
 
 class FusedPass(TrainingPass):
@@ -87,7 +110,7 @@ class FusedPass(TrainingPass):
     def run_layer(self, place: Place) -> torch.Tensor:
         """Match the student with the fused output, and pass the fused output on."""
         fused_output = self.fuse(place, with_student=True)  # (B, T, d)
-        self.match(place.fusion, place.student_output, fused_output.detach())
+        self.match(self.updates_of(place, place.student_output), fused_output.detach())
         return place.base + fused_output
 
 
@@ -107,9 +130,9 @@ class MixedPass(FusedPass):
 class DualFusedPass(FusedPass):
     """First pass of the carrier `dual`: as `fused`, with the match left to the second pass."""
 
-    def match(self, fusion: TeacherFusion, student_output: torch.Tensor, target: torch.Tensor) -> None:
+    def match(self, student: Updates, target: torch.Tensor) -> None:
         """Keep the fused output."""
-        self.updates.append((fusion, target))
+        self.updates.append(student._replace(output=target))
 
 
 class DualStudentPass(TrainingPass):
@@ -120,7 +143,7 @@ class DualStudentPass(TrainingPass):
 
     def run_layer(self, place: Place) -> None:
         """Keep the student's update."""
-        self.updates.append((place.fusion, place.student_output))
+        self.updates.append(self.updates_of(place, place.student_output))
 
 
 TRAINING_PASSES = {"student": StudentPass, "fused": FusedPass, "mixed": MixedPass, "dual": DualStudentPass}

@@ -39,6 +39,12 @@ def hidden_size(layer: nn.Module) -> int:
     return next(module.model_config.hidden_size for module in layer.modules() if isinstance(module, AdapterLayerBase))
 
 
+def is_skipped(layer: nn.Module) -> bool:
+    """Return whether the adapters of a transformer layer are skipped, by `set_active_adapters(..., skip_layers)`."""
+    module = next(module for module in layer.modules() if isinstance(module, AdapterLayerBase))
+    return module.layer_idx in (module.adapters_config.skip_layers or ())
+
+
 def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     r"""Run a transformer layer again with the teachers, and offer it to the current pass; a forward hook.
 
@@ -50,7 +56,9 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
         The output with the states that the pass decides on; None where the student's stay.
     """
     current = current_pass()
-    if current is None or current.inputs.block.student != student or not current.visit(fusions_at(layer)[student]):
+    if current is None or current.inputs.block.student != student or is_skipped(layer):
+        return None
+    if not current.visit(fusions_at(layer)[student]):
         return None
     with without_dropout(layer):
         passed_on = current.run_layer(LayerPlace(current, layer, args, kwargs, output))  # (B, T, d)

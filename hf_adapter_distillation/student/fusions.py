@@ -13,11 +13,11 @@ from ..method.calls import begin_call, end_call
 from ..method.distillation import Distillation, distillation_of, distillations
 from ..method.forward import begin_halves, join_halves
 from ..method.fusion import TeacherFusion, fusions_at
-from ..method.heads import number_of_labels
+from ..method.heads import kind_of_labels, number_of_labels
 from ..method.layers import adapter_layers
 from ..method.losses import TaskSpecificLoss
 from ..method.parameters import owner
-from ..method.stacking import update_sizes
+from ..method.stacking import says_nothing, update_sizes
 from ..method.whole_layers import distill_layer, hidden_size, holds, whole_layers
 
 
@@ -29,6 +29,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     student, distillation = block.student, distillation_of(model, block.student)
     decoder = set(model.base_model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
     dtype = next(p.dtype for name, p in model.base_model.named_parameters() if owner(name, {student}))
+    distillation.is_loaded = False
     _remove_hooks(distillation)
     for name, layer, sizes in _places(model, block, distillation.level):
         if not fusions_at(layer):
@@ -42,7 +43,6 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         if distillation.config.layer_weights is not None:
             fusion.layer_weight = _layer_weight(model, distillation.config.layer_weights, name)
         fusion.requires_grad_(True).train(layer.training)
-        fusion.cache.clear()
         if distillation.level == "layer":
             hook = layer.register_forward_hook(partial(distill_layer, student), with_kwargs=True)
             distillation.hooks.append(hook)
@@ -61,10 +61,11 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
     config = distillation_of(model, student).config
     if "task_specific" not in config.objectives or n_labels is None:  # the trainer refuses a student without a head
         return
+    kind = kind_of_labels(model, student)
     for fusion in fusions_of(model, student):
         if fusion.task_specific is None:
             weight = fusion.value.weight
-            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype)
+            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype, kind)
             fusion.task_specific.train(fusion.training)
 
 
@@ -81,15 +82,25 @@ def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location:
 def _places(
     model: ModelAdaptersMixin, block: AdapterDistillation, level: str
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
-    """Yield the modules that hold the student and a teacher, with their names and the widths of input and update."""
+    """Yield the modules that hold the student and a teacher, with their names and the widths of input and update.
+
+    Inside the layers a place is left out where the updates of all its teachers are zero, unless they are everywhere.
+    """
     if level == "layer":
         for name, layer in whole_layers(model, block.student):
             if any(holds(layer, teacher) for teacher in block.teachers):
                 yield name, layer, (hidden_size(layer), hidden_size(layer))
     else:
+        held = []
         for name, layer in adapter_layers(model, block.student):
-            if any(teacher in layer.adapter_modules for teacher in block.teachers):
-                yield name, layer, update_sizes(layer.adapter_modules[block.student])
+            if teachers := [
+                layer.adapter_modules[teacher] for teacher in block.teachers if teacher in layer.adapter_modules
+            ]:
+                place = (name, layer, update_sizes(layer.adapter_modules[block.student]))
+                held.append((place, all(map(says_nothing, teachers))))
+        for place, is_silent in held:
+            if not is_silent or all(silent for _, silent in held):
+                yield place
 
 
 def _reads_encoder(name: str, layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
-from .fusions import drop_fusion, fusions_of
+from .fusions import drop_fusion
 from .warm_start import is_at_average, start_at_average, start_head
 
 
@@ -91,7 +91,24 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
     if at_start:
         start_at_average(model, student)
     drop_fusion(model, student)
-    model.train_adapter(AdapterDistillation(Stack(*block.children), kept))
+    train_again(model, AdapterDistillation(Stack(*block.children), kept))
+
+
+def train_again(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Call `train_adapter` for a block whose layers may be skipped, and skip the same layers afterwards."""
+    skip_layers = model.adapters_config.skip_layers
+    model.train_adapter(block)
+    model.set_active_adapters(block, skip_layers)
+
+
+def keep_active(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Make a block and its head active again after a callback has activated another setup.
+
+    The layers that the callback wants to skip (AdapterDrop, https://arxiv.org/abs/2010.11918) stay skipped.
+    """
+    has_head = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) and block.student in model.heads
+    if model.active_adapters != block or (has_head and model.active_head != block.student):
+        model.set_active_adapters(block, model.adapters_config.skip_layers)
 
 
 def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool, is_first: bool) -> None:
@@ -136,10 +153,9 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 f"delete teachers after the training to silence this warning.",
                 stacklevel=4,
             )
-        for fusion in fusions_of(model, student):
-            fusion.cache.clear()
         if not left:
             drop_fusion(model, student)
         if active is not None and active.student == student:
             remaining = Stack(*active.children)
-            model.set_active_adapters(AdapterDistillation(remaining, left) if left else remaining)
+            setup = AdapterDistillation(remaining, left) if left else remaining
+            model.set_active_adapters(setup, model.adapters_config.skip_layers)

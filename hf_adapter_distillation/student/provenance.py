@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..teachers.loading import read_adapter_config as read_saved
 from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, typed
 
 METHOD = "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)"
+CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 PACKAGES = ("hf-adapter-distillation", "adapters", "transformers", "torch")
 
 
@@ -77,6 +78,21 @@ def read_provenance(folder: str | Path) -> Provenance:
     return provenance_of(read_saved(folder), folder)
 
 
+def note_loaded(distillation: Distillation, source: str) -> None:
+    """Note that the weights of a student come from a source: with its training if it is a folder of this student.
+
+    Until its next `train_adapter` the student is saved like the plain adapter that was loaded.
+    """
+    try:
+        saved = read_provenance(source)
+    except ValueError:
+        distillation.run, distillation.is_loaded = None, True
+        return
+    same_teachers = [teacher.name for teacher in saved.teachers] == list(distillation.config.teachers)
+    distillation.run = saved.run if same_teachers and saved.run.settings else None
+    distillation.is_loaded = not same_teachers
+
+
 def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
     """Return the provenance in the config of a saved adapter; `source` is its folder or Hub id, for messages.
 
@@ -101,12 +117,39 @@ def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
     model, with or without heads.
     """
     digest = hashlib.sha256()
+    for place, tensor in _weights(model, name):
+        digest.update(f"{place} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def rounded_digests(model: ModelAdaptersMixin, name: str) -> frozenset[str]:
+    """Return digests of an adapter's weights as they are, and rounded to each data type to which a model is cast.
+
+    A cast of the model, also there and back, leaves the `value_digest` of the adapter among them.
+    """
+    return frozenset(value_digest(model, name, dtype) for dtype in (None, *CAST_TYPES))
+
+
+def value_digest(model: ModelAdaptersMixin, name: str, rounding: torch.dtype | None = None) -> str:
+    """Return the SHA-256 digest of the values of an adapter, whatever their data type, rounded to one if given."""
+    digest = hashlib.sha256()
+    for place, tensor in _weights(model, name):
+        digest.update(f"{place} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.to(rounding).double()))
+    return digest.hexdigest()
+
+
+def _weights(model: ModelAdaptersMixin, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights and buffers of an adapter with their places in the base model, in a fixed order."""
     for place, modules in sorted(model.get_adapter(name).items()):
         for location, module in sorted(modules.items()):
             for key, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{place}.{location}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+                yield f"{place}.{location}.{key}", tensor
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def teacher_digests(model: ModelAdaptersMixin, teachers: Sequence[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The files of a student on a model."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,17 +12,25 @@ from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .._compat import HEAD_WEIGHTS, heads_of, original_class
+from .._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS, heads_of, original_class
+
+DIGESTS_NAME = "checkpoint_digests.json"  # in a checkpoint, of its other files
 
 
-def save_weights(model: ModelAdaptersMixin, student: str, folder: str) -> None:
-    """Write the student with its head by `save_adapter`, as safetensors where adapters can."""
+def save_weights(model: ModelAdaptersMixin, student: str, folder: str, safetensors: bool = True) -> None:
+    """Write the student with its head by `save_adapter`, as safetensors where they are wanted and adapters can.
+
+    Files of an earlier save in the other format are deleted.
+    """
     # Adapters cannot write prefixes as safetensors: several layers share them.
     has_prefix = any(f".prefix_tunings.{student}." in name for name, _ in model.named_parameters())
-    model.save_adapter(folder, student, use_safetensors=not has_prefix)
+    is_pickle = has_prefix or not safetensors
+    model.save_adapter(folder, student, use_safetensors=not is_pickle)
+    for names in (ADAPTER_WEIGHTS, HEAD_WEIGHTS):
+        (Path(folder) / names[not is_pickle]).unlink(missing_ok=True)
     heads = heads_of(model)
     if student in heads and any(name.startswith(student) for name in heads if name != student):
-        path = Path(folder) / HEAD_WEIGHTS[has_prefix]
+        path = Path(folder) / HEAD_WEIGHTS[is_pickle]
         write_weights(read_weights(path, student), path)
 
 
@@ -43,6 +52,11 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         save_file(weights, path)
     else:
         torch.save(weights, path)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

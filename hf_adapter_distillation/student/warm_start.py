@@ -15,7 +15,7 @@ from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
 from .least_squares import UpProjectionFit
-from .provenance import adapter_digest
+from .provenance import rounded_digests, value_digest
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,8 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     """Set the student to the average of its teachers' weights, if there is one; `start_head` sets the head."""
     distillation = distillation_of(model, student)
     # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
-    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype"}
+    # A layer that some leave out has the average of the others.
+    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype", "leave_out"}
 
     def relevant(name: str) -> dict:
         return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
@@ -78,8 +79,10 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
     modules_of_teachers = [model.get_adapter(name) for name in teachers]
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
-            _start_module(module, [teacher[place][location] for teacher in modules_of_teachers])
-    distillation.start_digest = adapter_digest(model, student)
+            teachers_here = [teacher[place][location] for teacher in modules_of_teachers if place in teacher]
+            if teachers_here:
+                _start_module(module, teachers_here)
+    distillation.start_digests = rounded_digests(model, student)
 
 
 def _has_factors(config: AdapterConfig, level: str) -> bool:
@@ -102,9 +105,9 @@ def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
 
 
 def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
-    """Return whether a student is still at the average of its teachers, where it started."""
-    start = distillation_of(model, student).start_digest
-    return start is not None and start == adapter_digest(model, student)
+    """Return whether a student is still at the average of its teachers, where it started; a cast does not move it."""
+    starts = distillation_of(model, student).start_digests
+    return bool(starts) and value_digest(model, student) in starts
 
 
 def start_head(model: ModelWithFlexibleHeadsAdaptersMixin, student: str) -> None:
@@ -182,6 +185,8 @@ def fit_start(
     fitting_pass = FittingPass()
     with distillation.inspected_by(fitting_pass):
         run()
+    for fit in fitting_pass.fits.values():
+        fit.reduce(reduce)  # before any process can raise: the others would wait for it
     for name, fit in fitting_pass.fits.items():
         if not fit.square.isfinite():
             overflow = find_overflow(distillation, run, joins_student=False)
@@ -191,7 +196,6 @@ def fit_start(
     for name, layer in adapter_layers(model, student):
         if name in fitting_pass.fits:
             fit, up = fitting_pass.fits[name], layer.adapter_modules[student].adapter_up
-            fit.reduce(reduce)
             weight, bias, error = fit.solve(up.weight.data, up.bias.data)
             up.weight.data.copy_(weight)
             up.bias.data.copy_(bias)

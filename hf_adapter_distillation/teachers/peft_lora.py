@@ -32,8 +32,9 @@ def is_peft(saved: dict) -> bool:
 def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label: str) -> LoRAConfig:
     """Return the config under which adapters computes the same as a LoRA of PEFT.
 
-    It may add modules where PEFT left out layers; they compute zero, as LoRA does before training. `saved` holds the
-    contents of the folder's `adapter_config.json`, `label` the LoRA in messages, for instance "Teacher 'bank'".
+    Layers without a saved weight are left out, as PEFT does with `layers_to_transform`. In the others it may add
+    modules; they compute zero, as LoRA does before training. `saved` holds the contents of the folder's
+    `adapter_config.json`, `label` the LoRA in messages, for instance "Teacher 'bank'".
 
     Raises:
         ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
@@ -56,6 +57,7 @@ def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label
         r=rank,
         alpha=scaling * rank,
         dropout=saved.get("lora_dropout") or 0.0,
+        leave_out=[i for i, layer in model.base_model.iter_layers() if set(projections).isdisjoint(layer.modules())],
     )
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of a distillation: write, check and load them."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,23 +18,29 @@ from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.parameters import is_fusion
 from ..student.provenance import read_provenance, teacher_digests
-from ..student.saving import read_weights, save_weights
+from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights
 
 logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
 WEIGHTS_BESIDE_NAME = "trained_beside_the_student.safetensors"
-DIGESTS_NAME = "checkpoint_digests.json"
 STAGE_2_START = "first_distillation_step"  # in the metadata of the fusion
 
 
-def save_student(model: ModelAdaptersMixin, student: str, folder: str, stage_2_start: int | None = None) -> None:
+def save_student(
+    model: ModelAdaptersMixin,
+    student: str,
+    folder: str,
+    stage_2_start: int | None = None,
+    safetensors: bool = True,
+) -> None:
     """Write the student with its head, as `save_adapter` does, and the fusion if it is on the model.
 
-    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`.
+    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`. Without `safetensors` the student
+    is a pickle. The fusion never is: its number of the first step belongs to the safetensors.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_weights(model, student, str(Path(folder) / student))
+    save_weights(model, student, str(Path(folder) / student), safetensors)
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
         metadata = None if stage_2_start is None else {STAGE_2_START: str(stage_2_start)}
         save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME, metadata)
@@ -64,7 +69,7 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
     if not fusion.is_file():
         raise ValueError(f"{fusion} does not exist; resume from a checkpoint-* folder of a distillation.")
     state = load_file(fusion)
-    for path in (*saved.glob("*.safetensors"), *saved.glob("*.bin")):  # pickles of a student with a prefix
+    for path in (*saved.glob("*.safetensors"), *saved.glob("*.bin")):  # a pickle has no safetensors beside it
         state |= read_weights(path, block.student)
     current = model.state_dict()
     wrong = {name for name, value in state.items() if name not in current or current[name].shape != value.shape}
@@ -133,12 +138,8 @@ def write_digests(folder: str) -> None:
     """
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != DIGESTS_NAME)
-    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
     (Path(folder) / DIGESTS_NAME).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_whole(folder: str) -> None:
@@ -152,7 +153,7 @@ def check_whole(folder: str) -> None:
         digests = json.loads(path.read_text(encoding="utf-8"))
         for name, digest in digests.items():
             path = Path(folder) / name
-            if _digest(path) != digest:
+            if file_digest(path) != digest:
                 raise ValueError
         path = Path(folder) / TRAINER_STATE_NAME
         json.loads(path.read_text(encoding="utf-8"))

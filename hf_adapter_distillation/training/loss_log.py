@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from adapters import ModelAdaptersMixin
 from torch import nn
 from torch.nn.utils import get_total_norm
@@ -83,12 +84,18 @@ class LoggedTerms:
         `task_loss` is the mean over all steps; the other terms and `attention/<name>` are means over the steps in
         stage 2. `stage` is 2 if there were any, and `grad_norm/<part>` that of the last step. Empty without steps.
         """
-        if not self.sums:
-            return {}
-        sums = {name: self.accelerator.gather(total).mean().item() for name, total in self.sums.items()}
+        own = {name: total.item() for name, total in self.sums.items()}
         for names, total in self.attention.items():
-            for name, weight in zip(names, self.accelerator.reduce(total, "mean").tolist(), strict=True):
-                sums[f"attention/{name}"] = sums.get(f"attention/{name}", 0.0) + weight
+            for name, weight in zip(names, total.tolist(), strict=True):
+                own[f"attention/{name}"] = own.get(f"attention/{name}", 0.0) + weight
+        # One call, whatever a process has summed: with a call for each name, other names would let it wait for ever.
+        of_processes = gather_object([own])
+        sums: dict[str, float] = defaultdict(float)
+        for part in of_processes:
+            for name, total in part.items():
+                sums[name] += total / len(of_processes)
+        if not sums:
+            return {}
         norms = {f"grad_norm/{role}": norm.item() for role, norm in self.norms.items()}
         self.clear()
         stage_2_steps = sums.pop("stage_2_steps", 0)

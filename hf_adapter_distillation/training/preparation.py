@@ -19,7 +19,7 @@ from ..method.distillation import active_block, distillation_of
 from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
-from ..student.preparing import keep_teachers
+from ..student.preparing import keep_teachers, train_again
 from ..student.provenance import teacher_digests
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
@@ -65,7 +65,7 @@ def prepare_training(
     Raises:
         ValueError: If a head, an objective, the data or the checkpoint does not fit.
     """
-    model.train_adapter(block)
+    train_again(model, block)
     if needs_head:
         check_head(model, block.student)
     check_objectives(model, block)

@@ -13,6 +13,7 @@ from transformers import Trainer
 from ..hub.trainer_mixin import StudentPushingTrainer
 from ..method.distillation import Distillation, DistillationRecord, StageSettings, distillation_of
 from ..method.nonfinite import find_overflow, loss_error
+from ..student.preparing import keep_active
 from .data import UnlabelledBatches, number_of_examples
 from .loss_log import LoggedTerms
 from .preparation import Preparation
@@ -39,7 +40,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         """The fraction of all steps in stage 1, by the argument or the default for this student."""
         if self.args.distillation_start is not None:
             return self.args.distillation_start
-        return 0.5 if self.distillation.start_digest is None else 0.0
+        return 0.0 if self.distillation.start_digests else 0.5
 
     @property
     def distillation_weight(self) -> float:
@@ -138,6 +139,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         is unset.
         """
         step = 1 / self.current_gradient_accumulation_steps
+        keep_active(self.model_with_adapters, self.block)
         self._enter_stage()
         task_loss = super().training_step(model, inputs, num_items_in_batch)
         is_stage_2 = self.distillation.settings.enabled

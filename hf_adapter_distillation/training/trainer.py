@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from adapters import Stack
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .._compat import loss_counts_items
@@ -32,7 +29,7 @@ from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import prepare_training
-from .reading import ReadingTrainer
+from .saving import SavingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +49,7 @@ def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
         vars(model)["is_quantized"] = True
 
 
-class DistillationMixin(ReadingTrainer):
+class DistillationMixin(SavingTrainer):
     """Train a student adapter in two stages in one `train()`, with any trainer.
 
     `class MyTrainer(DistillationMixin, TheirTrainer)` adds both stages to a subclass of `transformers.Trainer`, whose
@@ -161,7 +158,8 @@ class DistillationMixin(ReadingTrainer):
         self._note_training()
         if not self.args.keep_fusion:
             drop_fusion(self.model_with_adapters, self.block.student)
-        self.model_with_adapters.set_active_adapters(Stack(*self.block.children))
+        config = self.model_with_adapters.adapters_config
+        self.model_with_adapters.set_active_adapters(Stack(*self.block.children), config.skip_layers)
         return output
 
     # Before the first step
@@ -278,52 +276,6 @@ class DistillationMixin(ReadingTrainer):
         """Predict with the student, also if another adapter is active."""
         with self._active_student():
             return super().predict(*args, **kwargs)
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        first = self.first_distillation_step if self.state.global_step > self.first_distillation_step else None
-        checkpoints.save_student(self.model_with_adapters, self.block.student, output_dir, first)
-        checkpoints.save_beside(self._beside, output_dir)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        args = copy(self.args)
-        args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
-        torch.save(args, Path(output_dir) / TRAINING_ARGS_NAME)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # the last that each process writes
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.write_digests(output_dir)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student with its head and the fusion, as in a checkpoint."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.save_only_model and output_dir is not None and self.args.should_save:
-            checkpoints.write_digests(output_dir)  # a checkpoint that gets no other files
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            whole = checkpoints.newest_whole_checkpoint(self.args.output_dir)
-            raise RuntimeError(
-                f"The checkpoint of step {self.state.global_step} could not be written "
-                f"({str(error).strip().splitlines()[0]}); the newest whole one is {whole or 'none'}. "
-                "Make room on the disk and resume."
-            ) from error
-
-    def _load_best_model(self) -> None:
-        logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        checkpoints.load_student(self.model_with_adapters, self.block, self.state.best_model_checkpoint)
-        checkpoints.load_beside(self._beside, self.state.best_model_checkpoint)
-
-    @property
-    def _beside(self) -> dict[str, torch.Tensor]:
-        """The trained parameters and the buffers outside the model with adapters, as they are on the model."""
-        return checkpoints.state_beside(self.model, self.model_with_adapters)
 
     def parameter_table(self) -> str:
         """Return a table of what is trained and what is frozen: base model, student, head, fusion and teachers."""

@@ -59,4 +59,10 @@ def test_two_processes_are_equal_among_themselves(two_processes):
 
 def test_two_processes_resume_and_end_together(two_processes):
     for of_rank in two_processes:
-        assert of_rank["facts"] == {"resumed": True, "terminated": (143, 3, True)}
+        facts = {name: of_rank["facts"][name] for name in ("resumed", "terminated")}
+        assert facts == {"resumed": True, "terminated": (143, 3, True)}
+
+
+def test_two_processes_wait_for_each_other_with_less_data_than_processes(two_processes):
+    for of_rank in two_processes:
+        assert of_rank["facts"]["few"] == dict.fromkeys(distributed_worker.FEW, 8)

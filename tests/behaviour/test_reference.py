@@ -1,197 +1,95 @@
-"""The gradients of a step of each trainer against plain autograd in float64."""
+"""Terms and gradients of a training pass against an independent one, for drawn teachers, carriers and masks."""
 
 import pytest
 import torch
-from embedding_models import PAIRS, SCORED, cross_encoder, embedding_model
+from adapters import LoRAConfig, SeqBnConfig
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from marks import LONG
-from own_trainers import Twice, Weighted, two_columns, two_sided, weighted
-from reference import reference_gradients
-from sentence_transformers import losses
-from sentence_transformers.cross_encoder import losses as cross_encoder_losses
-from tiny_models import make_dataset, make_model, make_student
-from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, pad
-from transformers import TrainerCallback, set_seed
-from wrapped_models import Classifier
+from reference import Reference
+from tiny_models import VOCABULARY, make_model, noisy
+from transformers import AutoModel
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.integrations import sentence_transformers as embeddings
 
-WEIGHT, REGULARIZATION, BATCH = 0.7, 0.3, 4
-
-
-class TupleClassifier(Classifier):
-    """Reads and puts out tuples."""
-
-    def forward(self, input_ids, attention_mask, labels=None):
-        output = super().forward(input_ids, attention_mask, labels, return_dict=False)
-        return output["loss"], output["logits"]
-
-
-def student_of(kind, family="bert"):
-    return make_student(make_model(family, kind, dtype=torch.float64), student_start="random").double()
-
-
-def without_padding(row):
-    """The reference has no masks of a decoder."""
-    tokens = [max(token, 3) for token in row["input_ids"]]
-    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
-
-
-def without_labels(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def embedded(loss):
-    def task_loss(model, batch):
-        features, labels = embeddings.SentenceTransformerDistillationTrainer.collect_features(None, dict(batch))
-        return loss(model)(features, labels)
-
-    return task_loss
-
-
-def pairs_loss(model, batch):
-    batch = dict(batch)
-    labels = batch.pop("label")
-    tokens = model.preprocess(list(zip(*batch.values(), strict=True)))
-    return binary_cross_entropy_with_logits(model(tokens)["scores"].view(-1), labels.to(torch.float64))
-
-
-def no_dropout(make, folder, encoder, **kwargs):
-    return make(folder, encoder, dropout=0.0, dtype=torch.float64, student_start="random", **kwargs)
-
-
-def of_sentences(loss, dataset, forward=None):
-    """A setting of sentence embeddings; a loss with a gradient cache has a `forward` without one."""
-    model = lambda folder, encoder: no_dropout(embedding_model, folder, encoder)  # noqa: E731
-    run = None if forward is None else embedded(forward)
-    return embeddings.SentenceTransformerDistillationTrainer, model, dataset, loss, embedded(loss), run
-
-
-RANKING = losses.MultipleNegativesRankingLoss
-OWN = (lambda model, batch: model(**batch)["loss"],)
-SETTINGS = {  # the trainer, its model, data and loss, and what the reference needs
-    "trainer": (had.DistillationTrainer, lambda *_: student_of("flex"), make_dataset(), None, *OWN),
-    "static head": (had.DistillationTrainer, lambda *_: student_of("classification"), make_dataset(), None, *OWN),
-    "seq2seq": (
-        had.Seq2SeqDistillationTrainer,
-        lambda *_: student_of("seq2seq_lm", "bart"), make_dataset(labels="tokens").map(without_padding), None, *OWN,
+MODELS = ["bert", "gpt2"]
+BOTTLENECKS = st.builds(
+    lambda reduction, scaling, activation, left_out: SeqBnConfig(
+        reduction_factor=reduction, scaling=scaling, non_linearity=activation, leave_out=left_out
     ),
-    "own loss": (
-        Weighted, lambda *_: student_of("flex"), make_dataset(), None,
-        lambda model, batch: weighted(model(**without_labels(batch)).logits, batch["labels"]),
-    ),
-    "tuples": (
-        had.DistillationTrainer, lambda *_: TupleClassifier(student_of("base")), make_dataset(), None,
-        lambda model, batch: model(**batch)[0],
-    ),
-    "two passes": (Twice, lambda *_: student_of("base"), two_sided(), None, two_columns),
-    "ranking": of_sentences(RANKING, PAIRS),
-    "cached ranking": of_sentences(
-        lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3), PAIRS, RANKING
-    ),
-    "scores": of_sentences(losses.CoSENTLoss, SCORED),
-    "matryoshka": of_sentences(lambda model: losses.MatryoshkaLoss(model, RANKING(model), [16, 8]), PAIRS),
-    "cached matryoshka": of_sentences(
-        lambda model: losses.MatryoshkaLoss(
-            model, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3), [16, 8]
-        ),
-        PAIRS, lambda model: losses.MatryoshkaLoss(model, RANKING(model), [16, 8]),
-    ),
-    "cross-encoder": (
-        embeddings.CrossEncoderDistillationTrainer,
-        lambda folder, encoder: no_dropout(cross_encoder, folder, encoder), SCORED.rename_column("score", "label"),
-        cross_encoder_losses.BinaryCrossEntropyLoss, pairs_loss,
-    ),
-}  # fmt: skip
-ARGUMENTS = {
-    "seq2seq": had.Seq2SeqDistillationTrainingArguments,
-    "cross-encoder": embeddings.CrossEncoderDistillationTrainingArguments,
-}
-
-
-def build(name, folder, encoder):
-    """A model with a fusion off its start, where its regularisation has a gradient."""
-    set_seed(0)
-    model = SETTINGS[name][1](folder, encoder)
-    generator = torch.Generator().manual_seed(7)
-    for key, parameter in model.named_parameters():
-        if "distillation_fusion" in key:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        elif key.startswith(("norm.", "head.")):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.eval()
-            module.train = lambda mode=True: None
-    return model
-
-
-def padded(inputs, columns):
-    """Padding on the right of each tensor of tokens."""
-    tokens = ("input_ids", "attention_mask", "token_type_ids")
-    return {k: pad(v, (0, columns)) if columns and k.endswith(tokens) else v for k, v in inputs.items()}
-
-
-def gradients_of_trainer(name, model, folder, accumulation=1, checkpointing=False, padding=0):
-    """The gradients of the first step, its micro-batches and its log."""
-    found, batches = {}, []
-
-    class Grab(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    cls, _, dataset, loss, *_ = SETTINGS[name]
-    arguments = ARGUMENTS.get(name, had.DistillationTrainingArguments)
-    if cls is embeddings.SentenceTransformerDistillationTrainer:
-        arguments = embeddings.SentenceTransformerDistillationTrainingArguments
-    args = arguments(
-        str(folder), max_steps=1, per_device_train_batch_size=BATCH, gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=checkpointing, distillation_start=0.0, distillation_weight=WEIGHT,
-        fusion_regularization=REGULARIZATION, max_grad_norm=0.0, use_cpu=True, report_to=[], save_strategy="no",
-        disable_tqdm=True, dataloader_pin_memory=False, logging_steps=1,
-        remove_unused_columns=name != "two passes", keep_fusion=True,
-    )  # fmt: skip
-    kwargs = {} if loss is None else {"loss": loss(model)}
-    trainer = cls(model, args, train_dataset=dataset, callbacks=[Grab()], **kwargs)
-    step = trainer.training_step
-
-    def training_step(model, inputs, *args):
-        batches.append(dict(inputs))
-        return step(model, padded(inputs, padding), *args)
-
-    trainer.training_step = training_step
-    trainer.train()
-    return found, batches, trainer.state.log_history[0]
-
-
-@pytest.mark.parametrize(
-    ("accumulation", "checkpointing"),
-    [(1, False), (4, True), pytest.param(4, False, marks=LONG), pytest.param(1, True, marks=LONG)],
+    st.sampled_from([2, 8, 32]),
+    st.sampled_from([0.5, 1.0, 3.0]),
+    st.sampled_from(["relu", "gelu", "swish"]),
+    st.sampled_from([[], [], [0], [1]]),
 )
-@pytest.mark.parametrize("name", SETTINGS)
-def test_gradients_equal_the_reference(name, accumulation, checkpointing, tiny_encoder, tmp_path):
-    model, alone = (build(name, tmp_path / side, tiny_encoder) for side in ("model", "alone"))
-    found, batches, log = gradients_of_trainer(name, model, tmp_path, accumulation, checkpointing)
-    assert len(batches) == accumulation
-    task_loss, *forward = SETTINGS[name][4:]
-    wanted = reference_gradients(alone, batches, task_loss, WEIGHT, REGULARIZATION, *forward)
-    assert found.keys() == wanted.keys()
-    assert any("distillation_fusion" in key for key in found)
-    assert any(".adapters.insurance." in key for key in found)
-    for key, gradient in wanted.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-8, atol=1e-8 * gradient.abs().max().item(), msg=key)
-        assert gradient.any(), key
-    terms = WEIGHT * log["distillation_loss"] + log["fusion_regularization"]
-    assert log["loss"] == pytest.approx(log["task_loss"] + terms, abs=2e-4)
+LORAS = st.builds(
+    lambda rank, alpha, places, left_out: LoRAConfig(r=rank, alpha=alpha, attn_matrices=places, leave_out=left_out),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([1, 4]),
+    st.sampled_from([["q", "v"], ["v"], ["q", "k", "v"]]),
+    st.sampled_from([[], [], [0], [1]]),
+)
 
 
-@pytest.mark.parametrize("name", ["own loss", "tuples", "two passes", "ranking", "cached ranking"])
-def test_padding_of_any_trainer_changes_nothing(name, tiny_encoder, tmp_path):
-    plain, padded = (
-        gradients_of_trainer(name, build(name, tmp_path / str(n), tiny_encoder), tmp_path, padding=n)[0]
-        for n in (0, 3)
+@st.composite
+def cases(draw, family):
+    kinds = BOTTLENECKS if family == "gpt2" else draw(st.sampled_from([BOTTLENECKS, LORAS]))
+    configs = draw(st.lists(kinds, min_size=3, max_size=6))
+    configs[-1] = type(configs[-1])(
+        **{**configs[-1].to_dict(), "leave_out": []} | ({} if kinds is BOTTLENECKS else {"attn_matrices": ["q", "v"]})
     )
-    assert plain.keys() == padded.keys()
-    for key, gradient in plain.items():
-        torch.testing.assert_close(padded[key], gradient, rtol=1e-8, atol=1e-8 * gradient.abs().max().item(), msg=key)
+    batch, seq_len = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7]))
+    lengths = draw(st.lists(st.integers(0, seq_len), min_size=batch, max_size=batch))
+    carrier = draw(st.sampled_from(["student", "fused", "mixed"]))
+    return configs, lengths, seq_len, carrier, draw(st.integers(0, 10**6)), draw(st.sampled_from([1e-3, 0.3, 1.0]))
+
+
+def compare(family, case):
+    configs, lengths, seq_len, carrier, seed, scale = case
+    names = [f"t{i}" for i in range(len(configs) - 1)] + ["insurance"]
+    model = make_model(family, "base", dtype=torch.float64)
+    torch.manual_seed(seed)
+    for name, config in zip(names, configs, strict=True):
+        how = {"distill_from": had.DistillationConfig(names[:-1], carrier=carrier, student_start="random")}
+        model.add_adapter(name, config=config, **(how if name == "insurance" else {}))
+        noisy(model, name, scale if name == "t0" else 0.3)
+    model = model.double()
+    model.train_adapter("insurance")
+    for name, parameter in model.named_parameters():
+        if ".distillation_fusion." in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    had.distillation_of(model).settings = had.StageSettings(weight=0.7, regularization=0.01, fused_probability=0.0)
+    mask = (torch.arange(seq_len) < torch.tensor(lengths)[:, None]).long()
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, mask.shape), "attention_mask": mask}
+
+    plain = AutoModel.from_config(model.config)
+    settings_of = dict(zip(names, (config.to_dict() for config in configs), strict=True))
+    reference = Reference(model, plain, settings_of, carrier)
+    states, distillation, regularization = reference.forward(inputs)
+    read = torch.randn_like(states) * mask.unsqueeze(-1)
+    total = (states * read).sum() + 0.7 * distillation + 0.01 * regularization
+    trained = {name: p for name, p in reference.parameters.items() if p.requires_grad}
+    expected = torch.autograd.grad(total, trained.values(), allow_unused=True, materialize_grads=True)
+
+    output = model(**inputs).last_hidden_state
+    torch.testing.assert_close(output[mask.bool()], states[mask.bool()], rtol=1e-9, atol=1e-10)
+    (output * read).sum().backward()
+    record = had.distillation_of(model).take_record()
+    torch.testing.assert_close(record.distillation_loss, distillation.detach(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(record.fusion_regularization, 0.01 * regularization.detach(), rtol=1e-8, atol=1e-10)
+    parameters = dict(model.named_parameters())
+    assert {name for name, p in parameters.items() if p.requires_grad} == trained.keys()
+    for (name, parameter), gradient in zip(((n, parameters[n]) for n in trained), expected, strict=True):
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(own, gradient, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("n", [12, pytest.param(400, marks=LONG)])
+def test_terms_and_gradients_are_those_of_the_equations(family, n):
+    @settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=cases(family))
+    def check(case):
+        compare(family, case)
+
+    check()

@@ -273,9 +273,9 @@ def test_objectives_of_layers_match_what_the_layers_put_out(name, loss, monkeypa
     seen = []
     match = StudentPass.match
 
-    def keep(self, fusion, student_output, target):
-        seen.append(loss(student_output, target, self.token_weights(fusion, student_output)[0]).detach())
-        match(self, fusion, student_output, target)
+    def keep(self, student, target):
+        seen.append(loss(student.output, target, self.token_weights(student.fusion, student.output)[0]).detach())
+        match(self, student, target)
 
     monkeypatch.setattr(StudentPass, "match", keep)
     model = in_float64(objective=name)

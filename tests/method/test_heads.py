@@ -1,9 +1,14 @@
 """What the objectives need of the heads."""
 
+import math
+
 import pytest
+import torch
 from messages import exactly
-from tiny_models import make_batch, make_model, make_student, of_head
+from tiny_models import distillation_of, make_batch, make_model, make_student, of_head
 from trainings import trainer_for
+
+from hf_adapter_distillation.method.heads import kind_of_labels, shifts_labels
 
 
 def refused(trainer, message):
@@ -103,3 +108,45 @@ def test_training_loops_of_ones_own_are_told_the_same():
         model(**make_batch())
     model.train_adapter("insurance")
     assert model.train()(**make_batch()).loss.isfinite()
+
+
+KINDS = {  # the head, its config, the labels of four examples of eight tokens, and their kind
+    "classes": ("classification", {"num_labels": 3}, torch.tensor([0, 1, 2, 0]), "classes"),
+    "classes in a column": ("classification", {"num_labels": 3}, torch.tensor([[0], [1], [2], [0]]), "classes"),
+    "several labels as integers": (
+        "classification", {"num_labels": 8, "multilabel": True}, torch.arange(32).reshape(4, 8) % 2, "labels"
+    ),
+    "one value in a column": (
+        "classification", {"num_labels": 1}, torch.tensor([[0.5], [1.0], [2.0], [0.0]]), "values"
+    ),
+    "tokens": ("tagging", {"num_labels": 3}, torch.arange(32).reshape(4, 8) % 3, "tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_the_head_says_of_which_kind_labels_are(case):
+    head, config, labels, kind = KINDS[case]
+    model, batch = of_head(head, head_config=config, objective="task_specific")
+    model(**batch | {"labels": labels})
+    assert kind_of_labels(model, "insurance") == kind
+    record = distillation_of(model).take_record()
+    losses = {"classes": math.log(3), "labels": math.log(2), "values": (0.25 + 1 + 4) / 4, "tokens": math.log(3)}
+    assert record.terms["probe_loss"].item() == pytest.approx(losses[kind], rel=0.4)
+
+
+def test_labels_of_sequences_are_not_taken_for_those_of_a_decoder():
+    """Several labels for each sequence, as many as it has tokens, are no mask of the decoder's padding."""
+    model = make_student(make_model("bart", dtype=torch.float64), train=False, student_start="random").double()
+    model.delete_head("bank")
+    model.add_classification_head("insurance", num_labels=8, multilabel=True)
+    model.double()
+    model.train_adapter("insurance")
+    batch, losses = make_batch(), []
+    batch["input_ids"][:, 0] = 2  # the head of BART reads the end of the sequence
+    for labels in (torch.ones(4, 8), torch.ones(4, 8).long()):
+        model(**batch | {"labels": labels})
+        losses.append(distillation_of(model).take_record().distillation_loss)
+    assert torch.equal(*losses)
+    assert not shifts_labels(model)
+    assert shifts_labels(make_model("bart", "seq2seq_lm"))
+    assert not shifts_labels(make_model("bart", "classification"))

@@ -216,9 +216,7 @@ def test_a_teacher_whose_activation_has_weights_runs_on_its_own():
     model.train_adapter("insurance")
     output, record = forward_in_stage_2(model)
     output.loss.backward()
-    fusion = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"]
     assert torch.isfinite(output.loss)
-    assert fusion.cache.nbytes == 0
     assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
 
 
@@ -300,7 +298,7 @@ def test_one_token_one_teacher_of_width_one_and_padded_rows_are_finite(carrier):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("carrier", ["student", "fused"])
-def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monkeypatch):
+def test_autocast_softmax_is_float32(carrier, dtype, monkeypatch):
     model = make_student(make_model(), carrier=carrier)
     seen = []
     softmax = torch.Tensor.softmax
@@ -316,23 +314,18 @@ def test_autocast_softmax_is_float32_and_the_copy_is_small(carrier, dtype, monke
     output.loss.backward()
     assert seen == [torch.float32] * 2
     assert record.distillation_loss.dtype == torch.float32
-    cache = adapter_layers(model, "insurance")[0][1].distillation_fusion["insurance"].cache
-    small = cache.nbytes
-    forward_in_stage_2(model)
-    assert cache.nbytes == 2 * small > 0
 
 
 LENGTHS = (8, 6, 7, 12, 9)
 
 
 @needs_compiler
-@pytest.mark.timeout(900)  # to compile for any length takes a minute, and several on a busy machine
+@pytest.mark.timeout(900)  # which a busy machine may need to compile
 @pytest.mark.parametrize(
     ("carrier", "lengths"),
     [
-        ("mixed", LENGTHS),
-        ("dual", LENGTHS[:1]),
-        *(pytest.param(carrier, LENGTHS, marks=LONG) for carrier in ("student", "fused", "dual")),
+        ("mixed", LENGTHS[:1]),
+        *(pytest.param(carrier, LENGTHS, marks=LONG) for carrier in ("student", "fused", "mixed", "dual")),
     ],
 )
 def test_compiled_code_equals_eager_code_at_any_length(carrier, lengths):

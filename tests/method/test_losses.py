@@ -195,8 +195,8 @@ def test_cross_task_without_labels_corrects_nothing_and_compares_all():
     )
 
 
-def task_specific(projection, n_labels=2):
-    loss = TaskSpecificLoss(len(projection[0]), n_labels, dtype=torch.float64)
+def task_specific(projection, n_labels=2, kind="classes"):
+    loss = TaskSpecificLoss(len(projection[0]), n_labels, dtype=torch.float64, kind=kind)
     loss.projection.weight = torch.nn.Parameter(torch.tensor(projection, dtype=torch.float64))
     loss.classifier = torch.nn.Linear(len(projection), n_labels, dtype=torch.float64)
     return loss
@@ -231,15 +231,29 @@ def test_the_probe_learns_from_the_labels_and_moves_nothing_else():
     loss.backward()
     assert fused.grad is None
     assert (probe.projection.weight.grad != 0).any()
+    assert torch.equal(probe.probe_loss(fused, weights, torch.tensor([[1], [0]])), loss)
+    floats = probe.probe_loss(fused, weights, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    probe.kind = "tokens"
     tokens = probe.probe_loss(fused, weights, torch.tensor([[1, -100], [0, -100]]))
     assert tokens.item() == pytest.approx((-math.log(softmax([0, 1])[1]) + math.log(2)) / 2)
-    several = probe.probe_loss(fused, weights, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    probe.kind = "labels"
+    several = probe.probe_loss(fused, weights, torch.tensor([[0, 1], [0, 1]]))
     assert several.item() == pytest.approx((3 * math.log(2) + math.log(1 + math.exp(-2))) / 4)
-    one = task_specific([[1.0, 0.0]], n_labels=1)
+    assert torch.equal(floats, several)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("values", (1 + 9) / 2), ("labels", None)])
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_the_probe_of_one_label_in_either_shape(kind, loss, shape):
+    fused = torch.tensor([[[1.0, 5.0], [3.0, 7.0]], [[0.0, 2.0], [9.0, 9.0]]], dtype=torch.float64)
+    weights = token_weights(torch.tensor([[1, 1], [1, 0]]))
+    one = task_specific([[1.0, 0.0]], n_labels=1, kind=kind)
     with torch.no_grad():
         one.classifier.weight.fill_(1.0)
-        one.classifier.bias.zero_()
-    assert one.probe_loss(fused, weights, torch.tensor([1.0, 3.0])).item() == pytest.approx((1 + 9) / 2)
+        one.classifier.bias.zero_()  # logits 2 and 0
+    labels = torch.tensor([1.0, 3.0]) if kind == "values" else torch.tensor([1, 0])
+    expected = loss or (math.log(1 + math.exp(-2)) + math.log(2)) / 2
+    assert one.probe_loss(fused, weights, labels.reshape(shape)).item() == pytest.approx(expected)
 
 
 def test_the_task_specific_ratio_by_hand():

@@ -1,13 +1,13 @@
 import copy
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from model_state import take_terms
-from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy
+from tiny_models import make_batch, make_model, make_student, noisy
 
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.method.stacking import StackCache, can_be_stacked, stack, stacked_bytes
+from hf_adapter_distillation.method.stacking import can_be_stacked, stack, stack_alike, stacked_bytes
 
 
 def adapters_of(model, names):
@@ -76,7 +76,7 @@ def test_what_cannot_be_stacked():
     assert not can_be_stacked(b)
     assert stacked_bytes({"a": a}) == 8 * sum(p.numel() for p in a.parameters())
     assert stacked_bytes({"a": a, "b": b}) == 0
-    assert StackCache().get({"a": a, "b": b}, model.adapters_config, torch.float64) is None
+    assert stack_alike({"a": a, "b": b}, model.adapters_config, torch.float64) is None
 
 
 def test_a_stack_for_each_width_activation_and_input():
@@ -90,143 +90,65 @@ def test_a_stack_for_each_width_activation_and_input():
     adapters = adapters_of(model, ["a", "b", "c", "d"])
     output = next(layer for name, layer in adapter_layers(model, "e") if name.endswith("0.output"))
     adapters["e"] = output.adapters["e"]
-    stacks = StackCache().get(adapters, model.adapters_config, torch.float64)
+    stacks = stack_alike(adapters, model.adapters_config, torch.float64)
     assert [stacked.names for stacked in stacks] == [("a", "c"), ("b",), ("d",), ("e",)]
 
 
-# The cache
-
-
-def cached(model, names=("a", "b"), dtype=torch.float64, cache=None):
-    cache = cache or StackCache()
-    return cache, cache.get(adapters_of(model, names), model.adapters_config, dtype)
-
-
-def down_rows(stacks, model, names=("a", "b")):
-    """Whether the copy has the weights that the adapters have now."""
-    wanted = torch.cat([adapter.adapter_down[0].weight for adapter in adapters_of(model, names).values()])
-    return torch.equal(stacks[0].down_weight, wanted)
-
-
-def test_teachers_are_copied_once():
-    model = model_with(a="seq_bn", b="seq_bn")
-    cache, first = cached(model)
-    _, second = cached(model, cache=cache)
-    assert first is second
-    assert cache.nbytes == stacked_bytes(adapters_of(model, ["a", "b"]))
-    assert not any(tensor.requires_grad for tensor in (first[0].down_weight, first[0].up))
+# Each pass copies the weights that the teachers have
 
 
 def load_in_place(model):
-    adapter = adapters_of(model, ["a"])["a"]
+    adapter = adapters_of(model, ["bank"])["bank"]
     adapter.load_state_dict({key: value + 1 for key, value in adapter.state_dict().items()})
 
 
 def load_by_assignment(model):
-    adapter = adapters_of(model, ["a"])["a"]
+    adapter = adapters_of(model, ["bank"])["bank"]
     adapter.load_state_dict({key: value + 1 for key, value in adapter.state_dict().items()}, assign=True)
 
 
-def delete_and_add(model):
-    model.delete_adapter("a")
-    model.add_adapter("a", config="seq_bn")
-    model.double()
+def load_a_file(model):
+    other = make_student(make_model(), train=False)
+    noisy(other, "bank")
+    with TemporaryDirectory() as folder:
+        other.save_adapter(folder, "bank")
+        model.load_adapter(folder, load_as="bank", with_head=False)
 
 
 def swap_data(model):
-    weight = adapters_of(model, ["a"])["a"].adapter_down[0].weight
-    weight.data = weight.data + 1
+    weight = adapters_of(model, ["bank"])["bank"].adapter_down[0].weight
+    weight.data = weight.data * 2
 
 
-@pytest.mark.parametrize("change", [load_in_place, load_by_assignment, delete_and_add, swap_data])
-def test_a_changed_teacher_is_copied_anew(change):
-    model = model_with(a="seq_bn", b="seq_bn")
-    cache, before = cached(model)
-    change(model)
-    _, after = cached(model, cache=cache)
-    assert after is not before
-    assert down_rows(after, model)
-    assert not down_rows(before, model)
+CHANGES = [load_in_place, load_by_assignment, load_a_file, swap_data, lambda model: noisy(model, "bank")]
 
 
-def test_a_model_that_is_copied_has_a_cache_of_its_own():
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_teacher_is_used_in_the_next_pass(change):
+    def terms(model):
+        model.train()(**make_batch())
+        return distillations(model.adapters_config)["insurance"].take_record().distillation_loss
+
     model = make_student(make_model())
-    model(**make_batch())
-    other = copy.deepcopy(model)
-    noisy(other, "bank")
-    losses = []
-    for m in (model, other, model):
-        m(**make_batch())
-        losses.append(take_terms(m).item())
-    assert losses[0] == losses[2] != losses[1]
+    before = terms(model)
+    change(model)
+    after = terms(model)
+    assert after != before
+    assert after == terms(copy.deepcopy(model))
 
 
-def caches(model):
-    modules = [layer.distillation_fusion["insurance"] for _, layer in adapter_layers(model, "insurance")]
-    return [fusion.cache for fusion in modules]
+def test_a_copy_is_detached_and_in_the_data_type_of_the_pass():
+    model = model_with(a="seq_bn", b="seq_bn")
+    (stacked,) = stack_alike(adapters_of(model, ["a", "b"]), model.adapters_config, torch.bfloat16)
+    for tensor in (stacked.down_weight, stacked.down_bias, stacked.up):
+        assert tensor.dtype == torch.bfloat16
+        assert not tensor.requires_grad
 
 
-def test_the_copy_follows_the_model():
-    model = make_student(make_model()).train()
-    keys = set(model.state_dict())
-    model(**make_batch())
-    size = [cache.nbytes for cache in caches(model)]
-    assert all(size)
-    model.double()
-    assert [cache.nbytes for cache in caches(model)] == [0, 0], "freed at once"
-    model(**make_batch()).loss.backward()
-    assert [cache.nbytes for cache in caches(model)] == [2 * s for s in size]
-    assert set(model.state_dict()) == keys
-    assert not any("cache" in key or "stack" in key for key in keys)
-    with pytest.warns(UserWarning, match="keeps 2 others"):
-        model.delete_adapter("work")
-    assert [cache.nbytes for cache in caches(model)] == [0, 0]
-    model.train_adapter("insurance")
-    model(**make_batch()).loss.backward()
-    assert [cache.nbytes for cache in caches(model)] == [2 * s * 2 / 3 for s in size]
-    record = distillations(model.adapters_config)["insurance"].record
-    assert [row.names for row in record.attention.values()] == [("bank", "travel")] * 2
-
-
-def test_a_reloaded_teacher_is_used(tmp_path):
-    model = make_student(make_model(), train=False)
-    noisy(model, "bank")
-    model.save_adapter(str(tmp_path), "bank")
-    fresh = make_student(make_model())
-    fresh.train()
-    fresh(**make_batch())
-    losses = [take_terms(fresh)]
-    fresh.load_adapter(str(tmp_path), load_as="bank", with_head=False, overwrite_ok=True)
-    fresh.train_adapter("insurance")
-    fresh(**make_batch())
-    losses.append(take_terms(fresh))
-    assert losses[0] != losses[1]
-    _, layer = adapter_layers(fresh, "bank")[0]
-    (stacked,) = layer.distillation_fusion["insurance"].cache.get(
-        {name: layer.adapters[name] for name in TEACHERS}, fresh.adapters_config, torch.float32
-    )
-    wanted = adapter_layers(model, "bank")[0][1].adapters["bank"].adapter_down[0].weight
-    assert torch.equal(stacked.down_weight[: len(wanted)], wanted)
-
-
-def test_training_again_copies_again():
-    """Writing to `.data` leaves no trace that the cache could see."""
-    model = make_student(make_model()).train()
-    model(**make_batch())
-    take_terms(model)
-    noisy(model, "bank")
-    model.train_adapter("insurance")
-    model(**make_batch())
-    terms = take_terms(model)
-    for cache in caches(model):
-        cache.clear()
-    model(**make_batch())
-    assert torch.equal(take_terms(model), terms)
-
-
-def test_the_copy_goes_with_the_fusion():
-    model = make_student(make_model()).train()
-    model(**make_batch())
-    assert all(cache.nbytes for cache in caches(model))
-    model.delete_adapter("insurance")
-    assert not any(isinstance(value, StackCache) for module in model.modules() for value in vars(module).values())
+def test_a_scaling_is_part_of_the_up_projections():
+    model = model_with(a="seq_bn[scaling=2.0]", b="seq_bn")
+    (both,) = stack_alike(adapters_of(model, ["a", "b"]), model.adapters_config, torch.float64)
+    a, b = adapters_of(model, ["a", "b"]).values()
+    weights = [2 * a.adapter_up.weight, b.adapter_up.weight]
+    biases = [2 * a.adapter_up.bias.unsqueeze(1), b.adapter_up.bias.unsqueeze(1)]
+    assert torch.equal(both.up, torch.cat([*weights, *biases], dim=1))

@@ -3,9 +3,11 @@
 import logging
 
 import adapters
+import pytest
 import torch
 from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student
 
+from hf_adapter_distillation.method.layers import adapter_layers
 from hf_adapter_distillation.student.fusions import fusions_of
 
 
@@ -37,3 +39,26 @@ def test_a_layer_without_the_student_is_left_alone():
     model.add_adapter("insurance", config="seq_bn[leave_out=[0]]", distill_from=TEACHERS)
     model.train_adapter("insurance")
     assert [fusion.location for fusion in fusions_of(model, "insurance")] == ["encoder.layer.1"]
+
+
+def silence(model, adapter, layers):
+    """Sets the up-projections of an adapter in some layers to zero."""
+    for _, layer in adapter_layers(model, adapter):
+        if layer.layer_idx in layers:
+            module = layer.adapter_modules[adapter]
+            for parameter in [module.lora_B] if hasattr(module, "lora_B") else module.adapter_up.parameters():
+                parameter.data.zero_()
+
+
+@pytest.mark.parametrize("config", ["seq_bn", "lora", "par_bn", "seq_bn[use_gating=True]"])
+def test_a_place_where_no_teacher_has_weights_has_no_fusion(config):
+    def layers_with_fusion(silent):
+        model = make_student(make_model(), config=config, train=False)
+        for teacher, layers in zip(TEACHERS, silent, strict=True):
+            silence(model, teacher, layers)
+        model.train_adapter("insurance")
+        return {fusion.location.split("layer.")[1][0] for fusion in fusions_of(model, "insurance")}
+
+    assert layers_with_fusion([[0], [0], [0]]) == {"1"}
+    assert layers_with_fusion([[0], [0, 1], []]) == {"0", "1"}
+    assert layers_with_fusion([[0, 1]] * 3) == {"0", "1"}, "untrained teachers are distilled wherever they are"

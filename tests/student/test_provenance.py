@@ -115,3 +115,26 @@ def test_the_teacher_that_changed_is_named():
     noisy(model, "work")
     with pytest.raises(RuntimeError, match="The weights of teacher 'work' changed in training"):
         check_teachers_unchanged(model, digests)
+
+
+def test_weights_that_are_loaded_over_a_student_are_not_its_training(trainer_args, tmp_path):
+    model = make_student(make_model())
+    trainer_for(model, trainer_args(max_steps=2)).train()
+    run = distillation_of(model, "insurance").run
+    model.save_adapter(str(tmp_path / "plain"), "bank")
+    model.save_adapter(str(tmp_path / "trained"), "insurance")
+
+    def loaded_and_saved(folder):
+        model.load_adapter(str(tmp_path / folder), load_as="insurance", with_head=False)
+        model.save_adapter(str(tmp_path / "again"), "insurance")
+        return json.loads((tmp_path / "again" / "adapter_config.json").read_text()).get("distillation")
+
+    assert loaded_and_saved("plain") is None
+    assert distillation_of(model, "insurance").run is None
+    trained = json.loads((tmp_path / "trained" / "adapter_config.json").read_text())["distillation"]
+    assert loaded_and_saved("trained") == trained
+    assert distillation_of(model, "insurance").run.settings == run.settings
+    loaded_and_saved("plain")
+    model.train_adapter("insurance")
+    model.save_adapter(str(tmp_path / "again"), "insurance")
+    assert read_provenance(tmp_path / "again").run.settings == {}, "distilled again, by a loop of one's own perhaps"

@@ -11,20 +11,11 @@ from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_stu
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import trainer_for
 
-from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.student import warm_start
 from hf_adapter_distillation.student.least_squares import UpProjectionFit
-from hf_adapter_distillation.student.provenance import adapter_digest
-from hf_adapter_distillation.student.warm_start import START_EXAMPLES, FittingPass, fit_start
+from hf_adapter_distillation.student.warm_start import START_EXAMPLES, FittingPass, fit_start, is_at_average
 from hf_adapter_distillation.training.data import draw_examples
-
-
-def in_float64(model):
-    """The model cast, with a student that still counts as the average of its teachers."""
-    model.double()
-    distillations(model.adapters_config)["insurance"].start_digest = adapter_digest(model, "insurance")
-    return model
 
 
 def first_layer(model, batch):
@@ -41,7 +32,7 @@ def first_layer(model, batch):
 @pytest.mark.parametrize("config", ["double_seq_bn", "seq_bn[scaling=2.0]", SeqBnConfig(scaling="learned")])
 def test_the_student_starts_at_the_teachers_mean_update(config, trainer_args):
     """Against torch's own least squares, in the first layer, whose input does not depend on the student."""
-    model = in_float64(make_student(make_model(dtype=torch.float64).double(), config=config))
+    model = make_student(make_model(dtype=torch.float64).double(), config=config).double()
     before, trainer = snapshot(model), trainer_for(model, trainer_args())
     state = torch.get_rng_state()
     batch = make_batch(16)
@@ -62,7 +53,7 @@ def test_the_student_starts_at_the_teachers_mean_update(config, trainer_args):
 
 def test_a_layer_sees_what_the_layers_below_pass_on_of_the_mean(trainer_args):
     """The last layer against a fit by hand, to its inputs where each layer passes on the mean update."""
-    model = in_float64(make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn"))
+    model = make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn").double()
     trainer, batch, hooks, seen = trainer_for(model, trainer_args()), make_batch(16), [], []
     for _, layer in adapter_layers(model, "insurance"):
 
@@ -104,7 +95,7 @@ def test_all_layers_are_fitted_to_what_a_forward_pass_of_the_mean_sees(trainer_a
         for name in TEACHERS[1:]:
             layer.adapters[name].adapter_down.load_state_dict(layer.adapters["bank"].adapter_down.state_dict())
     model.add_adapter("insurance", config="double_seq_bn", distill_from=TEACHERS, overwrite_ok=True)
-    in_float64(model).train_adapter("insurance")
+    model.double().train_adapter("insurance")
     average = snapshot(model)
     trainer = trainer_for(model, trainer_args())
     with caplog.at_level(logging.INFO, logger="hf_adapter_distillation"):
@@ -139,6 +130,30 @@ def test_a_student_that_is_not_at_the_average_stays_where_it_is(how, trainer_arg
     trainer.fit_start()
     assert not fitted
     assert not changed(model, before)
+
+
+CASTS = [[torch.float64], [torch.float16], [torch.bfloat16], [torch.bfloat16, torch.float32], [torch.float16] * 2]
+
+
+@pytest.mark.parametrize("dtypes", CASTS, ids=str)
+def test_a_cast_keeps_the_start(dtypes, trainer_args):
+    model = make_student(make_model(), train=False)
+    for dtype in dtypes:
+        model.to(dtype)
+    assert is_at_average(model, "insurance")
+    model.train_adapter("insurance")
+    assert "insurance" in model.heads, "the average of the teachers' heads"
+    before = snapshot(model)
+    trainer_for(model, trainer_args()).fit_start()
+    assert changed(model, before) == {name for name in before if ".insurance.adapter_up." in name}
+    assert not is_at_average(model, "insurance")
+
+
+def test_one_changed_weight_is_a_training():
+    model = make_student(make_model(), train=False)
+    name, weight = next(item for item in model.named_parameters() if ".insurance." in item[0])
+    weight.data.view(-1)[0] *= 1 + 1e-6
+    assert not is_at_average(model, "insurance"), name
 
 
 def test_a_training_starts_with_it_once(trainer_args):
@@ -229,6 +244,5 @@ def test_the_mean_update_is_the_mean_of_the_updates(dtype, trainer_args, monkeyp
     compared = []
     monkeypatch.setattr(warm_start, "FittingPass", Compared)
     model = make_student(make_model()).to(dtype)
-    distillations(model.adapters_config)["insurance"].start_digest = adapter_digest(model, "insurance")
     trainer_for(model, trainer_args()).fit_start()
     assert compared

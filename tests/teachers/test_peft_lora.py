@@ -12,7 +12,7 @@ from adapters import LoRAConfig
 from messages import one_line
 from model_state import snapshot
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, make_batch, make_dataset, make_model, noisy
+from tiny_models import CONFIGS, TEACHERS, make_batch, make_dataset, make_model, noisy
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,6 +24,8 @@ from transformers import (
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.student.fusions import fusions_of
+from hf_adapter_distillation.student.warm_start import is_at_average
 
 CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -171,6 +173,20 @@ def test_teachers_of_peft_and_of_adapters_are_distilled_together(tmp_path, train
     assert logs[-1] < logs[0]
     assert {"attention/bank", "attention/travel"} <= trainer.state.log_history[0].keys()
     assert len(adapter_layers(model, "bank")) == 4
+
+
+def test_layers_that_peft_leaves_out_are_left_out(tmp_path):
+    for name in TEACHERS:
+        saved_by_peft(tmp_path / name, target_modules=["query", "value"], layers_to_transform=[1], r=2)
+    model = make_model()
+    model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / name) for name in TEACHERS])
+    model.train_adapter("insurance")
+    assert model.adapters_config.get("bank").leave_out == [0]
+    assert len(adapter_layers(model, "bank")) == 2
+    assert {fusion.location for fusion in fusions_of(model, "insurance")} == {
+        f"encoder.layer.1.attention.self.{part}" for part in ("query", "value")
+    }
+    assert is_at_average(model, "insurance"), "although it has more layers than its teachers"
 
 
 def damaged(folder, what):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import TEACHERS, make_dataset, make_model, make_student
+from model_state import changed, snapshot
+from tiny_models import TEACHERS, heard, make_batch, make_dataset, make_model, make_student
 from trainings import EachStep, gradients, trainer_for
+from transformers import TrainerCallback
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -187,3 +189,83 @@ def test_teachers_stay_in_evaluation_mode(trainer_args):
     trainer_for(model, trainer_args(), callbacks=[EachStep(note)]).train()
     assert modes
     assert not any(modes)
+
+
+def look_at_a_teacher(model):
+    """A callback's look: another adapter is active for a moment, and the student's name afterwards."""
+    mode = model.training
+    model.set_active_adapters("bank")
+    heard(model, "bank", make_batch())
+    model.train(mode)
+    model.set_active_adapters("insurance")
+
+
+def activate_another_head(model):
+    model.active_head = "bank"
+
+
+LOOKS = {
+    "name": lambda model: model.set_active_adapters("insurance"),
+    "teacher": look_at_a_teacher,
+    "left at a teacher": lambda model: model.set_active_adapters("bank"),
+    "nothing": lambda model: model.set_active_adapters(None),
+    "head": activate_another_head,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_callback_may_activate_another_setup(look, trainer_args):
+    results = []
+    for function in (lambda model: None, look):
+
+        class Look(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                function(model)  # noqa: B023
+
+            on_substep_end = on_step_begin
+
+        model = make_student(make_model())
+        args = trainer_args(max_steps=3, gradient_accumulation_steps=2)
+        trainer_for(model, args, callbacks=[Look()]).train()
+        results.append(snapshot(model))
+        assert str(model.active_adapters) == "Stack[insurance]"
+    assert not changed(model, results[0])
+
+
+@pytest.mark.parametrize("level", ["adapter", "layer"])
+def test_adapter_drop_skips_layers_of_single_steps(level, trainer_args):
+    model, trained, losses = make_student(make_model(), level=level), [], []
+    first = {
+        layer: [p for n, p in model.named_parameters() if f"layer.{layer}." in n and ".insurance." in n]
+        for layer in (0, 1)
+    }
+
+    class Drop(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.set_active_adapters("insurance", skip_layers=[0] if state.global_step % 2 else [])
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            trained.append([any(p.grad is not None for p in ps) for ps in first.values()])
+
+    trainer = trainer_for(model, trainer_args(max_steps=4, distillation_start=0.0), callbacks=[Drop()])
+    note = trainer._terms.note
+    trainer._terms.note = lambda loss, record, *args: (
+        losses.append(len(record.layer_losses)) or note(loss, record, *args)
+    )
+    trainer.train()
+    assert trained == [[True, True], [False, True], [True, True], [False, True]]
+    assert losses == [2, 1, 2, 1]
+    assert all(log["distillation_loss"] > 0 for log in trainer.state.log_history if "distillation_loss" in log)
+
+
+@pytest.mark.parametrize("selection", ["all", 2])
+def test_skipped_layers_stay_skipped_through_a_training(selection, trainer_args):
+    model = make_student(make_model(), teacher_selection=selection)
+    model.set_active_adapters(model.active_adapters, skip_layers=[0])
+    before, trainer = snapshot(model), trainer_for(model, trainer_args(max_steps=2, distillation_start=0.0))
+    trainer.train()
+    assert model.adapters_config.skip_layers == [0]
+    moved = {name for name in changed(model, before) if ".insurance." in name and "heads." not in name}
+    assert moved
+    if selection == "all":  # else the student starts again, at the average of the kept teachers
+        assert all(".layer.1." in name for name in moved)
