@@ -1,5 +1,6 @@
 """The examples that a trainer reads beside its steps, as inputs of the model with adapters."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,10 +47,24 @@ class ReadingTrainer(TwoStageTrainer):
         with self.accelerator.autocast(), self.compute_loss_context_manager():
             yield
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """Take the columns that the model takes; adapters hides the signature of some models, such as T5."""
-        super()._set_signature_columns_if_needed()
+    @property
+    def _gives_inputs_to_inner(self) -> bool:
+        """Whether a batch is the input of the model with adapters, or of a wrapper that passes on whatever it gets."""
         if self.model_with_adapters is self.model:
+            return True
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        passes_on = all(
+            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters
+        )
+        return passes_on and not self._computes_own_loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Take the columns that the model takes, also where its signature does not name them.
+
+        Adapters hides the signature of some models, such as T5, and a wrapper may pass on whatever it gets.
+        """
+        super()._set_signature_columns_if_needed()
+        if self._gives_inputs_to_inner:
             accepted = forward_arguments(self.model_with_adapters)
             self._signature_columns = list(dict.fromkeys([*self._signature_columns, *accepted]))
 

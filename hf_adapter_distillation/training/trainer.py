@@ -104,8 +104,9 @@ class DistillationMixin(SavingTrainer):
         self.block = active_block(inner)
         check_trainable(inner, self.block)
         if inner is self.model:
-            # Adapters hides the signatures by which Trainer decides these; a wrong answer scales the gradients.
+            # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
             self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(inner)
+        if self._gives_inputs_to_inner:
             self.label_names = self.label_names or label_names(inner, self.block.student)
         config, is_wrapped = self.distillation.config, inner is not self.model
         check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)

@@ -23,6 +23,20 @@ def test_a_batch_of_a_wrapper_is_read_where_it_calls_the_model(trainer_args):
     assert model.training
 
 
+def test_a_wrapper_may_pass_its_inputs_on(trainer_args):
+    class Passing(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    trainer = trainer_for(Passing(make_student(make_model())), trainer_args(max_steps=2))
+    trainer.train()
+    assert trainer.state.log_history[1]["distillation_loss"] > 0
+
+
 def test_several_data_sets_are_read_in_the_shares_of_their_sizes(trainer_args):
     several = {"one": make_dataset(12), "other": make_dataset(4, seed=1)}
     trainer = trainer_for(make_student(make_model()), trainer_args(), train_dataset=make_dataset())
