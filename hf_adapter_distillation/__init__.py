@@ -5,7 +5,7 @@ prepares the two-stage training, and `DistillationTrainer` runs it.
 
 Reading order: `composition` and `configuration`, what a user writes; `method`, one forward pass; `teachers` and
 `student`, the adapters on a model; `registration`, all changes to adapters; `training`, the two stages; `analysis`;
-`hub`; `cli`. All rooms share `downloads` and `_compat`.
+`hub`; `cli`; `integrations`. All rooms share `downloads` and `_compat`.
 
 Source: Wang et al., "AdapterDistillation: Non-Destructive Task Composition with Knowledge Distillation", EMNLP 2023
 Industry, https://arxiv.org/abs/2312.16261.
@@ -16,23 +16,33 @@ from typing import TYPE_CHECKING
 
 from .analysis.plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 from .composition import AdapterDistillation
-from .configuration import DistillationConfig, DistillationTrainingArguments
+from .configuration import (
+    DistillationArgumentsMixin,
+    DistillationConfig,
+    DistillationTrainingArguments,
+    Seq2SeqDistillationTrainingArguments,
+)
 from .method.distillation import StageSettings, distillation_of
 from .method.fusion import TeacherFusion
 from .registration import register, unregister
 
 if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
-    from .training.trainer import AdapterDistillationTrainer, DistillationTrainer
+    from .training.trainer import DistillationMixin
+    from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterDistillation",
     "AdapterDistillationTrainer",
+    "DistillationArgumentsMixin",
     "DistillationConfig",
+    "DistillationMixin",
     "DistillationTrainer",
     "DistillationTrainingArguments",
+    "Seq2SeqDistillationTrainer",
+    "Seq2SeqDistillationTrainingArguments",
     "StageSettings",
     "TeacherFusion",
     "distillation_of",
@@ -48,7 +58,10 @@ __all__ = [
 ]
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
-_LAZY = dict.fromkeys(("AdapterDistillationTrainer", "DistillationTrainer"), "training.trainer")
+_LAZY = {"DistillationMixin": "training.trainer"}
+_LAZY |= dict.fromkeys(
+    ("AdapterDistillationTrainer", "DistillationTrainer", "Seq2SeqDistillationTrainer"), "training.trainers"
+)
 _LAZY |= dict.fromkeys(
     ("leave_one_teacher_out", "student_distance", "teacher_attention", "write_analysis"), "analysis.observe"
 )

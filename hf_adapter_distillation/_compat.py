@@ -57,6 +57,12 @@ def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:
     return code.co_varnames[1 : code.co_argcount]
 
 
+def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class of a model before `adapters.init`."""
+    classes = (cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel))
+    return next(cls for cls in classes if not issubclass(cls, ModelAdaptersMixin))
+
+
 def loss_counts_items(model: PreTrainedModel) -> bool:
     """Return whether the model's own loss is normalised by Trainer's `num_items_in_batch`.
 
@@ -66,8 +72,7 @@ def loss_counts_items(model: PreTrainedModel) -> bool:
     """
     if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
         return False
-    classes = (cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel))
-    original = next(cls for cls in classes if not issubclass(cls, ModelAdaptersMixin))
+    original = original_class(model)
     forward = inspect.unwrap(original.forward)
     takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     uses_number = "loss_function" in forward.__code__.co_names

@@ -1,15 +1,20 @@
-"""Settings of the distillation (`DistillationConfig`) and of the training (`DistillationTrainingArguments`)."""
+"""Settings of the distillation (`DistillationConfig`) and of the training (`DistillationArgumentsMixin`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from math import inf
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ._compat import COMPILES
+
+if TYPE_CHECKING:
+    _Arguments: TypeAlias = TrainingArguments
+else:
+    _Arguments = object  # the fields and defaults of the other base of a class must win
 
 Carrier = Literal["student", "fused", "mixed", "dual"]
 StudentStart = Literal["teachers", "average", "random"]
@@ -148,10 +153,12 @@ class DistillationConfig:
 
 
 @dataclass
-class DistillationTrainingArguments(TrainingArguments):
-    """Training arguments of transformers, extended by the arguments of the two stages.
+class DistillationArgumentsMixin(_Arguments):
+    """Arguments of the two stages, for a dataclass of training arguments.
 
-    `num_train_epochs` (or `max_steps`) counts both stages together.
+    A trainer with `DistillationMixin` takes arguments with this mixin, for instance
+    `@dataclass class MyArguments(DistillationArgumentsMixin, TheirArguments)`, where `TheirArguments` belongs to the
+    other base of the trainer.
 
     Raises:
         ValueError: If a value is out of its range, or this torch is too old for `torch_compile`.
@@ -197,6 +204,11 @@ class DistillationTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self, TrainingArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs training arguments as its second base, for instance "
+                "class MyArguments(DistillationArgumentsMixin, TrainingArguments) with @dataclass above it."
+            )
         if not COMPILES and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             raise ValueError(f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out.")
         super().__post_init__()
@@ -210,3 +222,19 @@ class DistillationTrainingArguments(TrainingArguments):
         for name in ("keep_fusion", "analysis", "stop_on_nan", "save_on_sigterm"):
             if not isinstance(value := vars(self)[name], bool):
                 raise _out_of_range(name, value, "True or False")
+
+
+@dataclass
+class DistillationTrainingArguments(DistillationArgumentsMixin, TrainingArguments):
+    """Training arguments of transformers, extended by the arguments of the two stages.
+
+    `num_train_epochs` (or `max_steps`) counts both stages together.
+    """
+
+
+@dataclass
+class Seq2SeqDistillationTrainingArguments(DistillationArgumentsMixin, Seq2SeqTrainingArguments):
+    """Arguments of `Seq2SeqTrainer`, `predict_with_generate` and others, extended by the arguments of the two stages.
+
+    `num_train_epochs` (or `max_steps`) counts both stages together.
+    """

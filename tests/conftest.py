@@ -12,8 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from hub_server import Hub
 from huggingface_hub import constants
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tiny_encoder import save_tiny_encoder
 
 import hf_adapter_distillation as had
 
@@ -69,21 +68,5 @@ def no_mixed_precision_or_compiler_for_the_next_test():
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
-    """The folder of a tiny BERT with a tokenizer trained on a few sentences."""
-    folder = str(tmp_path_factory.mktemp("encoder"))
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    texts = ["my card is gone", "when does the train leave", "what do i pay for the parcel", "how is the weather"]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    """The folder of a tiny BERT with a tokenizer for a few sentences."""
+    return save_tiny_encoder(str(tmp_path_factory.mktemp("encoder")))

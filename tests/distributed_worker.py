@@ -6,14 +6,20 @@ torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from embedding_models import SCORED, embedding_model
+from own_trainers import Twice, two_sided
+from sentence_transformers.losses import CosineSimilarityLoss
+from tiny_encoder import save_tiny_encoder
 from tiny_models import make_dataset, make_model, make_student
 from torch.nn.parallel import DistributedDataParallel
 from trainings import EachStep, StopAt
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.integrations import sentence_transformers as embeddings
 
 GLOBAL_BATCH = 8
 
@@ -53,6 +59,8 @@ SETTINGS = {
     },
     "without labels, accumulation": {"unlabelled": 20, "gradient_accumulation_steps": 2},
     "float32": {"dtype": torch.float32},
+    "a loss of two passes": {"trainer": "two passes"},
+    "sentence embeddings": {"trainer": "embeddings", "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
 
@@ -86,8 +94,29 @@ def trainer_of(
     )  # fmt: skip
 
 
+def other_trainer_of(folder, trainer, gradient_accumulation_steps=1):
+    batch_size = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", 1)) // gradient_accumulation_steps
+    arguments = {
+        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_steps": 4, "distillation_start": 0.5, "learning_rate": 1e-2, "logging_steps": 1, "keep_fusion": True,
+        "ddp_timeout": 60, "report_to": [], "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False,
+        "save_strategy": "no",
+    }  # fmt: skip
+    if trainer == "two passes":
+        model = make_student(make_model(kind="base", dtype=torch.float64)).double()
+        args = had.DistillationTrainingArguments(str(folder), remove_unused_columns=False, **arguments)
+        return Twice(model, args, train_dataset=two_sided())
+    base = tempfile.mkdtemp()  # for this process alone
+    model = embedding_model(Path(base), save_tiny_encoder(base), dropout=0.0, dtype=torch.float64)
+    args = embeddings.SentenceTransformerDistillationTrainingArguments(str(folder), **arguments)
+    loss = CosineSimilarityLoss(model)
+    data = SCORED.select(range(GLOBAL_BATCH))  # all in each step, since the order is another in two processes
+    return embeddings.SentenceTransformerDistillationTrainer(model, args, train_dataset=data, loss=loss)
+
+
 def train(folder, name, **kwargs):
-    trainer = trainer_of(folder / "training", **SETTINGS[name], **kwargs)
+    make = other_trainer_of if "trainer" in SETTINGS[name] else trainer_of
+    trainer = make(folder / "training", **SETTINGS[name], **kwargs)
     if trainer.args.max_steps:
         trainer.train()
     else:

@@ -57,20 +57,26 @@ SPECIAL = {
 }
 
 
-def parse(arguments: type, of_demo: dict[str, object] | None = None, **defaults: object) -> tuple:
+def parse(
+    arguments: type,
+    of_demo: dict[str, object] | None = None,
+    of_training: type = had.DistillationTrainingArguments,
+    **defaults: object,
+) -> tuple:
     """Read the command line of an example.
 
     Args:
         arguments: The dataclass of the example's own arguments.
         of_demo: Training arguments of its demo, where they are not those of all demos.
+        of_training: The dataclass of the training arguments.
         **defaults: The example's defaults of the training arguments, which `--demo` makes shorter.
 
     Returns:
-        The example's arguments and the `DistillationTrainingArguments`.
+        The example's arguments and the training arguments.
     """
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
-    parser = HfArgumentParser((arguments, had.DistillationTrainingArguments))
+    parser = HfArgumentParser((arguments, of_training))
     parser.set_defaults(report_to="none", dataloader_pin_memory=False, **defaults)
     if "--demo" in sys.argv:
         parser.set_defaults(**DEMO_TRAINING | (of_demo or {}))

@@ -51,6 +51,42 @@ def reviews(columns: Sequence[str]) -> dict[str, DatasetDict]:
     }
 
 
+def questions(columns: Sequence[str]) -> dict[str, DatasetDict]:
+    """Questions of customers of three kinds with their answers; the student, of a hotel, has few of them.
+
+    Args:
+        columns: The names of the columns with the question and the answer.
+
+    Returns:
+        `{task: data}`; in the validation data other openings than in the training lead to the same questions.
+    """
+    things = {
+        "bank": {"card": "branch", "pin": "letter", "loan": "adviser", "account": "form", "fee": "list"},
+        "railway": {"ticket": "counter", "seat": "map", "delay": "refund", "bike": "wagon", "dog": "basket"},
+        "hotel": {"room": "key", "breakfast": "hall", "towel": "maid", "bed": "pillow", "garden": "gate"},
+    }
+    first, second = ["hello ,", "good morning ,", "please ,", "a question ,"], ["", "help me ,", "tell me ,"]
+    openings = [f"{one} {other}" for one in first for other in second]
+    held_out = {openings[1], openings[5], openings[6]}
+
+    def split(answers: dict[str, str], opened: list[str], repeats: int) -> Dataset:
+        rows = [
+            [f"{opening} where is the {asked} ?", f"you get the {asked} from the {answer} ."]
+            for _ in range(repeats)
+            for opening in opened
+            for asked, answer in answers.items()
+        ]
+        return Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
+
+    return {
+        task: DatasetDict(
+            train=split(answers, [each for each in openings if each not in held_out], 1 if task == "hotel" else 4),
+            validation=split(answers, sorted(held_out), 1),
+        )
+        for task, answers in things.items()
+    }
+
+
 def mentions() -> dict[str, DatasetDict]:
     """Sentences of three kinds with people and towns, tagged word by word; the student's kind, of sports, has few.
 

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from .._compat import forward_arguments, heads_of
 from ..composition import AdapterDistillation, block_of
 from ..method.distillation import distillation_of, distillations
 from ..method.layer_pass import LayerPass, Place
 from ..method.losses import FeatureLoss
 from ..method.predictions import without_dropout
+from ..method.wrappers import accepted_inputs
 from .plots import Estimate, plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
 
 logger = logging.get_logger(__name__)
@@ -178,9 +178,7 @@ def _unpadded(examples: list[Any]) -> Mapping[str, Any]:
 
 
 def _inputs(model: ModelAdaptersMixin, batch: Mapping[str, Any]) -> dict[str, Any]:
-    heads: Mapping[str, Any] = heads_of(model)
-    accepted = {*forward_arguments(model), *(name for head in heads.values() for name in head.get_label_names())}
-    return send_to_device({name: value for name, value in batch.items() if name in accepted}, model.device)
+    return send_to_device(accepted_inputs(model, batch), model.device)
 
 
 class Observation(NamedTuple):

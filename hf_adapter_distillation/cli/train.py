@@ -18,7 +18,7 @@ from ..configuration import Carrier, DistillationConfig, DistillationTrainingArg
 from ..downloads import is_repo_id, one_line
 from ..hub.push import STUDENT_FILES
 from ..student.training_run import finite_metrics
-from ..training.trainer import DistillationTrainer
+from ..training.trainers import DistillationTrainer
 from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, split_of
 from .saved import table
 

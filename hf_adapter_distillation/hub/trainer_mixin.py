@@ -6,12 +6,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters import AdapterTrainer
+from adapters import ModelAdaptersMixin
 from huggingface_hub import CommitInfo, run_as_future, upload_folder
+from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..composition import AdapterDistillation
+from ..method.wrappers import model_with_adapters
 from .card import CardFacts, CardOptions, write_card
 from .push import (
     PushOptions,
@@ -34,12 +37,27 @@ CARD_OPTIONS = {  # by the arguments of `Trainer.create_model_card` with other n
 }
 
 
-class StudentPushingTrainer(AdapterTrainer):
-    """An `AdapterTrainer` that pushes only the student."""
+class StudentPushingTrainer(Trainer):
+    """A trainer that pushes only the student.
 
+    Its `model` is the model with adapters, or wraps it.
+    """
+
+    args: Any  # `DistillationArgumentsMixin` and training arguments
+    model: Any
+    state: Any
+    hub_model_id: Any
     block: AdapterDistillation
     _pushes: Sequence[Future] = ()
     _may_push = False
+    _found: tuple[nn.Module, ModelAdaptersMixin] | None = None
+
+    @property
+    def model_with_adapters(self) -> ModelAdaptersMixin:
+        """The outermost model with adapters inside `model`, often `model` itself."""
+        if self._found is None or self._found[0] is not self.model:  # `model_init` makes another
+            self._found = self.model, model_with_adapters(self.model)
+        return self._found[1]
 
     def _allow_pushing(self) -> None:
         """Let `init_hf_repo` create the repository, once the training is sure to start."""
@@ -56,17 +74,17 @@ class StudentPushingTrainer(AdapterTrainer):
         with push_errors(self.block.student, name):
             super().init_hf_repo(token)
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the card of the student to `output_dir`, with the heat map of the attention if it was measured.
 
         It takes the arguments of `transformers.Trainer.create_model_card`, and of `CardOptions`, such as `baseline`.
         """
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            facts = CardFacts.of_model(self.model, self.block.student)
+            facts = CardFacts.of_model(self.model_with_adapters, self.block.student)
             write_card(facts, self.args.output_dir, self._hub_name(), _card_options(**kwargs))
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -94,7 +112,8 @@ class StudentPushingTrainer(AdapterTrainer):
         options = PushOptions(commit_message=commit_message or "End of training", token=token, revision=revision)
         repo_id = check_push(student, self._hub_name(), token)
         with ExitStack() as stack:
-            folder = stack.enter_context(student_folder(self.model, student, repo_id, _card_options(**kwargs)))
+            model, card_options = self.model_with_adapters, _card_options(**kwargs)
+            folder = stack.enter_context(student_folder(model, student, repo_id, card_options))
             if self.hub_model_id is None:
                 self.init_hf_repo(token)
             self._finish_current_push()

@@ -1,5 +1,6 @@
 """Prediction heads: their labels, and the checks of a distillation's needs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
@@ -63,6 +64,13 @@ def number_of_labels(model: ModelAdaptersMixin, student: str) -> int | None:
         return config.get("num_labels") if kind.endswith("classification") or kind == "tagging" else None
     has_labels = type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
     return model.config.num_labels if has_labels else None
+
+
+def label_names(model: ModelAdaptersMixin, student: str) -> list[str]:
+    """Return the names of the labels of the student's head, or else of the active one; "labels" without a head."""
+    heads: Mapping[str, Any] = heads_of(model)
+    names = [name for name in (student, str(model.active_head)) if name in heads] if heads else []
+    return list(heads[names[0]].get_label_names()) if names else ["labels"]
 
 
 def check_head(model: ModelAdaptersMixin, student: str) -> None:

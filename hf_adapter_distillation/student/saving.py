@@ -1,13 +1,18 @@
 """The files of a student on a model."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
-from adapters import ModelAdaptersMixin
+from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from .._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS, heads_of
+from .._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS, heads_of, original_class
 
 DIGESTS_NAME = "checkpoint_digests.json"  # in a checkpoint, of its other files
 
@@ -52,3 +57,23 @@ def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 digest of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def saving_the_base_alone(model: ModelAdaptersMixin) -> Iterator[None]:
+    """Let `save_pretrained` of a model, whoever calls it, write the model as it was before `adapters.init`."""
+    saved = model.base_model if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else model
+    with torch.device("meta"):
+        names = original_class(saved)(deepcopy(model.config)).state_dict().keys()
+
+    def save_pretrained(save_directory: str, **kwargs: Any) -> None:
+        state = saved.state_dict()
+        PreTrainedModel.save_pretrained(
+            saved, save_directory, state_dict={name: state[name] for name in names}, **kwargs
+        )
+
+    vars(model)["save_pretrained"] = save_pretrained
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]

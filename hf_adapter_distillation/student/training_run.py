@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ..configuration import DistillationTrainingArguments
+from ..configuration import DistillationArgumentsMixin
 
 RUN_SETTINGS = (
     "distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed",
@@ -68,7 +68,7 @@ class TrainingRun:
     @classmethod
     def of(
         cls,
-        args: DistillationTrainingArguments,
+        args: DistillationArgumentsMixin,
         state: TrainerState,
         dataset: Any,
         teachers: Sequence[TeacherSource],

@@ -1,4 +1,5 @@
 """Train a student in two stages.
 
-Reading order: `trainer`, `preparation`, `optimizer`, `steps`, `data`, `checkpoint`, `callbacks`, `checks`, `loss_log`.
+Reading order: `trainers`, `trainer`, `preparation`, `optimizer`, `steps`, `reading`, `saving`, `data`, `checkpoint`,
+`callbacks`, `checks`, `loss_log`.
 """

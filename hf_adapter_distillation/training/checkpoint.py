@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from adapters import ModelAdaptersMixin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -20,6 +23,7 @@ from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weigh
 logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
+WEIGHTS_BESIDE_NAME = "trained_beside_the_student.safetensors"
 STAGE_2_START = "first_distillation_step"  # in the metadata of the fusion
 
 
@@ -79,6 +83,41 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
     model.load_state_dict(state, strict=False)
     # Adapters changes the memory layout of the bases of ReFT when it saves, and rounding depends on the layout.
     model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
+
+
+def state_beside(model: nn.Module, inner: ModelAdaptersMixin) -> dict[str, torch.Tensor]:
+    """Return the trained parameters and the buffers of a model outside the model with adapters that it wraps."""
+    wrapped = {id(value) for value in inner.state_dict(keep_vars=True).values()}
+    wrapped |= {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+    state = model.state_dict(keep_vars=True)
+    return {name: value.detach() for name, value in state.items() if id(value) not in wrapped}
+
+
+def save_beside(state: Mapping[str, torch.Tensor], folder: str) -> None:
+    """Write a `state_beside`, unless it is empty."""
+    if state:  # cloned, since safetensors refuses tensors that share their memory
+        save_file(
+            {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()},
+            Path(folder) / WEIGHTS_BESIDE_NAME,
+        )
+
+
+def load_beside(state: Mapping[str, torch.Tensor], folder: str) -> None:
+    """Load what `save_beside` wrote into the tensors of a `state_beside`.
+
+    Raises:
+        ValueError: If weights are missing, unknown or of another shape.
+    """
+    path = Path(folder) / WEIGHTS_BESIDE_NAME
+    saved = load_file(path) if path.is_file() else {}
+    shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (saved, state))
+    if wrong := {name for name, _ in shapes.items() ^ wanted.items()}:
+        raise ValueError(
+            f"The checkpoint {folder} does not fit the model around the model with adapters: {min(wrong)!r} is "
+            "missing, unknown or of another shape; use the model of that training."
+        )
+    for name, value in state.items():
+        value.copy_(saved[name])
 
 
 def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: Path) -> None:

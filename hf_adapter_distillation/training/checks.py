@@ -3,9 +3,10 @@
 from importlib.util import find_spec
 
 from accelerate import DistributedType
+from adapters import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 
 from ..analysis.plots import MISSING
-from ..configuration import DistillationTrainingArguments
+from ..configuration import DistillationArgumentsMixin, DistillationConfig
 from ..method.distillation import Distillation
 
 NOT_SHARDED = (
@@ -14,7 +15,7 @@ NOT_SHARDED = (
 )
 
 
-def check_arguments(args: DistillationTrainingArguments) -> None:
+def check_arguments(args: DistillationArgumentsMixin) -> None:
     """Check that the arguments neither shard the model nor, without matplotlib, ask for an analysis.
 
     Raises:
@@ -32,8 +33,42 @@ def check_arguments(args: DistillationTrainingArguments) -> None:
         )
 
 
+def check_loss(
+    model: ModelAdaptersMixin, config: DistillationConfig, *, has_other_loss: bool, is_wrapped: bool
+) -> None:
+    """Check that a training has a loss, and that what needs the model's own has it.
+
+    Args:
+        model: The model with adapters.
+        has_other_loss: Whether there is a loss outside the model of the trainer.
+        is_wrapped: Whether the model of the trainer wraps the model with adapters.
+
+    Raises:
+        ValueError: If a model without a head has no other loss, or an objective or the carrier needs the model's own.
+    """
+    kind, has_head = type(model).__name__, isinstance(model, ModelWithHeadsAdaptersMixin)
+    if not (has_head or is_wrapped or has_other_loss):
+        raise ValueError(
+            f"{kind} has no head and so no loss; override compute_loss, pass compute_loss_func, wrap the model in one "
+            "with a loss, or use AutoAdapterModel with a head."
+        )
+    if has_head and not is_wrapped:
+        return
+    if config.carrier == "dual":
+        raise ValueError(
+            f"The carrier 'dual' needs the loss of the model with adapters, but the loss of this training is computed "
+            f"outside of {kind}; choose the carrier 'mixed'."
+        )
+    for objective in ("cross_task", "task_specific") if has_head else ("cross_task", "task_specific", "logits"):
+        if objective in config.objectives:
+            raise ValueError(
+                f"The objective {objective!r} needs a head and its labels in the model with adapters, but the loss of "
+                f"this training is computed outside of {kind}; choose 'features' or 'cosine'."
+            )
+
+
 def check_combinations(
-    args: DistillationTrainingArguments,
+    args: DistillationArgumentsMixin,
     distillation: Distillation,
     distributed_type: DistributedType,
     *,

@@ -1,8 +1,9 @@
 """Examples that a training reads beside its batches: before the first step, and without labels in stage 2."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
@@ -11,13 +12,30 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
 
-def draw_examples(dataset: Dataset | None, number: int, seed: int) -> Dataset | None:
-    """Draw examples, the first ones of a `datasets.IterableDataset`; None for other streams, which are read once."""
+def number_of_examples(dataset: Any) -> int | None:
+    """Return the number of examples of one or more data sets; None for a stream."""
+    if isinstance(dataset, dict):
+        numbers = [number_of_examples(part) for part in dataset.values()]
+        return None if None in numbers else sum(filter(None, numbers))
+    return len(dataset) if has_length(dataset) else None
+
+
+def draw_examples(dataset: Any, number: int, seed: int) -> Any:
+    """Draw examples, the first ones of a `datasets.IterableDataset`; None for other streams, which are read once.
+
+    From several data sets, by their names, each gives a share by its size.
+    """
+    if isinstance(dataset, dict):
+        total = number_of_examples(dataset)
+        if total is None:
+            return None
+        sizes = {name: max(1, number * len(part) // total) for name, part in dataset.items() if len(part)}
+        return {name: draw_examples(dataset[name], size, seed) for name, size in sizes.items()}
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.take(number)
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     indices = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:number].tolist()
     return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
 
@@ -28,12 +46,33 @@ class Examples(NamedTuple):
     All processes read all batches: with a share for each, padding would count some examples twice.
     """
 
-    train: Dataset | None
+    train: Any  # a data set, several by their names, or None
     unlabelled: "UnlabelledBatches | None"
     seed: int  # of draws
     batches: Callable[[Dataset], Iterable[dict[str, Any]]]  # inputs of the model, on its device
+    batches_of_loader: Callable[[], Iterable[dict[str, Any]]] | None  # of a training without `train`
     model_inputs: Callable[[dict[str, Any]], dict[str, Any]]  # leaves out labels that the model does not get
     autocast: Callable[[], AbstractContextManager]  # the precision of the training
+
+    def draw(self, number: int) -> Callable[[], Iterable[dict[str, Any]]] | None:
+        """Return a function that reads batches of some examples, the first ones of a loader.
+
+        None for streams that are read once.
+        """
+        if self.train is not None:
+            drawn = draw_examples(self.train, number, self.seed)
+            return None if drawn is None else partial(self.batches, drawn)
+        return None if self.batches_of_loader is None else partial(_first_examples, self.batches_of_loader, number)
+
+
+def _first_examples(batches: Callable[[], Iterable[dict[str, Any]]], number: int) -> Iterator[dict[str, Any]]:
+    """Yield batches until they have so many examples."""
+    n_examples = 0
+    for inputs in batches():
+        yield inputs
+        n_examples += len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+        if n_examples >= number:
+            return
 
 
 class UnlabelledBatch(dict[str, Any]):

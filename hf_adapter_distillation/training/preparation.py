@@ -24,7 +24,7 @@ from ..student.provenance import teacher_digests
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from .checkpoint import load_student
-from .data import Examples, draw_examples
+from .data import Examples
 
 logger = logging.get_logger(__name__)
 
@@ -91,10 +91,10 @@ def _show(table: str, show: bool) -> None:
 
 
 def _drawn_batches(examples: Examples, reason: str) -> list[dict[str, Any]]:
-    drawn = draw_examples(examples.train, RANKED_EXAMPLES, examples.seed)
+    drawn = examples.draw(RANKED_EXAMPLES)
     if drawn is None:
         raise ValueError(f"{reason} reads examples before the training; pass a train_dataset that can be read twice.")
-    return list(examples.batches(drawn))
+    return list(drawn())
 
 
 def select_teachers(
@@ -139,7 +139,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
         return
     if not is_at_average(model, student) or not can_be_fitted(model, student):
         return
-    drawn = draw_examples(examples.train, START_EXAMPLES, examples.seed)
+    drawn = examples.draw(START_EXAMPLES)
     if drawn is None:
         logger.warning(
             f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
@@ -148,7 +148,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
         return
 
     def forward_passes() -> None:
-        for inputs in examples.batches(drawn):
+        for inputs in drawn():
             with examples.autocast():
                 model(**examples.model_inputs(inputs))
 

@@ -1,6 +1,6 @@
 """The training steps of both stages: their settings, their loss, and the terms that are logged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 from math import ceil
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import has_length
+from transformers import Trainer
 
 from ..hub.trainer_mixin import StudentPushingTrainer
 from ..method.distillation import Distillation, DistillationRecord, StageSettings, distillation_of
 from ..method.nonfinite import find_overflow, loss_error
 from ..student.preparing import keep_active
-from .data import UnlabelledBatches
+from .data import UnlabelledBatches, number_of_examples
 from .loss_log import LoggedTerms
 from .preparation import Preparation
 
@@ -33,7 +33,7 @@ class TwoStageTrainer(StudentPushingTrainer):
     @property
     def distillation(self) -> Distillation:
         """The distillation of the student, with the settings of the running step."""
-        return distillation_of(self.model, self.block.student)
+        return distillation_of(self.model_with_adapters, self.block.student)
 
     @property
     def distillation_start(self) -> float:
@@ -50,9 +50,8 @@ class TwoStageTrainer(StudentPushingTrainer):
         """
         if self.args.distillation_weight is not None:
             return self.args.distillation_weight
-        if has_length(self.train_dataset):
-            n_examples = len(self.train_dataset)
-        else:  # a stream: what the training reads of it
+        n_examples = number_of_examples(self.train_dataset)
+        if n_examples is None:  # a stream, or a loader of the user's own: what the training reads of it
             n_examples = self.state.max_steps * self._examples_per_step
         return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
 
@@ -123,7 +122,7 @@ class TwoStageTrainer(StudentPushingTrainer):
             ValueError: If a training batch has no labels.
         """
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
-        if model.training and self.label_names and not has_labels:
+        if model.training and self.label_names and not has_labels and not self._computes_own_loss:
             raise ValueError(
                 f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
                 "add a column of labels to train_dataset, or name the columns that hold them in label_names."
@@ -140,7 +139,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         is unset.
         """
         step = 1 / self.current_gradient_accumulation_steps
-        keep_active(self.model, self.block)
+        keep_active(self.model_with_adapters, self.block)
         self._enter_stage()
         task_loss = super().training_step(model, inputs, num_items_in_batch)
         is_stage_2 = self.distillation.settings.enabled
@@ -164,14 +163,18 @@ class TwoStageTrainer(StudentPushingTrainer):
         inputs = self._prepare_inputs(batch)
         self._enter_stage()
         with self.compute_loss_context_manager():
-            outputs = model(**inputs)
             # The terms ride on each output; so does the head, which no gradient reaches in this pass.
-            parts = [value.sum() for value in outputs.values() if isinstance(value, torch.Tensor)]
+            parts = [value.sum() for value in self._outputs(model, inputs) if isinstance(value, torch.Tensor)]
             zero = 0.0 * torch.stack(parts).sum()
         self.accelerator.backward(zero)
-        record = self._take_record(zero.detach(), lambda: self.model(**inputs))
+        record = self._take_record(zero.detach(), lambda: self._outputs(self.model, inputs))
         self._terms.note_distillation(record, step * self._share)
         return record.added
+
+    def _outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Collection[Any]:
+        """Run the model on a batch without labels, and return its outputs."""
+        outputs = model(**inputs)
+        return outputs.values() if isinstance(outputs, dict) else outputs
 
     def _take_record(self, task_loss: torch.Tensor, run_again: Callable[[], object]) -> DistillationRecord:
         """Return the terms of a backward pass, after a check that they and the task loss are finite."""
@@ -187,6 +190,17 @@ class TwoStageTrainer(StudentPushingTrainer):
 
         find = partial(find_overflow, distillation, once_more, distillation.config.carrier != "student")
         raise loss_error(self.state.global_step + 1, loss, record, find)
+
+    @property
+    def _computes_own_loss(self) -> bool:
+        """Whether a subclass, or the other base of it, has a `compute_loss` of its own."""
+        theirs = super().compute_loss.__func__  # type: ignore[attr-defined]
+        return type(self).compute_loss is not TwoStageTrainer.compute_loss or theirs is not Trainer.compute_loss
+
+    @property
+    def _loss_is_outside(self) -> bool:
+        """Whether the loss is not the model's own."""
+        return self._takes_labels_away or self._computes_own_loss
 
     @property
     def _takes_labels_away(self) -> bool:

@@ -1,89 +1,114 @@
 """The two-stage training of a distilled student."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from adapters import AdapterSetup, Stack
-from safetensors import SafetensorError
+from adapters import Stack
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from .._compat import heads_of, loss_counts_items
+from .._compat import loss_counts_items
 from ..analysis.observe import teacher_attention, write_analysis
-from ..configuration import DistillationTrainingArguments
+from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import StageSettings, active_block
+from ..method.heads import label_names
 from ..method.parameters import check_trainable, parameter_table
+from ..method.wrappers import model_with_adapters
 from ..student.fusions import drop_fusion
 from ..student.provenance import check_teachers_unchanged, teacher_sources
 from ..student.training_run import TrainingRun, finite_metrics
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
-from .checks import check_arguments, check_combinations
-from .data import Examples, UnlabelledBatches, draw_examples
+from .checks import check_arguments, check_combinations, check_loss
+from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
-from .preparation import fit_student, prepare_training
-from .steps import TwoStageTrainer
+from .preparation import prepare_training
+from .saving import SavingTrainer
 
 logger = logging.get_logger(__name__)
 
 ANALYSED_EXAMPLES = 256
 
 
-class DistillationTrainer(TwoStageTrainer):
-    """Train a student adapter in two stages in one `train()`.
+@contextmanager
+def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
+    """Let Trainer take a quantized model, whose adapters it does not see."""
+    if not isinstance(model, PreTrainedModel) or not vars(model).get("is_quantized"):
+        yield
+        return
+    vars(model)["is_quantized"] = False
+    try:
+        yield
+    finally:
+        vars(model)["is_quantized"] = True
+
+
+class DistillationMixin(SavingTrainer):
+    """Train a student adapter in two stages in one `train()`, with any trainer.
+
+    `class MyTrainer(DistillationMixin, TheirTrainer)` adds both stages to a subclass of `transformers.Trainer`, whose
+    own loss, data and evaluation stay. Its arguments are a dataclass with `DistillationArgumentsMixin`. The model may
+    wrap the model with adapters (`model_with_adapters`), as a `SentenceTransformer` does.
 
     A student that starts at its teachers' average is first moved to the average of their updates (`fit_start`).
     Stage 1 trains the student and its head on the task alone. Stage 2, from the step `ceil(distillation_start *
     max_steps)` on, adds the distillation loss and trains the fusion with it. Evaluation runs the student alone. There
     is one optimizer and one schedule. The stage follows from the step, so a checkpoint is enough to resume.
 
-    A checkpoint holds the student with its head, as `save_adapter` writes them, and the fusion; no teacher. At the end
-    the fusion is dropped (unless `keep_fusion` is set) and the student is the active adapter.
+    A checkpoint holds the student with its head, as `save_adapter` writes them, the fusion, and what is trained
+    outside the model with adapters; no teacher. At the end the fusion is dropped (unless `keep_fusion` is set) and the
+    student is the active adapter.
 
     Args:
-        model: A model on which `train_adapter` was called for an adapter that has `distill_from`.
+        model: A model on which `train_adapter` was called for an adapter that has `distill_from`, or a wrapper of it.
         distillation_dataset: Examples of the task without labels (columns of labels are left out). In stage 2 each
             batch of the training data comes with one of these, and the distillation loss is the mean of both.
-        **kwargs: The other arguments of `transformers.Trainer`: datasets, `data_collator` and so on.
+        *others: Positional arguments of the other base.
+        **kwargs: The other arguments of `transformers.Trainer`, or of the other base: datasets, `data_collator` and
+            so on.
 
     Raises:
-        TypeError: If `args` are not `DistillationTrainingArguments`.
+        TypeError: If `args` lack `DistillationArgumentsMixin`, or the model has no adapters.
         ImportError: If `analysis=True` and matplotlib is not installed.
-        ValueError: If no distilled student is active, something else is trainable, or settings exclude one another.
+        ValueError: If no distilled student is active, something else in the model with adapters is trainable, the
+            model has no loss, or settings exclude one another.
     """
 
     optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
-        args: DistillationTrainingArguments | None = None,
+        model: nn.Module | None = None,
+        args: DistillationArgumentsMixin | None = None,
+        *others: Any,
         distillation_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = DistillationTrainingArguments("tmp_trainer")
-        if not isinstance(args, DistillationTrainingArguments):
+        if not isinstance(args, DistillationArgumentsMixin):
             raise TypeError(
-                f"args must be DistillationTrainingArguments, not {type(args).__name__}; they take the same arguments."
+                "args must be DistillationTrainingArguments, or a dataclass of your own with "
+                f"DistillationArgumentsMixin, not {type(args).__name__}; they take the same arguments."
             )
         check_arguments(args)
         if model is not None:
-            active_block(model)
-        super().__init__(model, args, **kwargs)
-        self.block = active_block(self.model)
-        check_trainable(self.model, self.block)
-        # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
-        self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(self.model)
+            active_block(model_with_adapters(model))
+        with _trainable_if_quantized(model):
+            super().__init__(model, args, *others, **kwargs)
+        inner = self.model_with_adapters
+        self.block = active_block(inner)
+        check_trainable(inner, self.block)
+        if inner is self.model:
+            # Adapters hides the signatures by which Trainer decides these; a wrong answer scales the gradients.
+            self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(inner)
+            self.label_names = self.label_names or label_names(inner, self.block.student)
+        config, is_wrapped = self.distillation.config, inner is not self.model
+        check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
         check_combinations(
             args,
             self.distillation,
@@ -99,7 +124,7 @@ class DistillationTrainer(TwoStageTrainer):
         self._prepared = None
         self._checkpoint: str | None = None
         self._terms = LoggedTerms(self.accelerator)
-        self._fusion_parameters = fusion_parameters(self.model, self.block.student)
+        self._fusion_parameters = fusion_parameters(inner, self.block.student)
         self._created_optimizer: torch.optim.Optimizer | None = None
         self.add_callback(StageCallback(lambda: self.first_distillation_step, self.callback_handler))
         self._sigterm = SigtermCallback(self.accelerator) if args.save_on_sigterm else None
@@ -107,7 +132,9 @@ class DistillationTrainer(TwoStageTrainer):
             self.add_callback(self._sigterm)
         self._allow_pushing()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Run both stages, and return the `TrainOutput` of Trainer.
 
         Args:
@@ -129,8 +156,9 @@ class DistillationTrainer(TwoStageTrainer):
             self.distillation.settings = StageSettings()
         self._note_training()
         if not self.args.keep_fusion:
-            drop_fusion(self.model, self.block.student)
-        self.model.set_active_adapters(Stack(*self.block.children), self.model.adapters_config.skip_layers)
+            drop_fusion(self.model_with_adapters, self.block.student)
+        config = self.model_with_adapters.adapters_config
+        self.model_with_adapters.set_active_adapters(Stack(*self.block.children), config.skip_layers)
         return output
 
     # Before the first step
@@ -140,18 +168,21 @@ class DistillationTrainer(TwoStageTrainer):
 
         Trainer calls this before the first step, once it knows the model that is trained.
         """
+        inner = self.model_with_adapters
         self._prepared = prepare_training(
-            self.model,
-            self.block if self.model_init is None else active_block(self.model),
+            inner,
+            self.block if self.model_init is None else active_block(inner),
             self._examples(),
             self.accelerator,
             checkpoint=self._checkpoint,
             n_read=self._examples_per_step * (num_training_steps - self._first_of_stage_2(num_training_steps)),
-            needs_head=self.compute_loss_func is None,
+            needs_head=not self._loss_is_outside and inner is self.model,
             show=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         self.block = self._prepared.block
-        self._terms.begin(self.model, self.block)
+        if self._checkpoint is not None:
+            checkpoints.load_beside(self._beside, self._checkpoint)
+        self._terms.begin(inner, self.block)
         if self._created_optimizer is not None and unprepared(self.optimizer) is self._created_optimizer:
             self.optimizer = None  # type: ignore[assignment]  # it belongs to an earlier training
         creates = self.optimizer is None
@@ -166,34 +197,6 @@ class DistillationTrainer(TwoStageTrainer):
         self._checkpoint = resume_from_checkpoint  # loaded once the teachers are chosen
         self._stage_2_start = checkpoints.stage_2_start(resume_from_checkpoint)
 
-    def fit_start(self) -> None:
-        """Move a student that is still at the average of its teachers' weights to the average of their updates.
-
-        `train` does this before the first step. A student with a gate or a norm behind its up-projections stays.
-        """
-        fit_student(self.model, self.block.student, self._examples(), self.accelerator)
-
-    def _examples(self) -> Examples:
-        data = (self.train_dataset, self._unlabelled, self.args.seed)
-        return Examples(*data, self._batches, self._model_inputs, self._autocast)
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model
-        with self.accelerator.autocast(), self.compute_loss_context_manager():
-            yield
-
-    def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
-        """Return a data set and a collator without the columns that the model does not take."""
-        if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, "distillation"), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, "distillation")
-
-    def _batches(self, dataset: Dataset) -> Iterator[dict[str, Any]]:
-        """Yield a data set as inputs of the model, on its device."""
-        dataset, collator = self._without_unused_columns(dataset)
-        for inputs in DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator):
-            yield self._prepare_inputs(inputs)
-
     # Optimizer
 
     def create_optimizer(self) -> torch.optim.Optimizer:
@@ -206,7 +209,8 @@ class DistillationTrainer(TwoStageTrainer):
         return self.optimizer
 
     def _group_fusion(self) -> None:
-        fusion, rate = fusion_parameters(self.model, self.block.student), self.args.fusion_learning_rate
+        fusion = fusion_parameters(self.model_with_adapters, self.block.student)
+        rate = self.args.fusion_learning_rate
         if rate is None:
             rate = (self.optimizer.defaults.get("lr") or self.args.learning_rate) / 2
         has_scheduler = self.lr_scheduler is not None
@@ -218,8 +222,8 @@ class DistillationTrainer(TwoStageTrainer):
     def _note_training(self) -> None:
         """Check that the teachers are unchanged, and note the training for the provenance of the student."""
         assert self._prepared is not None
-        check_trainable(self.model, self.block)
-        check_teachers_unchanged(self.model, self._prepared.digests)
+        check_trainable(self.model_with_adapters, self.block)
+        check_teachers_unchanged(self.model_with_adapters, self._prepared.digests)
         args, state, distillation = self.args, self.state, self.distillation
         derived: dict[str, Any] = {
             "batch_size": self._examples_per_step,
@@ -238,9 +242,10 @@ class DistillationTrainer(TwoStageTrainer):
         """Measure the attention over the teachers, by layer, on evaluation data if possible; write the analysis."""
         args = self.args
         one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
-        dataset = draw_examples(self.eval_dataset if one_set else self.train_dataset, ANALYSED_EXAMPLES, args.seed)
+        examples = self._examples()._replace(train=self.eval_dataset if one_set else self.train_dataset)
         ended_early = self.state.global_step <= self.first_distillation_step
-        if dataset is None or ended_early:
+        drawn = None if ended_early else examples.draw(ANALYSED_EXAMPLES)
+        if drawn is None:
             reason = "a stream of examples is not read twice; pass an eval_dataset"
             if ended_early:
                 reason = "the training ended before stage 2; lower distillation_start"
@@ -248,12 +253,12 @@ class DistillationTrainer(TwoStageTrainer):
                 logger.warning(f"There is no analysis: {reason}.")
             return {}
         with torch.random.fork_rng(), self._autocast():
-            batches = [self._model_inputs(inputs) for inputs in self._batches(dataset)]
+            batches, inner = [self._model_inputs(inputs) for inputs in drawn()], self.model_with_adapters
             loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            table = teacher_attention(self.model, loader)
+            table = teacher_attention(inner, loader)
             if args.analysis and self.is_world_process_zero():
                 try:
-                    write_analysis(self.model, loader, Path(args.output_dir) / "analysis")
+                    write_analysis(inner, loader, Path(args.output_dir) / "analysis")
                 except OSError as error:  # at the end of a training nothing may be lost
                     logger.warning(f"The analysis could not be written: {error}.")
         return {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
@@ -271,59 +276,6 @@ class DistillationTrainer(TwoStageTrainer):
         with self._active_student():
             return super().predict(*args, **kwargs)
 
-    @contextmanager
-    def _active_student(self) -> Iterator[None]:
-        student, model, active = self.block.student, self.model, AdapterSetup.get_context_adapter_setup()
-        setup, head = active or model.active_adapters, student if student in heads_of(model) else None
-        is_active = isinstance(setup, Stack) and list(setup) == list(self.block.children)
-        if is_active and active is None and (head is None or model.active_head == head):
-            yield
-        else:
-            with AdapterSetup(Stack(*self.block.children), head_setup=head):
-                yield
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        first = self.first_distillation_step if self.state.global_step > self.first_distillation_step else None
-        checkpoints.save_student(self.model, self.block.student, output_dir, first, self.args.save_safetensors)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        args = copy(self.args)
-        args.hub_token = args.push_to_hub_token = None  # the folder may be pushed
-        torch.save(args, Path(output_dir) / TRAINING_ARGS_NAME)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # the last that each process writes
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.write_digests(output_dir)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student with its head and the fusion, as in a checkpoint."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.save_only_model and output_dir is not None and self.args.should_save:
-            checkpoints.write_digests(output_dir)  # a checkpoint that gets no other files
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            whole = checkpoints.newest_whole_checkpoint(self.args.output_dir)
-            raise RuntimeError(
-                f"The checkpoint of step {self.state.global_step} could not be written "
-                f"({str(error).strip().splitlines()[0]}); the newest whole one is {whole or 'none'}. "
-                "Make room on the disk and resume."
-            ) from error
-
-    def _load_best_model(self) -> None:
-        logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        checkpoints.load_student(self.model, self.block, self.state.best_model_checkpoint)
-
     def parameter_table(self) -> str:
         """Return a table of what is trained and what is frozen: base model, student, head, fusion and teachers."""
-        return parameter_table(self.model, self.block)
-
-
-AdapterDistillationTrainer = DistillationTrainer
+        return parameter_table(self.model_with_adapters, self.block)

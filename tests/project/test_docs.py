@@ -4,9 +4,11 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import sentence_transformers
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -97,6 +99,10 @@ LEFT_BEHIND = {
     "docs/how_to/training_loop.md": lambda names, hub: (
         Path("faq-insurance/adapter_config.json").is_file() and 0 < names["explained"] <= 1
     ),
+    "docs/how_to/sentence_embeddings.md": lambda names, hub: (
+        list(names["model"][0].auto_model.adapters_config) == ["insurance"] and names["embeddings"].shape == (1, 16)
+    ),
+    "docs/how_to/own_trainer.md": has_files("own/checkpoint-2/trained_beside_the_student.safetensors"),
     "docs/how_to/serve.md": lambda names, hub: [len(scores) for scores in names["scores"]] == [2, 1],
     "docs/objectives.md": lambda names, hub: names["trainer"].state.global_step == 2,
 }
@@ -108,6 +114,11 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    pretrained = sentence_transformers.SentenceTransformer
+    monkeypatch.setattr(
+        sentence_transformers, "SentenceTransformer",
+        lambda name: pretrained(name if Path(name).is_dir() else tiny_encoder, device="cpu"),
+    )  # fmt: skip
     for auto in (AutoAdapterModel, AutoTokenizer):
         original = auto.from_pretrained
         monkeypatch.setattr(
@@ -127,7 +138,10 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.setenv("DISABLE_TQDM", "1")
     # Names that the how-to guides take for granted.
     args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
-    names = {"had": had, "model": platform, "args": args}
+    page_module = ModuleType("page")  # where pickle finds the classes of a page
+    monkeypatch.setitem(sys.modules, "page", page_module)
+    names = vars(page_module)
+    names |= {"had": had, "model": platform, "args": args}
     names |= {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1), "query_log": make_dataset(seed=2)}
     for source in blocks(page, "python"):
         source = re.sub(r"num_train_epochs=\d+", "num_train_epochs=1", source)

@@ -24,6 +24,8 @@ RESULTS = {
     "summarization": ("ROUGE-1", 0.75),
     "image_classification": ("accuracy", 0.5),
     "madx_language_task": ("accuracy", 0.7),
+    "sentence_embeddings": ("accuracy at 1", 0.4),
+    "own_trainer": ("balanced accuracy", 0.75),
     "mixed_teachers": ("accuracy", 0.0),  # what it reaches depends on the seed
 }
 
@@ -104,6 +106,12 @@ def test_no_teachers(script, monkeypatch):
         ("question_answering", ["--teachers", "a"], "no column 'question' in 'train'"),
         ("summarization", ["--teachers", "a"], "no column 'dialogue' in 'train'"),
         ("text_classification", ["--teachers", "a"], "no column 'sentence1' in 'train', only text, label"),
+        ("sentence_embeddings", ["--teachers", "a"], "no column 'anchor' in 'train', only text, label"),
+        (
+            "own_trainer",
+            ["--demo", "--weight_of_rare", "0"],
+            "--weight_of_rare 0.0 is out of range; it must be above 0",
+        ),
         ("image_classification", ["--teachers", "a", "--eval_split", "dev"], "no split 'dev', only train, validation"),
     ],
 )

@@ -54,7 +54,7 @@ def test_requirements_are_what_is_imported(setup_arguments):
     required = names_of(setup_arguments["install_requires"])
     trees = [ast.parse(path.read_text()) for path in MODULES]
     everywhere = set().union(*(imported(ast.walk(tree)) for tree in trees))
-    assert distributions_of(everywhere) == required | {"matplotlib"}
+    assert distributions_of(everywhere) == required | {"matplotlib", "sentence-transformers"}
     when_imported = set().union(*(imported(tree.body) for tree in trees))
     assert distributions_of(when_imported) == required
     assert names_of(setup_arguments["extras_require"]["plots"]) == {"matplotlib"}
@@ -141,6 +141,11 @@ assert_type(block.student, str)
 assert_type(had.TeacherFusion, type[had.TeacherFusion])
 assert_type(had.distillation_of(model), Distillation)
 assert_type(had.distillation_of(model, "insurance").settings, had.StageSettings)
+assert_type(had.DistillationMixin, type[had.DistillationMixin])
+assert_type(had.DistillationArgumentsMixin.distillation_weight, float | None)
+generator = had.Seq2SeqDistillationTrainer(model, had.Seq2SeqDistillationTrainingArguments("outputs"))
+assert_type(generator, had.Seq2SeqDistillationTrainer)
+assert_type(generator.distillation_weight, float)
 assert_type(had.register(), None)
 assert_type(had.unregister(), None)
 had.DistillationTrainr  # wrong

@@ -6,6 +6,7 @@ from messages import exactly
 from tiny_models import make_dataset, make_model, make_student
 from torch.nn.functional import cross_entropy
 from trainings import trainer_for
+from wrapped_models import Classifier
 
 import hf_adapter_distillation as had
 
@@ -22,6 +23,15 @@ def test_labels_that_the_model_does_not_see_are_refused(objective, setting, trai
     )
     with pytest.raises(ValueError, match=exactly(message)):
         trainer_for(model, args, **kwargs)
+
+
+@pytest.mark.parametrize("setting", [{"carrier": "dual"}, {"objective": "task_specific"}, {"objective": "cross_task"}])
+def test_a_loss_outside_the_model_is_named_at_construction(setting, trainer_args):
+    (name, value) = next(iter(setting.items()))
+    model = Classifier(make_student(make_model(kind="base"), **setting))
+    message = f"^The {name} '{value}' needs .* the loss of this training is computed outside of BertModel; choose"
+    with pytest.raises(ValueError, match=message):
+        trainer_for(model, trainer_args())
 
 
 @needs_compiler

@@ -219,7 +219,7 @@ def test_resuming_a_student_of_another_shape_is_refused_and_changes_nothing(trai
 
 def test_bad_trainers(trainer_args, tmp_path):
     dataset = make_dataset()
-    with pytest.raises(TypeError, match="must be DistillationTrainingArguments, not TrainingArguments"):
+    with pytest.raises(TypeError, match="must be DistillationTrainingArguments, .* not TrainingArguments"):
         had.DistillationTrainer(make_student(make_model()), TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(TypeError, match="BertModel has no adapters; call adapters.init"):
         trainer_for(BertModel(BertConfig(num_hidden_layers=1)), trainer_args())

@@ -1,0 +1,143 @@
+"""The trainers of Sentence Transformers with both stages, for embedding models and cross-encoders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..configuration import DistillationArgumentsMixin
+from ..method.distillation import distillations
+from ..method.wrappers import models_with_adapters, noting_inputs
+from ..student.saving import saving_the_base_alone
+from ..training.trainer import DistillationMixin
+
+try:
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "The trainers of embedding models need sentence-transformers 5; install it with "
+        "pip install 'hf-adapter-distillation[sentence-transformers]'."
+    ) from error
+
+
+@dataclass
+class SentenceTransformerDistillationTrainingArguments(
+    DistillationArgumentsMixin, SentenceTransformerTrainingArguments
+):
+    """Arguments of `SentenceTransformerTrainer`, extended by the arguments of the two stages."""
+
+
+@dataclass
+class CrossEncoderDistillationTrainingArguments(DistillationArgumentsMixin, CrossEncoderTrainingArguments):
+    """Arguments of `CrossEncoderTrainer`, extended by the arguments of the two stages."""
+
+
+class _WrappedTransformerMixin(DistillationMixin):
+    """Both stages for a trainer of Sentence Transformers, whose model wraps the one with adapters."""
+
+    training_args_class: Any
+    loss: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DistillationArgumentsMixin | None = None,
+        *others: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args or self.training_args_class("tmp_trainer"), *others, **kwargs)
+        for loss in self._losses:
+            check_loss_of_one_model(loss, self.model)
+
+    @property
+    def _losses(self) -> list[nn.Module]:
+        return list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run a forward and a backward pass, as `DistillationMixin.training_step` does.
+
+        A loss with a gradient cache runs all sequences without gradients first, and their number is noted.
+        """
+        if not any(type(part).__name__.startswith("Cached") for loss in self._losses for part in loss.modules()):
+            return super().training_step(model, inputs, num_items_in_batch)
+        with noting_inputs(self.model_with_adapters, self._count_sequences):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _count_sequences(self, inputs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            settings = self.distillation.settings
+            sequences = settings.sequences + len(inputs["attention_mask"])
+            self.distillation.settings = replace(settings, sequences=sequences)
+
+    def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
+        return dataset, self.data_collator  # which reads columns of text
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        with saving_the_base_alone(self.model_with_adapters):
+            self.model.save_pretrained(output_dir, safe_serialization=self.args.save_safetensors)
+        super()._save(output_dir, state_dict)
+
+
+def check_loss_of_one_model(loss: nn.Module, model: nn.Module) -> None:
+    """Check that a loss trains no copy of a model with a distilled student.
+
+    Raises:
+        ValueError: If it holds one, as `ContrastiveTensionLoss` does.
+    """
+    trained = set(model.modules())
+    for name, other in models_with_adapters(loss).items():
+        if other not in trained and distillations(other.adapters_config):
+            raise ValueError(
+                f"{type(loss).__name__} trains another copy of the model, {name!r}, which learns nothing from the "
+                "teachers; choose a loss of one model, such as MultipleNegativesRankingLoss."
+            )
+
+
+class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceTransformerTrainer):  # type: ignore[misc]
+    """Train a student adapter of an embedding model in two stages, with the `SentenceTransformerTrainer`.
+
+    The transformer inside the `SentenceTransformer` got `adapters.init`, its teachers and its student. Any loss of
+    Sentence Transformers that trains one model distils. A saved model, and each checkpoint, is a folder of a
+    `SentenceTransformer` with the base model's weights, and in it the folder of the student, an adapter.
+
+    Args:
+        model: A `SentenceTransformer` in which `train_adapter` was called for an adapter that has `distill_from`.
+        args: The arguments; by default `SentenceTransformerDistillationTrainingArguments("tmp_trainer")`.
+        **kwargs: As for `DistillationMixin` and `SentenceTransformerTrainer`: `loss`, `evaluator` and so on. Examples
+            of `distillation_dataset` are texts in any number of columns.
+    """
+
+    training_args_class: Any = SentenceTransformerDistillationTrainingArguments
+
+    def _outputs(self, model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        features, _ = self.collect_features(inputs)
+        return [model(column)["sentence_embedding"] for column in features]
+
+
+class CrossEncoderDistillationTrainer(_WrappedTransformerMixin, CrossEncoderTrainer):  # type: ignore[misc]
+    """Train a student adapter of a cross-encoder in two stages, with the `CrossEncoderTrainer`.
+
+    As `SentenceTransformerDistillationTrainer`, for a `CrossEncoder`, whose head is saved with the base model.
+
+    Args:
+        model: A `CrossEncoder` in which `train_adapter` was called for an adapter that has `distill_from`.
+        args: The arguments; by default `CrossEncoderDistillationTrainingArguments("tmp_trainer")`.
+        **kwargs: As for `DistillationMixin` and `CrossEncoderTrainer`: `loss`, `evaluator` and so on.
+
+    Raises:
+        ValueError: If there is a `distillation_dataset`.
+    """
+
+    training_args_class: Any = CrossEncoderDistillationTrainingArguments
+
+    def __init__(self, *args: Any, distillation_dataset: Dataset | None = None, **kwargs: Any) -> None:
+        if distillation_dataset is not None:
+            raise ValueError(
+                "distillation_dataset is not supported for a CrossEncoder, whose loss forms its pairs; leave it out."
+            )
+        super().__init__(*args, **kwargs)

@@ -1,0 +1,106 @@
+"""The examples that a trainer reads beside its steps, as inputs of the model with adapters."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import torch
+from adapters import AdapterSetup, Stack
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .._compat import forward_arguments, heads_of
+from ..method.predictions import without_dropout
+from ..method.wrappers import accepted_inputs, noting_inputs
+from .data import Examples
+from .preparation import fit_student
+from .steps import TwoStageTrainer
+
+
+class ReadingTrainer(TwoStageTrainer):
+    """Trainer that reads examples before its first step and after its last one."""
+
+    _signature_columns: Any
+
+    def fit_start(self) -> None:
+        """Move a student that is still at the average of its teachers' weights to the average of their updates.
+
+        `train` does this before the first step. A student with a gate or a norm behind its up-projections stays.
+        """
+        fit_student(self.model_with_adapters, self.block.student, self._examples(), self.accelerator)
+
+    def _examples(self) -> Examples:
+        reads_loader = self.train_dataset is None and not _is_stream(self.get_train_dataloader())
+        return Examples(
+            self.train_dataset,
+            self._unlabelled,
+            self.args.seed,
+            self._batches,
+            self._batches_of_loader if reads_loader else None,
+            self._model_inputs,
+            self._autocast,
+        )
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model
+        with self.accelerator.autocast(), self.compute_loss_context_manager():
+            yield
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Take the columns that the model takes; adapters hides the signature of some models, such as T5."""
+        super()._set_signature_columns_if_needed()
+        if self.model_with_adapters is self.model:
+            accepted = forward_arguments(self.model_with_adapters)
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *accepted]))
+
+    def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
+        """Return a data set and a collator without the columns that the model does not take."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, "distillation"), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, "distillation")
+
+    def _batches(self, dataset: Dataset | dict[str, Dataset]) -> Iterator[dict[str, Any]]:
+        """Yield one or more data sets as inputs of the model with adapters, on its device."""
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            examples, collator = self._without_unused_columns(part)
+            for inputs in DataLoader(examples, self.args.eval_batch_size, collate_fn=collator):
+                yield from self._own_inputs(inputs)
+
+    def _batches_of_loader(self) -> Iterator[dict[str, Any]]:
+        """Yield the batches of `get_train_dataloader` as inputs of the model with adapters."""
+        for inputs in self.get_train_dataloader():
+            yield from self._own_inputs(inputs)
+
+    def _own_inputs(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a batch as the inputs of each call of the model with adapters."""
+        inputs, inner = self._prepare_inputs(inputs), self.model_with_adapters
+        if inner is self.model and not self._computes_own_loss:
+            return [inputs]
+        if inner is self.model and inner.main_input_name in inputs:  # other columns are for the loss
+            return [accepted_inputs(inner, inputs)]
+        calls: list[dict[str, Any]] = []
+        with torch.no_grad(), without_dropout(self.model), self._active_student(), self._autocast():
+            with noting_inputs(inner, calls.append):
+                self.compute_loss(self.model, dict(inputs))
+        if not calls:
+            raise ValueError(
+                f"The loss of {type(self).__name__} does not run the model with adapters ({type(inner).__name__}), so "
+                "it cannot distil; compute it from the model's outputs."
+            )
+        return calls
+
+    @contextmanager
+    def _active_student(self) -> Iterator[None]:
+        student, model, active = self.block.student, self.model_with_adapters, AdapterSetup.get_context_adapter_setup()
+        setup, head = active or model.active_adapters, student if student in heads_of(model) else None
+        is_active = isinstance(setup, Stack) and list(setup) == list(self.block.children)
+        if is_active and active is None and (head is None or model.active_head == head):
+            yield
+        else:
+            with AdapterSetup(Stack(*self.block.children), head_setup=head):
+                yield
+
+
+def _is_stream(loader: Any) -> bool:
+    """Return whether a loader may give its examples only once."""
+    return not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)

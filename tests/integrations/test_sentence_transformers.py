@@ -1,0 +1,225 @@
+"""The trainers of Sentence Transformers with both stages."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from adapters import Stack
+from datasets import Dataset
+from embedding_models import PAIRS, SCORED, TEXTS, cross_encoder, embedding_model
+from model_state import changed, snapshot
+from safetensors.torch import load_file
+from sentence_transformers import losses
+from sentence_transformers.cross_encoder import losses as cross_encoder_losses
+from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
+from tiny_models import TEACHERS
+from trainings import StopAt
+from without_package import run_without_package
+
+from hf_adapter_distillation.integrations.sentence_transformers import (
+    CrossEncoderDistillationTrainer,
+    CrossEncoderDistillationTrainingArguments,
+    SentenceTransformerDistillationTrainer,
+    SentenceTransformerDistillationTrainingArguments,
+)
+
+LOSSES = {
+    "ranking": (losses.MultipleNegativesRankingLoss, PAIRS),
+    "cached ranking": (lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3), PAIRS),
+    "scores": (losses.CoSENTLoss, SCORED),
+    "matryoshka": (
+        lambda model: losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 8]),
+        PAIRS,
+    ),
+}
+LOAD = """
+    import json, adapters, numpy
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+    folders, texts, out = json.loads(sys.argv[1])
+    for number, folder in enumerate(folders):
+        is_cross = folder.endswith("scores")
+        model = (CrossEncoder if is_cross else SentenceTransformer)(folder, device="cpu")
+        transformer = model.model if is_cross else model[0].auto_model
+        assert not hasattr(transformer.config, "adapters")
+        adapters.init(transformer)
+        transformer.load_adapter(folder + "/insurance", use_safetensors=True, set_active=True)
+        assert list(transformer.adapters_config) == ["insurance"]
+        output = model.predict([texts[:2], texts[2:]]) if is_cross else model.encode(texts)
+        numpy.save(f"{out}/{number}.npy", output)
+"""
+
+
+def arguments(folder, cls=SentenceTransformerDistillationTrainingArguments, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "distillation_start": 0.5,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return cls(str(folder / "training"), **{**defaults, **kwargs})
+
+
+def trainer_of(folder, encoder, name="ranking", model=None, callbacks=(), **kwargs):
+    model = model or embedding_model(folder, encoder)
+    loss, dataset = LOSSES[name]
+    return SentenceTransformerDistillationTrainer(
+        model, arguments(folder, **kwargs), train_dataset=dataset, loss=loss(model), callbacks=list(callbacks)
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_trains_student_and_fusion_alone(name, tiny_encoder, tmp_path):
+    trainer = trainer_of(tmp_path, tiny_encoder, name, keep_fusion=True)
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = changed(trainer.model, before)
+    for part in (".adapters.insurance.", ".distillation_fusion.insurance."):
+        assert any(part in name for name in moved), part
+    assert all(".insurance." in name for name in moved)
+    first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
+    assert (first["stage"], last["stage"]) == (1, 2)
+    assert last["distillation_loss"] > 0
+    assert {f"attention/{teacher}" for teacher in TEACHERS} <= last.keys()
+    assert last["loss"] == pytest.approx(
+        last["task_loss"] + trainer.distillation_weight * last["distillation_loss"] + last["fusion_regularization"],
+        abs=2e-3,
+    )
+
+
+def test_saved_models_are_loaded_without_this_package(tiny_encoder, tmp_path):
+    folders, outputs = [], []
+    for pooling in ("mean", "cls"):
+        (tmp_path / pooling).mkdir()
+        model = embedding_model(tmp_path / pooling, tiny_encoder, pooling)
+        base = load_file(tmp_path / pooling / "base" / "model.safetensors")
+        trainer = trainer_of(tmp_path / pooling, tiny_encoder, model=model, save_strategy="steps", save_steps=2)
+        trainer.train()
+        folder = tmp_path / pooling / "saved"
+        trainer.save_model(str(folder))
+        for each in (folder, tmp_path / pooling / "training" / "checkpoint-4"):
+            saved = load_file(each / "model.safetensors")
+            assert saved.keys() == base.keys()
+            assert all(torch.equal(saved[name], value) for name, value in base.items())
+            assert {path.name for path in each.iterdir() if path.is_dir()} == {"1_Pooling", "insurance"}
+            folders.append(str(each))
+            outputs.append(model.encode(TEXTS))
+        assert not (folder / "distillation_fusion.safetensors").exists()
+        assert "save_pretrained" not in vars(model[0].auto_model)
+        assert model[0].auto_model.active_adapters == Stack("insurance")
+    model = cross_encoder(tmp_path, tiny_encoder)
+    args = arguments(tmp_path, CrossEncoderDistillationTrainingArguments)
+    trainer = CrossEncoderDistillationTrainer(model, args, train_dataset=SCORED)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "scores"))
+    folders.append(str(tmp_path / "scores"))
+    outputs.append(model.predict([TEXTS[:2], TEXTS[2:]]))
+    run_without_package(LOAD, json.dumps([folders, TEXTS, str(tmp_path)]))
+    for number, output in enumerate(outputs):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), output)
+
+
+def test_a_killed_training_of_embeddings_goes_on_to_the_same_weights(tiny_encoder, tmp_path):
+    def run(folder, noise, resume=None, callbacks=()):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        trainer = trainer_of(
+            tmp_path / folder, tiny_encoder, callbacks=callbacks, save_strategy="steps", save_steps=3, keep_fusion=True
+        )
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter += noise
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict()
+
+    unbroken = run("unbroken", 0)
+    run("killed", 0, callbacks=[StopAt(3)])
+    resumed = run("killed", 1, resume=str(tmp_path / "killed" / "training" / "checkpoint-3"))
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_embeddings_start_at_the_mean_update_and_choose_their_teachers(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder, teacher_selection=2)
+    before = snapshot(model)
+    trainer = trainer_of(tmp_path, tiny_encoder, model=model, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    moved = changed(model, before)
+    assert moved
+    assert all("insurance.adapter" in name for name in moved), "at a learning rate of 0 only the start moves"
+    assert len(trainer.block.teachers) == 2
+    assert trainer.distillation.ranking.keys() == set(TEACHERS)
+    assert all(-1 <= score <= 1 for score in trainer.distillation.ranking.values())
+
+
+def test_the_analysis_of_embeddings_is_written(tiny_encoder, tmp_path):
+    trainer_of(tmp_path, tiny_encoder, max_steps=2, analysis=True).train()
+    assert (tmp_path / "training" / "analysis" / "student_distance.csv").is_file()
+
+
+def test_an_evaluator_sees_the_student(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder)
+    evaluator = EmbeddingSimilarityEvaluator(TEXTS, [*TEXTS[1:], TEXTS[0]], [0.1, 0.9, 0.5, 0.3], name="pairs")
+    trainer = SentenceTransformerDistillationTrainer(
+        model, arguments(tmp_path), train_dataset=PAIRS, loss=losses.MultipleNegativesRankingLoss(model),
+        evaluator=evaluator,
+    )  # fmt: skip
+    trainer.train()
+    score = trainer.evaluate()["eval_pairs_pearson_cosine"]
+    model[0].auto_model.set_active_adapters("bank")
+    assert trainer.evaluate()["eval_pairs_pearson_cosine"] == score
+    assert evaluator(model)["pairs_pearson_cosine"] != score
+    assert trainer.distillation.run.evaluation["eval_pairs_pearson_cosine"] == pytest.approx(score, abs=1e-6)
+
+
+def test_several_data_sets_with_losses_of_their_own(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder)
+    trainer = SentenceTransformerDistillationTrainer(
+        model, arguments(tmp_path), train_dataset={"pairs": PAIRS, "scores": SCORED},
+        loss={"pairs": losses.MultipleNegativesRankingLoss(model), "scores": losses.CoSENTLoss(model)},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.distillation_weight == 1.0
+    assert trainer.state.log_history[-2]["distillation_loss"] > 0
+
+
+def test_texts_without_labels_are_distilled_too(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder)
+    trainer = SentenceTransformerDistillationTrainer(
+        model, arguments(tmp_path), train_dataset=SCORED, loss=losses.CoSENTLoss(model),
+        distillation_dataset=Dataset.from_dict({"text": [f"{text} now" for text in TEXTS]}),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[-2]["distillation_loss"] > 0
+    args = arguments(tmp_path, CrossEncoderDistillationTrainingArguments)
+    with pytest.raises(ValueError, match="^distillation_dataset is not supported for a CrossEncoder"):
+        CrossEncoderDistillationTrainer(None, args, distillation_dataset=PAIRS)
+
+
+def test_losses_that_train_a_copy_are_named_at_construction(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder)
+    with pytest.raises(ValueError, match="^ContrastiveTensionLoss trains another copy .* choose a loss of one model"):
+        SentenceTransformerDistillationTrainer(
+            model, arguments(tmp_path), train_dataset=PAIRS, loss=losses.ContrastiveTensionLoss(model)
+        )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        None,
+        cross_encoder_losses.MultipleNegativesRankingLoss,
+        lambda model: cross_encoder_losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3),
+    ],
+)
+def test_a_cross_encoder_trains_student_head_and_fusion_alone(loss, tiny_encoder, tmp_path):
+    model = cross_encoder(tmp_path, tiny_encoder)
+    before = snapshot(model)
+    trainer = CrossEncoderDistillationTrainer(
+        model, arguments(tmp_path, CrossEncoderDistillationTrainingArguments, keep_fusion=True),
+        train_dataset=SCORED if loss is None else PAIRS, loss=loss and loss(model),
+    )  # fmt: skip
+    trainer.train()
+    moved = changed(model, before)
+    assert all(".insurance." in name or ".classifier." in name for name in moved)
+    for part in (".adapters.insurance.", ".distillation_fusion.insurance.", ".classifier."):
+        assert any(part in name for name in moved), part
+    assert trainer.state.log_history[-2]["distillation_loss"] > 0
