@@ -240,3 +240,17 @@ def test_matplotlib_is_missed_before_the_training(trainer_args, monkeypatch):
     message = r'analysis=True draws figures. Plots need matplotlib; pip install "hf-adapter-distillation\[plots\]"'
     with pytest.raises(ImportError, match=message):
         had.DistillationTrainer(make_student(make_model()), trainer_args(analysis=True), train_dataset=make_dataset())
+
+
+def test_an_analysis_in_inference_mode_leaves_the_next_step_alone():
+    gradients = []
+    for analysed in (False, True):
+        model = make_student(make_model())
+        if analysed:
+            with torch.inference_mode():
+                had.teacher_attention(model, make_dataset(4))
+            model.train()
+        model(**make_batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())

@@ -85,5 +85,5 @@ def test_settings_are_replaced_and_never_set_where_nobody_reads_them():
 def test_the_record_is_taken_once():
     model = make_student(make_model())
     assert had.distillation_of(model).record is None
-    with pytest.raises(AssertionError, match="no forward pass"):
+    with pytest.raises(RuntimeError, match="No forward pass"):
         had.distillation_of(model).take_record()

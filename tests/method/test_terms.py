@@ -29,3 +29,13 @@ def test_the_layers_of_each_call_have_a_floor_of_their_own_and_a_weight():
     torch.testing.assert_close(record.layer_losses, torch.cat(of_calls))
     expected = of_calls[0].mean() * 2 / 3 + of_calls[1].mean() / 3
     torch.testing.assert_close(record.distillation_loss, expected)
+
+
+def test_the_attention_of_a_layer_that_runs_often_is_the_mean_over_its_runs():
+    """ALBERT runs one layer many times; the runs count by their sequences."""
+    model = make_student(make_model())
+    current = StudentPass(distillation_of(model, "insurance"))
+    current.attention["layer"] = [(1, ("a", "b"), torch.tensor([1.0, 0.0])), (3, ("a", "b"), torch.tensor([0.2, 0.8]))]
+    _, record = sum_terms(current)
+    assert record.attention["layer"].names == ("a", "b")
+    torch.testing.assert_close(record.attention["layer"].weights, torch.tensor([0.4, 0.6]))
