@@ -29,7 +29,7 @@ from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import prepare_training
-from .saving import SavingTrainer
+from .writing import WritingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +49,7 @@ def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
         vars(model)["is_quantized"] = True
 
 
-class DistillationMixin(SavingTrainer):
+class DistillationMixin(WritingTrainer):
     """Train a student adapter in two stages in one `train()`, with any trainer.
 
     `class MyTrainer(DistillationMixin, TheirTrainer)` adds both stages to a subclass of `transformers.Trainer`, whose

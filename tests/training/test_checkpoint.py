@@ -213,33 +213,3 @@ def test_the_head_of_another_in_an_earlier_checkpoint_is_left_out(tmp_path):
     model.heads["bank2"][1].weight.data.fill_(0.5)
     load_student(model, active_block(model), str(tmp_path))
     assert (model.heads["bank2"][1].weight == 0.5).all()
-
-
-@pytest.mark.parametrize("safetensors", [True, False])
-def test_the_format_of_save_safetensors(safetensors, trainer_args):
-    """Into folders that an earlier training in the other format has left."""
-
-    def trainer(safetensors, **kwargs):
-        settings = {"save_strategy": "steps", "save_steps": 2, "distillation_start": 0.0, "keep_fusion": True}
-        return trainer_for(
-            make_student(make_model()), trainer_args(save_safetensors=safetensors, **settings, **kwargs)
-        )
-
-    earlier = trainer(not safetensors, max_steps=2, learning_rate=0.1)
-    earlier.train()
-    earlier.save_model()
-    unbroken = trainer(safetensors, max_steps=4)
-    unbroken.train()
-    unbroken.save_model()
-    folder = Path(unbroken.args.output_dir)
-    suffix = ".safetensors" if safetensors else ".bin"
-    for path in (folder, folder / "checkpoint-2"):
-        weights = {file.suffix for file in (path / "insurance").iterdir()} - {".json"}
-        assert weights == {suffix}
-    resumed = trainer(safetensors, max_steps=4)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    assert not changed(resumed.model, snapshot(unbroken.model))
-    loaded = make_model()
-    loaded.load_adapter(str(folder / "insurance"), use_safetensors=safetensors)
-    for name, value in loaded.state_dict().items():
-        assert "insurance" not in name or torch.equal(value, unbroken.model.state_dict()[name])

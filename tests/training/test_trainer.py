@@ -98,17 +98,6 @@ def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args)
 # Checkpoints
 
 
-def test_a_checkpoint_holds_student_head_and_fusion_alone(trainer_args, tmp_path):
-    trainer_for(make_student(make_model()), trainer_args(max_steps=1, save_strategy="steps", save_steps=1)).train()
-    checkpoint = tmp_path / "training" / "checkpoint-1"
-    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    assert files == {
-        "insurance/adapter_config.json", "insurance/adapter.safetensors", "insurance/head_config.json",
-        "insurance/model_head.safetensors", "distillation_fusion.safetensors", "training_args.bin", "optimizer.pt",
-        "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint_digests.json",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("stop", [3, 6])
 @pytest.mark.parametrize(("kind", "carrier"), [("flex", "mixed"), ("flex", "student"), ("classification", "fused")])
 def test_a_resumed_run_is_bitwise_the_unbroken_one(kind, carrier, stop, trainer_args, tmp_path):
@@ -139,30 +128,6 @@ def test_two_runs_with_the_same_seed_are_bitwise_equal(trainer_args):
         trainer_for(model, trainer_args()).train()
     first, second = (snapshot(model) for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_the_best_model_is_loaded_at_the_end(trainer_args, tmp_path):
-    model = make_student(make_model())
-    kept = {}
-
-    def worse_from_step_3(args, state, control, **kwargs):
-        if state.global_step == 2:
-            kept.update({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-
-    scores = iter([0.1, 0.9, 0.5, 0.2])
-    args = trainer_args(
-        max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, keep_fusion=True,
-        load_best_model_at_end=True, metric_for_best_model="score", distillation_start=0.25,
-    )  # fmt: skip
-    trainer = trainer_for(
-        model, args, eval_dataset=make_dataset(), compute_metrics=lambda prediction: {"score": next(scores)},
-        callbacks=[EachStep(worse_from_step_3)],
-    )  # fmt: skip
-    trainer.train()
-    now = dict(model.named_parameters())
-    assert kept
-    assert all(torch.equal(now[name], value) for name, value in kept.items())
-    assert model.active_head == "insurance"
 
 
 def checkpoint_of(trainer_args, model=None):
@@ -298,14 +263,6 @@ def test_a_run_that_is_resumed_with_more_steps_stays_in_stage_2(trainer_args, tm
     assert resumed(20, "8/checkpoint-6") == 4
     assert resumed(40, "20/checkpoint-9") == 4
     assert resumed(16, "8/checkpoint-3") == 8  # it was in stage 1
-
-
-def test_a_checkpoint_of_the_model_alone_can_be_resumed(trainer_args):
-    args = trainer_args(max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
-    trainer_for(make_student(make_model()), args).train()
-    trainer = trainer_for(make_student(make_model()), args)
-    trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
-    assert trainer.state.global_step == 4
 
 
 def test_the_provenance_has_the_batch_size_that_fitted(trainer_args):

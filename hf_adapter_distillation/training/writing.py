@@ -16,7 +16,7 @@ from .reading import ReadingTrainer
 logger = logging.get_logger(__name__)
 
 
-class SavingTrainer(ReadingTrainer):
+class WritingTrainer(ReadingTrainer):
     """Trainer whose checkpoints hold the student, its fusion, and what is trained outside the model with adapters."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
