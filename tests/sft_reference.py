@@ -57,10 +57,11 @@ def update(adapter, x):
 def terms(model, inputs, weight, regularization):
     """The distillation terms of a batch: the weighted mean over places and rows, and the regularisation."""
     rows = [[inputs_of_places(model, ids) for ids in sequences] for sequences in sequences_of(inputs)]
-    losses, total = [], 0.0
+    matches, total = [], 0.0
     for name, (_, modules) in places_of(model).items():
         layer = model.get_submodule(name)
         fusion = layer.distillation_fusion[STUDENT]
+        matches.append([])
         for row in rows:
             x = torch.cat([found[name] for found in row])  # (T, d)
             student, inside = update(modules[STUDENT], x), x.detach()
@@ -69,7 +70,13 @@ def terms(model, inputs, weight, regularization):
             scores = torch.stack([(query * (u @ fusion.key.weight.T)).sum(-1) for u in updates], dim=-1)  # (T, N)
             attention = scores.exp() / scores.exp().sum(-1, keepdim=True)
             fused = sum(a[:, None] * (u @ fusion.value.weight.T) for a, u in zip(attention.T, updates, strict=True))
-            losses.append((student - fused).square().mean() / fused.detach().var(unbiased=False))
+            powers = (student.detach().square().mean(), fused.detach().square().mean())
+            of_states = [states.detach().var(unbiased=False) for states in (fused, x)]
+            matches[-1].append(((student - fused).square().mean(), max(powers), *of_states))
         value = fusion.value.weight
         total = total + regularization * (value - torch.eye(len(value), dtype=value.dtype)).square().sum()
+    losses = []
+    for row in zip(*matches, strict=True):  # its places
+        floor = 0.1 * sum(power / of_input for _, power, _, of_input in row) / len(row)
+        losses += [error / max(variance, floor * of_input) for error, _, variance, of_input in row]
     return total + weight * torch.stack(losses).mean()

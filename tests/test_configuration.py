@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-from hf_adapter_distillation import DistillationConfig, DistillationTrainingArguments
+from hf_adapter_distillation import DistillationArgumentsMixin, DistillationConfig, DistillationTrainingArguments
 
 
 def test_defaults():
@@ -92,7 +92,7 @@ def test_a_torch_that_cannot_compile_adapters_is_refused(kwargs, tmp_path, monke
 
 
 def test_every_argument_has_a_help_text():
-    own = set(DistillationTrainingArguments.__annotations__)
+    own = set(DistillationArgumentsMixin.__annotations__)
     fields = DistillationTrainingArguments.__dataclass_fields__
     assert own
     assert all(fields[name].metadata["help"] for name in own)

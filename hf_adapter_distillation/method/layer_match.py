@@ -34,5 +34,6 @@ def bounded_losses(matches: Sequence[LayerMatch]) -> torch.Tensor:
     """
     error, variance, power, input_variance = (torch.stack(parts) for parts in zip(*matches, strict=True))  # (L, B)
     input_variance = input_variance.clamp(min=MINIMAL_VARIANCE)
-    floor = RELATIVE_FLOOR * input_variance * (power / input_variance).mean(dim=0)  # (L, B)
+    ratios = (power / input_variance).nan_to_num(0.0, 0.0, 0.0)  # an overflow counts in its own layer alone
+    floor = RELATIVE_FLOOR * input_variance * ratios.mean(dim=0)  # (L, B)
     return (error / variance.maximum(floor).clamp(min=MINIMAL_VARIANCE)).mean(dim=1)

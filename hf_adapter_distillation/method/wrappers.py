@@ -32,7 +32,7 @@ def model_with_adapters(model: nn.Module) -> ModelAdaptersMixin:
         TypeError: If no module has adapters.
         ValueError: If several models with distilled students stand side by side.
     """
-    found = models_with_adapters(model)
+    found = models_with_adapters(model) if isinstance(model, nn.Module) else {}
     with_students = {name: module for name, module in found.items() if distillations(module.adapters_config)}
     if len(with_students) > 1:
         raise ValueError(

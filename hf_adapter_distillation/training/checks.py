@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from accelerate import DistributedType
 from adapters import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 
+from .._compat import forward_arguments
 from ..analysis.plots import MISSING
 from ..configuration import DistillationArgumentsMixin, DistillationConfig
 from ..method.distillation import Distillation
@@ -46,7 +47,8 @@ def check_loss(
     Raises:
         ValueError: If a model without a head has no other loss, or an objective or the carrier needs the model's own.
     """
-    kind, has_head = type(model).__name__, isinstance(model, ModelWithHeadsAdaptersMixin)
+    kind = type(model).__name__
+    has_head = isinstance(model, ModelWithHeadsAdaptersMixin) or "labels" in forward_arguments(model)
     if not (has_head or is_wrapped or has_other_loss):
         raise ValueError(
             f"{kind} has no head and so no loss; override compute_loss, pass compute_loss_func, wrap the model in one "

@@ -150,7 +150,10 @@ def test_sharded_training_that_accelerate_configures(kind, trainer_args, monkeyp
 def test_trainers(trainer_args, tmp_path):
     make = partial(had.DistillationTrainer, train_dataset=make_dataset())
     student, args = make_student(make_model()), trainer_args()
-    message = "args must be DistillationTrainingArguments, not dict; they take the same arguments."
+    message = (
+        "args must be DistillationTrainingArguments, or a dataclass of your own with DistillationArgumentsMixin, not "
+        "dict; they take the same arguments."
+    )
     refused(TypeError, message, make, student, {"output_dir": "x"})
     refused(TypeError, "str has no adapters; call adapters.init(model) first.", make, "bert", args)
     trainer = make(student, args)

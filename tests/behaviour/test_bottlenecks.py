@@ -14,6 +14,7 @@ from adapters import (
     ParBnConfig,
     SeqBnConfig,
 )
+from marks import in_turn
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, copy_weights, make_batch, make_dataset, make_model, make_student, noisy
 
@@ -86,8 +87,7 @@ def test_the_update_is_what_stock_adapters_add(kind):
         torch.testing.assert_close(update, added, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("start", ["random", "teachers"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "start"), in_turn(KINDS, ["random", "teachers"]))
 def test_both_stages(kind, start, trainer_args, tmp_path):
     model = make_student(make_model(), config=KINDS[kind], student_start=start)
     before = snapshot(model)

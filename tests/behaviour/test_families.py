@@ -8,6 +8,7 @@ import transformers
 from adapter_kinds import METHODS
 from adapters import AdapterModelInterface, AutoAdapterModel
 from datasets import Dataset
+from marks import in_turn
 from methods_table import PAGE
 from model_state import changed, configure, snapshot
 from tiny_models import TEACHERS, VOCABULARY, make_batch, noisy
@@ -219,8 +220,7 @@ def test_an_interface_that_names_few_methods(monkeypatch):
 # transformers' own: of each training of an EncoderDecoderModel, and in DeBERTa and ModernBERT.
 @pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("method", ["seq_bn", "lora"])
-@pytest.mark.parametrize("family", [*BUILT_IN, *STATIC])
+@pytest.mark.parametrize(("family", "method"), in_turn([*BUILT_IN, *STATIC], ["seq_bn", "lora"]))
 def test_both_stages(family, method, trainer_args):
     model = make_student(family, method)
     before, dataset = snapshot(model), data_for(family)

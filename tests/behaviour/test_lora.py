@@ -4,6 +4,7 @@ import pytest
 import torch
 from adapter_kinds import EVERYWHERE, LORAS
 from adapters import AdapterSetup, LoRAConfig
+from marks import in_turn
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, copy_weights, make_batch, make_dataset, make_model, make_student, noisy
 
@@ -91,19 +92,18 @@ def test_the_stacked_form_is_that_of_single_teachers(carrier, monkeypatch):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("start", ["random", "teachers"])
-@pytest.mark.parametrize(
-    ("family", "head", "kind"),
-    [
-        ("bert", "classification", "default"),
-        ("bert", "classification", "everywhere"),
-        ("bert", "classification", "dropout"),
-        ("distilbert", "classification", "everywhere"),
-        ("llama", "causal_lm", "everywhere"),
-        ("t5", "seq2seq_lm", "default"),
-        ("bart", "seq2seq_lm", "default"),
-    ],
-)
+CASES = [
+    ("bert", "classification", "default"),
+    ("bert", "classification", "everywhere"),
+    ("bert", "classification", "dropout"),
+    ("distilbert", "classification", "everywhere"),
+    ("llama", "causal_lm", "everywhere"),
+    ("t5", "seq2seq_lm", "default"),
+    ("bart", "seq2seq_lm", "default"),
+]
+
+
+@pytest.mark.parametrize(("family", "head", "kind", "start"), in_turn(CASES, ["random", "teachers"]))
 def test_both_stages(family, head, kind, start, trainer_args, tmp_path):
     model = make_student(make_model(family), config=LORAS[kind], head=head, student_start=start)
     before = snapshot(model)

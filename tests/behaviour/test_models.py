@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from marks import in_turn
 from model_state import changed, snapshot
-from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student
+from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation._compat import heads_of, loss_counts_items
@@ -37,14 +38,14 @@ def dataset_for(family, head):
     return make_dataset(labels="classification" if head == "classification" else "tokens")
 
 
-@pytest.mark.parametrize("carrier", ["student", "mixed", "dual"])
-@pytest.mark.parametrize(("family", "kind", "head"), CASES)
+@pytest.mark.parametrize(("family", "kind", "head", "carrier"), in_turn(CASES, ["student", "mixed", "dual"]))
 def test_both_stages(family, kind, head, carrier, trainer_args, tmp_path):
     model = make_model(family, kind)
     if kind == "flex" and head == "tagging":
         head_labels = {"num_labels": 60}
         for teacher in TEACHERS:
             model.add_adapter(teacher, config="double_seq_bn")
+            noisy(model, teacher)
             model.add_tagging_head(teacher, **head_labels)
         model.add_adapter(
             "insurance", config="double_seq_bn", distill_from=had.DistillationConfig(TEACHERS, carrier=carrier)

@@ -161,7 +161,7 @@ def test_a_card_says_what_the_run_was(tmp_path, trainer_args):
 
 def test_results_are_those_of_the_weights_that_were_kept(trainer_args):
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     trainer = trained(trainer_args, eval_dataset=make_dataset(seed=1), **evaluation, **best)
     state = trainer.state
     assert state.best_global_step < state.global_step

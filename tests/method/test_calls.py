@@ -3,6 +3,7 @@
 import adapters
 import pytest
 import torch
+from marks import in_turn
 from model_state import configure
 from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy
 from torch import nn
@@ -251,10 +252,10 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("scale", [None, 0.25])
-@pytest.mark.parametrize("way", WAYS)
-def test_each_loss_distils(way, scale, objective):
+@pytest.mark.parametrize(
+    ("way", "objective", "scale"), in_turn([(way, name) for way in WAYS for name in OBJECTIVES], [None, 0.25])
+)
+def test_each_loss_distils(way, objective, scale):
     model = make_student(make_model(), objective=OBJECTIVES[objective]).double()
     model.train_adapter("insurance")
     noisy(model, "insurance")

@@ -270,6 +270,7 @@ def test_streaming_takes_the_tenants_before_as_teachers(benchmark):
     assert [(line["tenant"], line["teachers"]) for line in lines] == [("rail", 1), ("post", 2)]
 
 
+@pytest.mark.slow
 def test_processes_change_nothing_but_the_time(benchmark, tmp_path):
     arguments = ("--methods", "AdapterDistillation", "--search_tenants", "0", "--tenants", "bank", "rail")
     alone, _ = benchmark(*arguments)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
+from marks import LONG
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples" / "by_feature"
@@ -32,6 +33,8 @@ RESULTS = {
 }
 WITHOUT_TRL = pytest.mark.skipif(find_spec("trl") is None, reason="it needs the extra trl")
 SCRIPTS = [pytest.param(script, marks=WITHOUT_TRL if script == "sft_trl" else ()) for script in RESULTS]
+SHORT = {"text_classification", "causal_lm", "sft_trl", "sentence_embeddings", "own_trainer"}
+DEMOS = [script if script.values[0] in SHORT else pytest.param(*script.values, marks=LONG) for script in SCRIPTS]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_each_script_is_tested_and_described():
     assert all(f"{script}.py --demo" in readme for script in scripts)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", DEMOS)
 def test_demo(script, folder, monkeypatch, capsys):
     run_example(monkeypatch, script, "--demo", "--output_dir", folder / script)
     metric, least = RESULTS[script]

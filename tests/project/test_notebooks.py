@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from marks import LONG
 from paths import ROOT
 
 FIGURES = {"quick_start": 1, "analysis": 3}
@@ -63,7 +64,7 @@ def test_committed_outputs(name):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", ["quick_start", pytest.param("analysis", marks=LONG)])
 def test_notebook_runs(name, tmp_path):
     """In a copy of the examples, without kernels or settings of the user's; the same is printed but for numbers."""
     pytest.importorskip("nbmake")
