@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
@@ -55,6 +56,11 @@ def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:
     codes = (function.__code__ for function in functions)
     code = next(code for code in codes if not code.co_flags & inspect.CO_VARARGS)
     return code.co_varnames[1 : code.co_argcount]
+
+
+def named_arguments(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a model by their names."""
+    return dict(zip(forward_arguments(model), args, strict=False)) | kwargs if args else dict(kwargs)
 
 
 def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:

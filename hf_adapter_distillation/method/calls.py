@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from adapters import ModelAdaptersMixin
 
-from .._compat import ForwardContext, forward_arguments
+from .._compat import ForwardContext, named_arguments
 from .heads import shifts_labels
 from .layer_pass import current_pass
 
@@ -42,7 +42,7 @@ def begin_call(student: str, base_model: ModelAdaptersMixin, args: tuple, kwargs
     current = current_pass()
     if current is None or current.inputs.block.student != student:
         return
-    named = dict(zip(forward_arguments(base_model), args, strict=False)) | kwargs if args else kwargs
+    named = named_arguments(base_model, args, kwargs)
     current.calls.append(number_of_sequences(named))
     outer, masks = current.inputs.masks, masks_of(base_model, named, is_half=False)
     if masks[True] is None:  # it was derived from the labels

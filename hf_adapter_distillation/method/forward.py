@@ -8,7 +8,7 @@ import torch
 from adapters import AdapterSetup, ModelAdaptersMixin
 from transformers.utils import logging
 
-from .._compat import ForwardContext, forward_arguments
+from .._compat import ForwardContext, named_arguments
 from ..composition import block_of
 from .calls import masks_of, number_of_sequences
 from .distillation import DEFAULTS, Distillation, StageSettings, distillation_of, distillations
@@ -79,7 +79,7 @@ def call_with_distillation(
 
     _share_parameters(context, model)
     layer_pass = distillation.inspection or _training_pass(distillation)
-    named = dict(zip(forward_arguments(model), args, strict=False)) | kwargs if args else kwargs
+    named = named_arguments(model, args, kwargs)
     returns_dict = named.get("return_dict")
     returns_dict = model.config.use_return_dict if returns_dict is None else returns_dict
     returns_tuple = _reads_output(distillation) and not returns_dict

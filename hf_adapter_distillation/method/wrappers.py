@@ -7,7 +7,7 @@ from typing import Any
 from adapters import ModelAdaptersMixin
 from torch import nn
 
-from .._compat import forward_arguments, heads_of
+from .._compat import forward_arguments, heads_of, named_arguments
 from .distillation import active_block, distillations
 
 HOW_TO_RETURN = ("output_attentions", "output_hidden_states", "return_dict")  # inputs that change the output alone
@@ -57,7 +57,7 @@ def noting_inputs(model: ModelAdaptersMixin, note: Callable[[dict[str, Any]], An
     before, original = vars(model).get("forward"), model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(forward_arguments(model), args, strict=False)) | kwargs
+        named = named_arguments(model, args, kwargs)
         note({name: value for name, value in named.items() if name not in HOW_TO_RETURN})
         return original(*args, **kwargs)
 

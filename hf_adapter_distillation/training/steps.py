@@ -105,8 +105,9 @@ class TwoStageTrainer(StudentPushingTrainer):
 
         Trainer puts the whole model into training mode just before it enters the context.
         """
-        for module in self._prepared.teacher_modules if self._prepared else ():
-            module.eval()
+        if self._prepared is not None and self.model.training:
+            for module in self._prepared.teacher_modules:
+                module.eval()
         return super().compute_loss_context_manager()
 
     def compute_loss(

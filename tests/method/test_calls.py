@@ -35,9 +35,8 @@ class BiEncoder(BertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=scores)
 
 
-def make_bi_encoder(checkpointing=False, **config):
-    torch.manual_seed(0)
-    model = BiEncoder(make_model().config)
+def with_student(model, **config):
+    """The model in double precision, with teachers and a student that is trained."""
     adapters.init(model)
     for name in TEACHERS:
         model.add_adapter(name, config="seq_bn")
@@ -45,9 +44,15 @@ def make_bi_encoder(checkpointing=False, **config):
     model.add_adapter("insurance", config="seq_bn", distill_from=had.DistillationConfig(TEACHERS, **config))
     noisy(model, "insurance")
     model.double().train_adapter("insurance")
+    return model.train()
+
+
+def make_bi_encoder(checkpointing=False, **config):
+    torch.manual_seed(0)
+    model = with_student(BiEncoder(make_model().config), **config)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    return model.train()
+    return model
 
 
 def texts(number, length, seed, padded=None):
@@ -64,17 +69,10 @@ def gradients(model):
 
 
 def headless(**config):
-    """A double-precision student on a BERT without heads."""
-    model = BertModel(make_model().config)
-    adapters.init(model)
-    for name in TEACHERS:
-        model.add_adapter(name, config="seq_bn")
-        noisy(model, name)
-    model.add_adapter("insurance", config="seq_bn", distill_from=had.DistillationConfig(TEACHERS, **config))
-    noisy(model, "insurance")
-    model.double().train_adapter("insurance")
+    """A student on a BERT without heads."""
+    model = with_student(BertModel(make_model().config), **config)
     configure(model, **SETTINGS)
-    return model.train()
+    return model
 
 
 def plain_terms(model, run):
