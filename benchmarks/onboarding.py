@@ -37,7 +37,7 @@ class Onboarding:
         seconds: What the training took, so far.
     """
 
-    platform: example.Platform
+    platform: example.CrossEncoderPlatform
     teachers: list[str]
     train: Dataset
     others: list[Dataset]

@@ -33,6 +33,7 @@ from transformers import BatchEncoding, HfArgumentParser
 
 import hf_adapter_distillation as had
 
+from faq_cross_encoder import ADAPTER  # isort: skip
 from faq_data import Tenant, hold_out, load_tenants, make_pairs  # isort: skip
 
 TEACHER_SEED = 0
@@ -103,12 +104,14 @@ class Job(NamedTuple):
     queries: str
 
 
-def load(args: Arguments, seed: int, **settings: Any) -> tuple[example.Platform, list[Tenant]]:
+def load(args: Arguments, seed: int, **settings: Any) -> tuple[example.CrossEncoderPlatform, list[Tenant]]:
     """Load a platform without adapters, and the tenants with their queries in the order of a seed."""
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     folder = Path(tempfile.gettempdir()) / "streaming_tenants"
-    platform = example.Platform(example.Arguments(seed=seed, model=args.model, output_dir=str(folder), **settings))
+    platform = example.CrossEncoderPlatform(
+        example.Arguments(seed=seed, model=args.model, output_dir=str(folder), **settings)
+    )
     platform.model.to(args.device)
     return platform, load_tenants(args.data, seed)
 
@@ -207,13 +210,15 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     return line | {"environment": about, "arguments": args.of_results()}
 
 
-def costs(platform: example.Platform, save: Callable[[str], None], batches: list[BatchEncoding]) -> dict[str, float]:
+def costs(
+    platform: example.CrossEncoderPlatform, save: Callable[[str], None], batches: list[BatchEncoding]
+) -> dict[str, float]:
     """Measure the milliseconds of a query, also relative to a plain adapter on the same model, and storage."""
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         megabytes = example.stored_megabytes(Path(folder))
     setup = platform.model.active_adapters
-    platform.model.add_adapter("reference", config=example.ADAPTER)
+    platform.model.add_adapter("reference", config=ADAPTER)
     platform.model.to(platform.model.device)
     times = platform.milliseconds({"method": setup, "plain": Stack("reference")}, batches)
     platform.model.set_active_adapters(setup)
