@@ -24,6 +24,7 @@ import faq_retrieval as example  # noqa: E402
 import transformers  # noqa: E402
 from adapters import AdapterTrainer  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from faq_cross_encoder import ADAPTER, CrossEncoderPlatform  # noqa: E402
 from faq_data import BUNDLED, hold_out, load_tenants, make_pairs  # noqa: E402
 from transformers import HfArgumentParser, Trainer, TrainingArguments  # noqa: E402
 
@@ -74,11 +75,11 @@ def take_times(trainer: Trainer) -> dict[str, float]:
     return {part: times[part] for part in PARTS}
 
 
-def epoch(platform: example.Platform, pairs: Dataset, method: str, teachers: list[str]) -> dict[str, float]:
+def epoch(platform: CrossEncoderPlatform, pairs: Dataset, method: str, teachers: list[str]) -> dict[str, float]:
     """Measure the times of one epoch of a new adapter, plain or distilled from the first step."""
     model, distils = platform.model, method != "plain adapter"
     config = had.DistillationConfig(teachers, method, student_start="average") if distils else None
-    model.add_adapter("new", config=example.ADAPTER, distill_from=config)
+    model.add_adapter("new", config=ADAPTER, distill_from=config)
     platform.add_head("new")
     model.train_adapter("new")
     cls = had.DistillationTrainingArguments if distils else TrainingArguments
@@ -99,7 +100,7 @@ def main() -> None:
     """Run the profile."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     transformers.utils.logging.set_verbosity_error()
-    platform = example.Platform(
+    platform = CrossEncoderPlatform(
         example.Arguments(batch_size=args.batch_size, output_dir=str(Path(args.output).parent / "profile"))
     )
     tenants = load_tenants(args.data or str(BUNDLED), seed=1)
@@ -108,7 +109,7 @@ def main() -> None:
     pairs = make_pairs(new, "train", platform.tokenizer, platform.args.shots, platform.args.n_wrong, 1)
     teachers = [tenant.name for tenant in tenants if tenant is not new]
     for name in teachers:
-        platform.model.add_adapter(name, config=example.ADAPTER)
+        platform.model.add_adapter(name, config=ADAPTER)
         platform.add_head(name)
 
     methods = ("plain adapter", "student", "fused", "mixed")

@@ -35,8 +35,8 @@ import hf_adapter_distillation as had  # noqa: F401
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "serving")]
 
+from faq_cross_encoder import ADAPTER  # noqa: E402
 from faq_data import BUNDLED, load_tenants  # noqa: E402
-from faq_retrieval import ADAPTER  # noqa: E402
 from tenant_batches import Question, TenantModel, Waiting, take_batch  # noqa: E402
 
 MIXED, COPIES, FUSION = "one base model, mixed batches", "a model per tenant", "AdapterFusion"

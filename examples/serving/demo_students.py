@@ -24,8 +24,9 @@ import hf_adapter_distillation as had
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import faq_retrieval  # noqa: E402
+from faq_cross_encoder import CrossEncoderPlatform  # noqa: E402
 from faq_data import BUNDLED, hold_out, load_tenants, make_pairs  # noqa: E402
-from faq_retrieval import Platform, Tenant, train_teachers  # noqa: E402
+from faq_retrieval import Tenant, train_teachers  # noqa: E402
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Arguments:
             self.teachers, self.students = min(self.teachers, 2), min(self.students, 2)
 
 
-def prepare() -> tuple[Arguments, Platform, list[Tenant], list[Tenant]]:
+def prepare() -> tuple[Arguments, CrossEncoderPlatform, list[Tenant], list[Tenant]]:
     """Read and check arguments, data and model, before any training.
 
     Returns:
@@ -73,10 +74,10 @@ def prepare() -> tuple[Arguments, Platform, list[Tenant], list[Tenant]]:
         hold_out(tenant, args.shots)
     folder = str(Path(tempfile.gettempdir()) / "demo_students")
     settings = faq_retrieval.Arguments(model=args.model, quick=args.quick, seed=args.seed, output_dir=folder)
-    return args, Platform(settings), teachers, students
+    return args, CrossEncoderPlatform(settings), teachers, students
 
 
-def distil(platform: Platform, tenant: Tenant, teachers: list[str], shots: int) -> None:
+def distil(platform: CrossEncoderPlatform, tenant: Tenant, teachers: list[str], shots: int) -> None:
     """Trains the student of a tenant."""
     args = platform.args
     pairs = make_pairs(tenant, "train", platform.tokenizer, shots, args.n_wrong, args.seed)
@@ -84,7 +85,7 @@ def distil(platform: Platform, tenant: Tenant, teachers: list[str], shots: int) 
     platform.train(pairs, args.epochs, had.DistillationTrainer, f"Student {tenant.name} of {', '.join(teachers)}")
 
 
-def write(platform: Platform, tenants: list[Tenant], output: Path) -> None:
+def write(platform: CrossEncoderPlatform, tenants: list[Tenant], output: Path) -> None:
     """Write the adapters with their FAQs; the folder gets its name only when it is complete."""
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
