@@ -14,7 +14,12 @@ Industry, https://arxiv.org/abs/2312.16261.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .analysis.plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
+from .analysis.plots import (
+    plot_leave_one_teacher_out,
+    plot_student_distance,
+    plot_teacher_attention,
+    plot_teacher_weights,
+)
 from .composition import AdapterDistillation
 from .configuration import (
     DistillationArgumentsMixin,
@@ -24,7 +29,9 @@ from .configuration import (
 )
 from .method.distillation import StageSettings, distillation_of
 from .method.fusion import TeacherFusion
+from .method.weights import TeacherWeights
 from .registration import register, unregister
+from .teachers.weighing import weigh_teachers
 
 if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
@@ -45,15 +52,18 @@ __all__ = [
     "Seq2SeqDistillationTrainingArguments",
     "StageSettings",
     "TeacherFusion",
+    "TeacherWeights",
     "distillation_of",
     "leave_one_teacher_out",
     "plot_leave_one_teacher_out",
     "plot_student_distance",
     "plot_teacher_attention",
+    "plot_teacher_weights",
     "register",
     "student_distance",
     "teacher_attention",
     "unregister",
+    "weigh_teachers",
     "write_analysis",
 ]
 
