@@ -51,7 +51,7 @@ class Exported(NamedTuple):
 
 
 def save_adapter_as_peft(
-    model: ModelAdaptersMixin, adapter_name: str, save_directory: str | os.PathLike, with_head: bool = True
+    model: ModelAdaptersMixin, adapter_name: str, save_directory: str | Path, with_head: bool = True
 ) -> None:
     """Save a LoRA, distilled or not, as PEFT does, for programs that know PEFT and not adapters.
 
@@ -78,7 +78,7 @@ def save_adapter_as_peft(
 def write_as_peft(
     model: ModelAdaptersMixin,
     adapter_name: str,
-    save_directory: str | os.PathLike,
+    save_directory: str | Path,
     with_head: bool,
     provenance: dict[str, Any] | None,
 ) -> None:

@@ -90,7 +90,7 @@ def _same_head(model: ModelAdaptersMixin, adapter: str, config: Mapping[str, Any
         similar = f" (a {class_name} has {differs})"
     raise ValueError(
         f"Adapter {adapter!r} has a head for {kind} that no {model.config.model_type} of transformers has{similar}; "
-        "export it without the head, with_head=False."
+        "export it without the head (with_head=False, --no_head)."
     )
 
 
@@ -100,5 +100,5 @@ def _check_same_weights(plain: PreTrainedModel, weights: Mapping[str, torch.Tens
     if {key: weight.shape for key, weight in weights.items()} != {key: weight.shape for key, weight in wanted.items()}:
         raise ValueError(
             f"Adapter {adapter!r} has a head with other weights than a {type(plain).__name__} of transformers; "
-            "export it without the head, with_head=False."
+            "export it without the head (with_head=False, --no_head)."
         )

@@ -85,7 +85,7 @@ def _converted(peft_model: "PeftModel", base: PreTrainedModel) -> dict[str, Any]
 
 
 def _check_heads(peft_model: "PeftModel", names: list[str]) -> None:
-    """Refuse adapters with different heads, since the model has one; activate the first, for `unload` to keep."""
+    """Refuse adapters with different heads, since the model has one."""
     from peft.utils.other import ModulesToSaveWrapper
 
     for key, module in peft_model.named_modules():
@@ -98,7 +98,6 @@ def _check_heads(peft_model: "PeftModel", names: list[str]) -> None:
                     f"Adapters {names[0]!r} and {name!r} have different heads in {key}, and the model has one; save "
                     "both and load the folders by distill_from, which leaves heads out."
                 )
-    peft_model.set_adapter(names[0])
 
 
 def _state(modules: Any, name: str, original: nn.Module) -> Mapping[str, torch.Tensor]:

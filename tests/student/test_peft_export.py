@@ -217,7 +217,7 @@ def test_heads_names_and_folders_that_do_not_fit_are_named(tmp_path, monkeypatch
     message = (
         "Adapter 'bank' has a head for classification that no bert of transformers has (a "
         "BertForSequenceClassification has layers=1, activation_function=None, use_pooler=True); export it without "
-        "the head, with_head=False."
+        "the head (with_head=False, --no_head)."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         had.save_adapter_as_peft(model, "bank", tmp_path / "peft")
