@@ -109,7 +109,7 @@ def test_what_cannot_be_taken_leaves_the_model_of_peft_as_it_was(change, names, 
     assert given.active_adapter == "bank"
 
 
-def test_settings_modules_and_models_that_cannot_be_converted_are_named():
+def test_settings_modules_and_models_that_do_not_fit_are_named():
     given = peft_model(target_modules=["query"], use_dora=True)
     with pytest.raises(ValueError, match=one_line(part="Adapter 'bank' is a PEFT adapter with use_dora=True")):
         had.from_peft(given)
