@@ -35,6 +35,8 @@ from .teachers.weighing import weigh_teachers
 
 if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
+    from .student.peft_export import save_adapter_as_peft
+    from .teachers.peft_model import from_peft
     from .training.trainer import DistillationMixin
     from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
@@ -54,12 +56,14 @@ __all__ = [
     "TeacherFusion",
     "TeacherWeights",
     "distillation_of",
+    "from_peft",
     "leave_one_teacher_out",
     "plot_leave_one_teacher_out",
     "plot_student_distance",
     "plot_teacher_attention",
     "plot_teacher_weights",
     "register",
+    "save_adapter_as_peft",
     "student_distance",
     "teacher_attention",
     "unregister",
@@ -68,7 +72,11 @@ __all__ = [
 ]
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
-_LAZY = {"DistillationMixin": "training.trainer"}
+_LAZY = {
+    "DistillationMixin": "training.trainer",
+    "from_peft": "teachers.peft_model",
+    "save_adapter_as_peft": "student.peft_export",
+}
 _LAZY |= dict.fromkeys(
     ("AdapterDistillationTrainer", "DistillationTrainer", "Seq2SeqDistillationTrainer"), "training.trainers"
 )

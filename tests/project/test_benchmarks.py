@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BertConfig
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import adapter_memory  # noqa: E402
 import inference  # noqa: E402
 import measure  # noqa: E402
 import quality  # noqa: E402
@@ -89,6 +90,16 @@ def test_a_student_whose_logits_changed_fails_the_benchmark(run, monkeypatch):
     monkeypatch.setattr(inference.Platform, "logits", lambda self, batch: logits(self, batch) + 1)
     with pytest.raises(SystemExit, match="the reloaded student of tiny has other logits"):
         run(inference, *"--shapes tiny --teachers 1 --batches 1 --seq_len 8 --rounds 1".split())
+
+
+def test_adapter_memory(run):
+    results, _ = run(adapter_memory, *"--loras 1 3 --layers 1".split())
+    one, three = results["rows"]
+    size = 8 * ((576 + 576) + 2 * (576 + 192) + 2 * (576 + 1536)) * 4  # q, k and v, up and down, float32
+    assert (one["lora"], three["lora"]) == (size, size)
+    assert three["shared"] == three["base"] + 3 * size
+    assert three["separate"] == 3 * one["shared"]
+    assert len(report.adapter_memory(results).splitlines()) == 4
 
 
 def test_serving(run, tmp_path, tiny_encoder):
