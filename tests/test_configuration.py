@@ -10,7 +10,7 @@ from hf_adapter_distillation import DistillationArgumentsMixin, DistillationConf
 
 def test_defaults():
     config = DistillationConfig(teachers=["a"])
-    assert (config.carrier, config.student_start) == ("student", "teachers")
+    assert (config.carrier, config.student_start) == ("student", "weighted")
 
 
 def test_the_setting_of_the_paper():
@@ -23,7 +23,7 @@ def test_the_setting_of_the_paper():
     [
         ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed', 'dual'"),
         ({"level": "head"}, "level='head' is not supported; choose one of 'auto', 'adapter', 'layer'"),
-        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'average'"),
+        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'weighted', 'teachers', "),
         ({"objective": "hidden"}, "objective='hidden' is not supported; choose one of 'features', 'cosine', "),
         ({"objective": {}}, "objective={} is not supported; give a name, or weights by names."),
         ({"objective": ["features"]}, r"objective=\['features'\] is not supported; give a name, or weights by names."),
