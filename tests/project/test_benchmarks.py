@@ -393,7 +393,8 @@ def test_the_plots(tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_and_the_plot_by_training_data(tmp_path, monkeypatch, capsys):
-    few, all_queries = {"shots": 3, "arguments": {"steps": 90}}, {"shots": 0, "arguments": {"steps": 375}}
+    few = {"shots": 3, "arguments": {"steps": 90, "pool": "unrelated"}}
+    all_queries = {"shots": 0, "arguments": {"steps": 375, "shots": 0, "streaming": False}}  # as they once were
     files = {
         "all": runs("plain adapter", [0.9, 0.9, 0.8, 0.8], **all_queries),
         "few": runs("plain adapter", [0.5, 0.5, 0.7, 0.7], **few),
