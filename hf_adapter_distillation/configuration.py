@@ -17,7 +17,7 @@ else:
     _Arguments = object  # the fields and defaults of the other base of a class must win
 
 Carrier = Literal["student", "fused", "mixed", "dual"]
-StudentStart = Literal["teachers", "average", "random"]
+StudentStart = Literal["weighted", "teachers", "average", "random"]
 Level = Literal["auto", "adapter", "layer"]
 LayerObjective = Literal["features", "cosine", "task_specific"]  # match the outputs of layers
 OutputObjective = Literal["logits", "cross_task"]  # match the predictions of heads
@@ -70,7 +70,9 @@ class DistillationConfig:
         student_start: The student's initial weights. `"average"`: the average of the teachers' weights and of their
             heads, where their configurations agree with the student's; `"teachers"`: the same, which
             `DistillationTrainer` then fits to the average of the teachers' updates on the training inputs, before the
-            first step and without labels (`fit_start`); `"random"`: the adapter's own initialisation.
+            first step and without labels (`fit_start`); `"weighted"`: the same with a weight for each teacher, which
+            `DistillationTrainer` learns from the labels first, and with which the fusions start; light teachers are
+            left out (`weigh_teachers`); `"random"`: the adapter's own initialisation.
         level: The place where teachers are fused and the student is matched. `"adapter"`: each place inside a layer
             where bottleneck adapters or LoRA add their updates; `"layer"`: the output of each layer, which is run
             again with each teacher, at a higher cost and for any mixture of methods; `"auto"`: `"adapter"` if student
@@ -83,6 +85,7 @@ class DistillationConfig:
         layer_weights: The weight of each layer of the base model in the mean over layers, from the first (of an
             encoder-decoder model, of the encoder) to the last, for objectives of layers. Default: all equal.
         temperature: The temperature of the objectives `"logits"` and `"cross_task"`.
+        weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
             training data before the first step (`rank_teachers`) and keeps the best ones above chance.
 
@@ -99,6 +102,7 @@ class DistillationConfig:
     layer_weights: Sequence[float] | None = None
     temperature: float = 2.0
     teacher_selection: int | Literal["all"] = "all"
+    weights_per_layer: bool = False
 
     @classmethod
     def paper(cls, teachers: Sequence[str]) -> "DistillationConfig":
@@ -125,6 +129,10 @@ class DistillationConfig:
         k = self.teacher_selection
         if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise _out_of_range("teacher_selection", k, "'all' or a number of teachers")
+        if not isinstance(self.weights_per_layer, bool):
+            raise _out_of_range("weights_per_layer", self.weights_per_layer, "True or False")
+        if self.weights_per_layer and self.student_start != "weighted":
+            raise ValueError(f"weights_per_layer=True needs student_start='weighted', not {self.student_start!r}.")
 
     def _check_layer_weights(self, weights: object) -> None:
         if not isinstance(weights, Sequence) or isinstance(weights, str):
@@ -175,6 +183,10 @@ class DistillationArgumentsMixin(_Arguments):
         "examples, 200 / n for n examples: with more data, the teachers count less.",
         None,
     )
+    weighing_steps: int = option(
+        "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'.",
+        40,
+    )
     fusion_learning_rate: float | None = option(
         "Peak learning rate of the fusion (query, key, value). Default: half of learning_rate.", None
     )
@@ -219,6 +231,9 @@ class DistillationArgumentsMixin(_Arguments):
             if (value := vars(self)[name]) is not None:
                 _check_not_negative(name, value)
         _check_not_negative("fusion_regularization", self.fusion_regularization)
+        steps = self.weighing_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+            raise _out_of_range("weighing_steps", steps, "a number of steps, at least 2")
         for name in ("keep_fusion", "analysis", "stop_on_nan", "save_on_sigterm"):
             if not isinstance(value := vars(self)[name], bool):
                 raise _out_of_range(name, value, "True or False")

@@ -15,6 +15,7 @@ from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig, DistillationTrainingArguments
 from .layer_pass import LayerPass
 from .predictions import PredictionCache
+from .weights import TeacherWeights
 
 
 class TeacherAttention(NamedTuple):
@@ -134,6 +135,7 @@ class Distillation:
         start_digests: The digests of the student's weights if they started at the average of its teachers, one for
             each data type to which the model may be cast since.
         ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
+        weights: The weights of the teachers for the task, with `student_start="weighted"`.
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
@@ -147,6 +149,7 @@ class Distillation:
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digests: frozenset[str] = frozenset()
     ranking: dict[str, float] | None = None
+    weights: TeacherWeights | None = None
     is_loaded: bool = False
     run: Any = None
     settings: StageSettings = DEFAULTS

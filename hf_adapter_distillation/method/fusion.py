@@ -1,6 +1,7 @@
 """Attention over teachers in one layer: the trainable query, key and value of stage 2."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import log
 from typing import Any
 
 import torch
@@ -10,15 +11,19 @@ from torch.nn.functional import linear
 from .losses import TaskSpecificLoss, at_least_float32
 from .stacking import StackedAdapters
 
+MINIMAL_WEIGHT = 1e-6  # whose logarithm is finite in half precision
+
 
 class TeacherFusion(nn.Module):
     r"""Fusion of the teachers' updates at one location: a bottleneck layer, or a projection with LoRA.
 
     .. math::
-        q = Q h, \quad k_n = K u_n, \quad v_n = V u_n, \quad a = \mathrm{softmax}_n(q \cdot k_n), \quad
+        q = Q h, \quad k_n = K u_n, \quad v_n = V u_n, \quad a = \mathrm{softmax}_n(q \cdot k_n + \log w_n), \quad
         \mathrm{fused} = \sum_n a_n v_n
 
-    with h the input of the layer's adapters and u_n the update of teacher n. The key has no bias: it would add the
+    with h the input of the layer's adapters, u_n the update of teacher n, and w_n its weight for the task, all equal
+    unless they were learned (`set_weights`). What is left of the weights is that of a null teacher, whose update is
+    zero. The key has no bias: it would add the
     same number to each score and vanish in the softmax. The value starts at the identity, so the first fused output
     is a convex combination of the updates. The size of the module does not depend on the number of teachers. It also
     holds the layer's weights of the objective `task_specific`.
@@ -55,22 +60,56 @@ class TeacherFusion(nn.Module):
         nn.init.eye_(self.value.weight)
         self.layer_weight = 1.0  # in the mean of the layers' losses
         self.task_specific: TaskSpecificLoss | None = None
+        self.weighted_names: tuple[str, ...] = ()
+        self.register_buffer("log_weights", None)  # (n_teachers + 1,), the null teacher's last
 
-    def forward(self, hidden_states: torch.Tensor, updates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Let the attention start at weights of the teachers that sum to 1 or less; the rest is the null teacher's."""
+        self.weighted_names = tuple(weights)
+        values = torch.tensor([*weights.values(), 1 - sum(weights.values())], dtype=torch.float64)
+        self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(self.value.weight)
+
+    def weights(self) -> dict[str, float]:
+        """Return the weights of the teachers; empty where they are equal."""
+        if self.log_weights is None:
+            return {}
+        return dict(zip(self.weighted_names, self.log_weights.exp().tolist(), strict=False))
+
+    def weights_of(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the weights of adapters, (n,), which with the null teacher's sum to 1."""
+        log_weights = self.log_weights_of(names)
+        return torch.full((len(names),), 1 / len(names)) if log_weights is None else log_weights.softmax(dim=0)[:-1]
+
+    def log_weights_of(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Return the logarithms of the weights of adapters and of the null teacher, (n + 1,); None without weights.
+
+        An adapter without a weight, as the student, has the mean weight of the teachers.
+        """
+        if self.log_weights is None:
+            return None
+        *of_teachers, null = self.log_weights.unbind()
+        by_name = dict(zip(self.weighted_names, of_teachers, strict=True))
+        mean = self.log_weights[:-1].logsumexp(dim=0) - log(len(by_name))
+        return torch.stack([*(by_name.get(name, mean) for name in names), null])
+
+    def forward(
+        self, hidden_states: torch.Tensor, updates: torch.Tensor, log_weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the fused update from the update of each adapter, whatever the adapter's form.
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
             updates: The addition of each adapter to the residual, (batch, seq_len, n_teachers, output).
+            log_weights: The `log_weights_of` the adapters.
 
         Returns:
             The fused output, (batch, seq_len, output), and the detached attention over teachers,
-            (batch, seq_len, n_teachers), whose rows sum to 1.
+            (batch, seq_len, n_teachers), whose rows sum to 1, or with weights to 1 less the null teacher's attention.
         """
         # q . (K u_n) = (K^T q) . u_n, and sum_n a_n V u_n = V sum_n a_n u_n: one product with K and V, not N.
         query = self.query(hidden_states) @ self.key.weight  # (B, T, d)
         scores = torch.einsum("btd,btnd->btn", query, updates.to(query.dtype))  # (B, T, N)
-        attention = _softmax(scores)  # (B, T, N)
+        attention = _softmax(scores, log_weights)  # (B, T, N)
         fused_update = torch.einsum("btn,btnd->btd", attention.to(updates.dtype), updates)  # (B, T, d)
         return self.value(fused_update), attention.detach()  # (B, T, d), (B, T, N)
 
@@ -115,11 +154,16 @@ class TeacherFusion(nn.Module):
         else:
             projected_query = query(hidden_states) @ key  # (B, T, d), K^T q
         scores = [_scores(projected_query, projection, z) for projection, z in zip(projections, features, strict=True)]
-        attention = _softmax(torch.cat(scores, dim=-1))  # (B, T, N)
+        names = [name for stacked in stacks for name in stacked.names]
+        attention = _softmax(torch.cat(scores, dim=-1), self.log_weights_of(names))  # (B, T, N)
 
         parts = attention.split([len(stacked.names) for stacked in stacks], dim=-1)
-        ups = [self.value.weight @ stacked.up if values_first else stacked.up for stacked in stacks]
-        updates = [_weighted_update(*part) for part in zip(parts, ups, features, strict=True)]  # (B, T, d) each
+        if values_first:
+            stacks = [stacked._replace(up=self.value.weight @ stacked.up) for stacked in stacks]
+        updates = [
+            stacked.weighted_update(part.to(z.dtype), z)  # (B, T, d)
+            for stacked, part, z in zip(stacks, parts, features, strict=True)
+        ]
         fused_update = sum(updates[1:], updates[0])
         return fused_update if values_first else self.value(fused_update), attention.detach()
 
@@ -134,16 +178,13 @@ def _scores(
     return products.sum(dim=-1, dtype=at_least_float32(z.dtype)) + offsets  # (B, T, n)
 
 
-def _weighted_update(attention: torch.Tensor, up: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    n, m = z.shape[-2:]
-    weights, biases = up.split([n * m, n], dim=-1)  # (d, n * m), (d, n)
-    attention = attention.to(z.dtype)  # (B, T, n)
-    weighted = (attention.unsqueeze(-1) * z).flatten(-2)  # (B, T, n * m)
-    return linear(weighted, weights) + linear(attention, biases)  # (B, T, d)
-
-
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    return scores.softmax(dim=-1, dtype=at_least_float32(scores.dtype))
+def _softmax(scores: torch.Tensor, log_weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the attention, (batch, seq_len, n), with a null teacher of score 0 where there are weights, (n + 1,)."""
+    dtype = at_least_float32(scores.dtype)
+    if log_weights is None:
+        return scores.softmax(dim=-1, dtype=dtype)
+    weighted = nn.functional.pad(scores.to(dtype), (0, 1)) + log_weights.to(dtype)  # (B, T, n + 1)
+    return weighted.softmax(dim=-1)[..., :-1]
 
 
 def fusions_at(module: nn.Module) -> Any:

@@ -5,9 +5,10 @@ run, what is compared, and which states the layer passes on. So no layer knows w
 (`training_pass`), the fit of the start, the analysis, or the search for overflows.
 """
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from adapters import AdapterSetup
@@ -16,6 +17,8 @@ from .._compat import ForwardContext
 from ..composition import AdapterDistillation
 from .fusion import TeacherFusion
 from .losses import at_least_float32, token_weights
+
+Weigh: TypeAlias = Callable[[tuple[str, ...]], torch.Tensor]  # the weights (n,) of the n teachers that a place has
 
 
 class Fused(NamedTuple):
@@ -40,10 +43,18 @@ class Place:
         """Run the teachers one by one; return their updates, (batch, seq_len, hidden) each, and the student's last."""
         raise NotImplementedError
 
+    def mix(self, weigh: Weigh) -> torch.Tensor:
+        """Run the teachers, and return the sum of their updates, each times its weight, (batch, seq_len, hidden)."""
+        updates = self.updates()
+        weights = weigh(tuple(updates)).to(self.query_states)  # (n,)
+        return torch.einsum("n,nbtd->btd", weights, torch.stack(list(updates.values())))
+
     def fuse(self, with_student: bool = False) -> Fused:
         """Run the teachers, and fuse their updates, and the student's with them if wanted."""
         updates = self.updates(with_student)
-        return Fused(tuple(updates), *self.fusion(self.query_states, torch.stack(list(updates.values()), dim=2)))
+        log_weights = self.fusion.log_weights_of(tuple(updates))
+        stacked = torch.stack(list(updates.values()), dim=2)  # (B, T, n, d)
+        return Fused(tuple(updates), *self.fusion(self.query_states, stacked, log_weights))
 
 
 class Rerun(NamedTuple):

@@ -1,5 +1,6 @@
 """The layers that hold adapters: the student runs in them, and its teachers beside it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -9,9 +10,9 @@ from torch import nn
 from .._compat import Adapter, BottleneckLayer, BottleneckState, LoRA, LoRALinear, LoRAState, ParallelAdapter
 from ..composition import AdapterDistillation
 from .fusion import fusions_at
-from .layer_pass import Fused, Place, current_pass
+from .layer_pass import Fused, Place, Weigh, current_pass
 from .losses import at_least_float32
-from .stacking import can_be_stacked, ends_in_up_projection, input_kind, stack, stack_alike
+from .stacking import StackedAdapters, can_be_stacked, ends_in_up_projection, input_kind, stack, stack_alike
 
 FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
 
@@ -108,27 +109,39 @@ class AdapterPlace(Place):
         adapters = self._adapters(with_student).items()
         return {name: adapter_update(adapter, *self._adapter_input(name)) for name, adapter in adapters}
 
-    def mean_update(self) -> torch.Tensor:
-        """Compute the mean of the teachers' updates, (batch, seq_len, hidden), with one update in memory at a time."""
-        dtype = self.query_states.dtype
-        mean = torch.zeros((), dtype=at_least_float32(dtype), device=self.query_states.device)
-        adapters = self._adapters(False)
-        for name, adapter in adapters.items():
-            mean = mean + adapter_update(adapter, *self._adapter_input(name)).to(mean.dtype) / len(adapters)
-        return mean.to(dtype)
+    def _stacks(self) -> list[StackedAdapters] | None:
+        device = self.query_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
+        return stack_alike(self._adapters(False), self.layer.adapters_config, dtype)
+
+    def _features(self, stacks: Sequence[StackedAdapters]) -> list[torch.Tensor]:
+        return [stacked.features(self._adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
+
+    def mix(self, weigh: Weigh) -> torch.Tensor:
+        """Sum from the bottleneck features of stacked adapters, or with one update in memory at a time."""
+        adapters, dtype = self._adapters(False), self.query_states.dtype
+        weights = weigh(tuple(adapters)).to(self.query_states.device, at_least_float32(dtype))  # (n,)
+        of_names = dict(zip(adapters, weights, strict=True))
+        mixed = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        stacks = self._stacks()
+        if stacks is None:
+            for name, adapter in adapters.items():
+                mixed = mixed + of_names[name] * adapter_update(adapter, *self._adapter_input(name)).to(mixed.dtype)
+            return mixed.to(dtype)
+        for stacked, features in zip(stacks, self._features(stacks), strict=True):
+            of_stack = torch.stack([of_names[name] for name in stacked.names]).to(features.dtype)
+            mixed = mixed + stacked.weighted_update(of_stack.expand(features.shape[:-1]), features).to(mixed.dtype)
+        return mixed.to(dtype)
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
-        device = self.query_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
-        stacks = stack_alike(self._adapters(False), self.layer.adapters_config, dtype)
+        stacks = self._stacks()
         if stacks is None or (with_student and not can_be_stacked(self.student)):
             return super().fuse(with_student)
         if with_student:
             stacks = [*stacks, stack({self.block.student: self.student})]
-        features = [stacked.features(self._adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
         names = tuple(name for stacked in stacks for name in stacked.names)
-        return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, features))
+        return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, self._features(stacks)))
 
 
 def _student_output(

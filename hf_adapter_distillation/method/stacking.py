@@ -36,6 +36,16 @@ class StackedAdapters(NamedTuple):
         features = down if self.activation is None else self.activation(down)
         return features.unflatten(-1, (len(self.names), -1))  # (B, T, n, m)
 
+    def weighted_update(self, weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the updates, each times its weight, (batch, seq_len, hidden).
+
+        The weights are (batch, seq_len, n), the features (batch, seq_len, n, m).
+        """
+        n, m = features.shape[-2:]
+        matrix, biases = self.up.split([n * m, n], dim=-1)  # (d, n * m), (d, n)
+        weighted = (weights.unsqueeze(-1) * features).flatten(-2)  # (B, T, n * m)
+        return nn.functional.linear(weighted, matrix) + nn.functional.linear(weights, biases)
+
 
 def input_kind(adapter: Adapter | LoRA) -> tuple[object, ...]:
     """Return the key that adapters of one layer with the same input share.

@@ -9,9 +9,10 @@ from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexi
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
+from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
-from .fusions import drop_fusion
+from .fusions import drop_fusion, fusions_of
 from .warm_start import is_at_average, start_at_average, start_head
 
 
@@ -92,6 +93,26 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
         start_at_average(model, student)
     drop_fusion(model, student)
     train_again(model, AdapterDistillation(Stack(*block.children), kept))
+
+
+def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weights: TeacherWeights) -> None:
+    """Keep the heavy teachers, and let the fusions start at their weights.
+
+    A student that is still at the average of its teachers is set to their weighted mean, and so is its head.
+    """
+    student, at_start = block.student, is_at_average(model, block.student)
+    kept = [name for name in block.teachers if name in weights.heavy()]
+    if len(kept) < len(block.teachers):
+        keep_teachers(model, block, kept)
+    fusions = fusions_of(model, student)
+    for fusion in fusions:
+        fusion.set_weights(weights.at(fusion.location, kept))
+    distillation_of(model, student).weights = weights
+    if at_start:
+        means = {name: sum(fusion.weights()[name] for fusion in fusions) / len(fusions) for name in kept}
+        start_at_average(model, student, means)
+        if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+            start_head(model, student, means)
 
 
 def train_again(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:

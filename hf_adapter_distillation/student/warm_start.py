@@ -1,6 +1,6 @@
-"""Start of a student: the average of its teachers' weights, then the average of their updates."""
+"""Start of a student: the weighted mean of its teachers' weights, then of their updates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
@@ -22,9 +22,24 @@ logger = logging.get_logger(__name__)
 START_EXAMPLES = 1024  # of the training data
 
 
-def _mean(modules: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+def _mean(modules: Sequence[nn.Module], shares: Sequence[float]) -> dict[str, torch.Tensor]:
     states = [module.state_dict() for module in modules]
-    return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+    if len(set(shares)) == 1:
+        return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+
+    def mean(key: str) -> torch.Tensor:
+        values = torch.stack([state[key] for state in states])
+        return torch.tensordot(torch.tensor(shares).to(values), values, dims=1)
+
+    return {key: mean(key) for key in states[0]}
+
+
+def _shares(teachers: Sequence[str], weights: Mapping[str, float] | None) -> list[float]:
+    """Return the share of each teacher in a mean; equal ones without weights."""
+    if weights is None:
+        return [1 / len(teachers)] * len(teachers)
+    total = sum(weights[name] for name in teachers)
+    return [weights[name] / total for name in teachers]
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -32,17 +47,17 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 @torch.no_grad()
-def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
+def average_lora(student: LoRA, teachers: Sequence[LoRA], shares: Sequence[float]) -> None:
     r"""Set a LoRA module to the best approximation of the teachers' mean weight change by a matrix of its rank.
 
     .. math::
-        \min_{A, B} \Big\lVert B A - \frac{1}{N} \sum_n B_n A_n \Big\rVert_F
+        \min_{A, B} \Big\lVert B A - \sum_n w_n B_n A_n \Big\rVert_F
 
     LoRA is linear, so the mean weight change gives the mean update. A truncated singular value decomposition, computed
     from the factors, is the minimum (Eckart and Young, https://doi.org/10.1007/BF02288367). The average of A times the
     average of B would differ: it is not the average of the products. The ranks may differ.
     """
-    scales = [teacher.scaling / (len(teachers) * student.scaling) for teacher in teachers]
+    scales = [share * teacher.scaling / student.scaling for teacher, share in zip(teachers, shares, strict=True)]
     up = torch.cat([t.lora_B.double() * scale for t, scale in zip(teachers, scales, strict=True)], dim=1)  # (out, N r)
     down = torch.cat([t.lora_A.double() for t in teachers])  # (N r, in)
     up_basis, up_factor = torch.linalg.qr(up)
@@ -55,8 +70,12 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA]) -> None:
     student.lora_B[:, rank:] = 0
 
 
-def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
-    """Set the student to the average of its teachers' weights, if there is one; `start_head` sets the head."""
+def start_at_average(model: ModelAdaptersMixin, student: str, weights: Mapping[str, float] | None = None) -> None:
+    """Set the student to the mean of its teachers' weights, if there is one; `start_head` sets the head.
+
+    `weights` are those of the teachers for the task, whose sum may leave a share to the null teacher; by default all
+    are equal.
+    """
     distillation = distillation_of(model, student)
     # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
     # A layer that some leave out has the average of the others.
@@ -77,11 +96,13 @@ def start_at_average(model: ModelAdaptersMixin, student: str) -> None:
         )
         return
     modules_of_teachers = [model.get_adapter(name) for name in teachers]
+    total = 1.0 if weights is None else sum(weights.values())
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
-            teachers_here = [teacher[place][location] for teacher in modules_of_teachers if place in teacher]
-            if teachers_here:
-                _start_module(module, teachers_here)
+            here = [name for name, teacher in zip(teachers, modules_of_teachers, strict=True) if place in teacher]
+            if here:
+                of_teachers = [model.get_adapter(name)[place][location] for name in here]
+                _start_module(module, of_teachers, _shares(here, weights), total)
     distillation.start_digests = rounded_digests(model, student)
 
 
@@ -94,14 +115,14 @@ def _has_factors(config: AdapterConfig, level: str) -> bool:
     return bool(config.get("phm_layer"))
 
 
-def _start_module(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+def _start_module(student: nn.Module, teachers: Sequence[nn.Module], shares: Sequence[float], total: float) -> None:
     if isinstance(student, nn.ModuleList):  # several projections with LoRA at one location
         for modules in zip(student, *teachers, strict=True):
-            _start_module(modules[0], modules[1:])
+            _start_module(modules[0], modules[1:], shares, total)
     elif isinstance(student, LoRA):
-        average_lora(student, teachers)
+        average_lora(student, teachers, [total * share for share in shares])
     else:
-        student.load_state_dict(_mean(teachers))
+        student.load_state_dict(_mean(teachers, shares))
 
 
 def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
@@ -110,8 +131,10 @@ def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
     return bool(starts) and value_digest(model, student) in starts
 
 
-def start_head(model: ModelWithFlexibleHeadsAdaptersMixin, student: str) -> None:
-    """Set the student's head to the average of its teachers' heads, where their shapes agree; add it if missing.
+def start_head(
+    model: ModelWithFlexibleHeadsAdaptersMixin, student: str, weights: Mapping[str, float] | None = None
+) -> None:
+    """Set the student's head to the mean of its teachers' heads, where their shapes agree; add it if missing.
 
     A student that was trained or loaded since it was added keeps its head.
     """
@@ -125,7 +148,7 @@ def start_head(model: ModelWithFlexibleHeadsAdaptersMixin, student: str) -> None
         return
     head = model.heads[student]
     if all(type(other) is type(head) and _shapes(other) == _shapes(head) for other in heads):
-        head.load_state_dict(_mean(heads))
+        head.load_state_dict(_mean(heads, _shares(teachers, weights)))
 
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
@@ -137,7 +160,10 @@ def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:
 
 
 class FittingPass(LayerPass):
-    """Pass that adds each place to the fit of its up-projection, and passes the teachers' mean update on."""
+    """Pass that adds each place to the fit of its up-projection, and passes the teachers' mean update on.
+
+    Where the fusions have weights, the mean is weighted, with the null teacher.
+    """
 
     def __init__(self) -> None:
         self.fits: dict[str, UpProjectionFit] = {}
@@ -145,7 +171,7 @@ class FittingPass(LayerPass):
     def run_layer(self, place: Place) -> torch.Tensor:
         """Add the tokens of one place to its fit."""
         assert isinstance(place, AdapterPlace)
-        update = place.mean_update()  # (B, T, d)
+        update = place.mix(place.fusion.weights_of)  # (B, T, d)
         features = place.student.adapter_down(place.student_input.hidden_states)  # (B, T, m)
         sequence_weights, _ = self.token_weights(place.fusion, update)
         fit = self.fits.setdefault(place.fusion.location, UpProjectionFit())

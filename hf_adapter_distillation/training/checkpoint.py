@@ -16,7 +16,9 @@ from transformers.utils import logging
 
 from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
+from ..method.distillation import distillation_of
 from ..method.parameters import is_fusion
+from ..method.weights import TeacherWeights
 from ..student.provenance import read_provenance, teacher_digests
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights
 
@@ -24,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
 WEIGHTS_BESIDE_NAME = "trained_beside_the_student.safetensors"
-STAGE_2_START = "first_distillation_step"  # in the metadata of the fusion
+STAGE_2_START, TEACHER_WEIGHTS = "first_distillation_step", "teacher_weights"  # in the metadata of the fusion
 
 
 def save_student(
@@ -42,17 +44,29 @@ def save_student(
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_weights(model, student, str(Path(folder) / student), safetensors)
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
-        metadata = None if stage_2_start is None else {STAGE_2_START: str(stage_2_start)}
-        save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME, metadata)
+        metadata = {} if stage_2_start is None else {STAGE_2_START: str(stage_2_start)}
+        if (weights := distillation_of(model, student).weights) is not None:
+            metadata[TEACHER_WEIGHTS] = json.dumps(weights._asdict())
+        save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME, metadata or None)
 
 
 def stage_2_start(folder: str) -> int | None:
     """Return the number of the first step of stage 2 that a checkpoint was written in; None in stage 1."""
-    if not (path := Path(folder) / FUSION_WEIGHTS_NAME).is_file():  # for which `load_student` raises
-        return None
-    with safe_open(path, "pt") as file:
-        first = (file.metadata() or {}).get(STAGE_2_START)
+    first = _metadata(folder).get(STAGE_2_START)
     return None if first is None else int(first)
+
+
+def saved_weights(folder: str) -> TeacherWeights | None:
+    """Return the weights of the teachers in the training that a checkpoint belongs to, if there were any."""
+    saved = _metadata(folder).get(TEACHER_WEIGHTS)
+    return None if saved is None else TeacherWeights(**json.loads(saved))
+
+
+def _metadata(folder: str) -> dict[str, str]:
+    if not (path := Path(folder) / FUSION_WEIGHTS_NAME).is_file():  # for which `load_student` raises
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: str) -> None:

@@ -1,6 +1,6 @@
 """Examples that a training reads beside its batches: before the first step, and without labels in stage 2."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
@@ -18,6 +19,22 @@ def number_of_examples(dataset: Any) -> int | None:
         numbers = [number_of_examples(part) for part in dataset.values()]
         return None if None in numbers else sum(filter(None, numbers))
     return len(dataset) if has_length(dataset) else None
+
+
+def halves(dataset: Any, seed: int) -> tuple[Any, ...] | None:
+    """Split one or more data sets, by their names, into halves at random; None for a stream, or a single example."""
+    if isinstance(dataset, dict):
+        parts = {name: halves(part, seed) for name, part in dataset.items()}
+        if not parts or None in parts.values():
+            return None
+        return tuple({name: both[i] for name, both in parts.items() if both is not None} for i in range(2))
+    if dataset is None or number_of_examples(dataset) is None or isinstance(dataset, IterableDataset):
+        return None
+    if len(dataset) < 2:
+        return None
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    both, of_hub = (order[::2], order[1::2]), isinstance(dataset, datasets.Dataset)
+    return tuple(dataset.select(half) if of_hub else Subset(dataset, half) for half in both)
 
 
 def draw_examples(dataset: Any, number: int, seed: int) -> Any:
@@ -53,6 +70,7 @@ class Examples(NamedTuple):
     batches_of_loader: Callable[[], Iterable[dict[str, Any]]] | None  # of a training without `train`
     model_inputs: Callable[[dict[str, Any]], dict[str, Any]]  # leaves out labels that the model does not get
     autocast: Callable[[], AbstractContextManager]  # the precision of the training
+    labelled: Callable[[int], "Labelled | None"]  # the training data in halves, up to a number of examples
 
     def draw(self, number: int) -> Callable[[], Iterable[dict[str, Any]]] | None:
         """Return a function that reads batches of some examples, the first ones of a loader.
@@ -73,6 +91,14 @@ def _first_examples(batches: Callable[[], Iterable[dict[str, Any]]], number: int
         n_examples += len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
         if n_examples >= number:
             return
+
+
+class Labelled(NamedTuple):
+    """Training data with its loss, in two halves."""
+
+    halves: Sequence[Callable[[], Iterable[dict[str, Any]]]]  # new passes over the batches of this process
+    loss: Callable[[dict[str, Any]], torch.Tensor]  # of a batch, with its gradient
+    beside: Sequence[nn.Parameter]  # what is trained outside the model with adapters
 
 
 class UnlabelledBatch(dict[str, Any]):

@@ -19,16 +19,18 @@ from ..method.distillation import active_block, distillation_of
 from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
-from ..student.preparing import keep_teachers, train_again
+from ..student.preparing import keep_teachers, start_at_weights, train_again
 from ..student.provenance import teacher_digests
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
-from .checkpoint import load_student
+from ..teachers.weighing import learn_weights
+from .checkpoint import load_student, saved_weights
 from .data import Examples
 
 logger = logging.get_logger(__name__)
 
 RANKED_EXAMPLES = 256  # of the training data
+FLOAT16_SCALE = 2.0**10  # of losses in backward passes without a GradScaler
 MAX_BYTES = 10**9  # of main memory for predictions, in each process
 
 
@@ -49,6 +51,8 @@ def prepare_training(
     accelerator: Accelerator,
     *,
     checkpoint: str | None,
+    weighing_steps: int,
+    batch_size: int,
     n_read: int,
     needs_head: bool,
     show: bool,
@@ -58,6 +62,8 @@ def prepare_training(
     Args:
         accelerator: The accelerator, over whose processes results are averaged.
         checkpoint: The folder of the checkpoint to resume from, if any.
+        weighing_steps: The number of steps in which the teachers are weighed, if they are.
+        batch_size: The number of examples of a step, in all processes.
         n_read: The number of examples that stage 2 reads.
         needs_head: Whether the loss comes from the student's head.
         show: Whether to print the tables.
@@ -71,7 +77,11 @@ def prepare_training(
     check_objectives(model, block)
     block = select_teachers(model, block, examples, accelerator, show)
     if checkpoint is not None:
+        block = weigh_again(model, block, checkpoint)
         load_student(model, block, checkpoint)
+    else:
+        n_examples = weighing_steps * batch_size
+        block = weigh(model, block, examples, accelerator, weighing_steps, n_examples, show)
     check_trainable(model, block)
     places = (place for name in block.teachers for place in model.get_adapter(name).values())
     teacher_modules = [module for place in places for module in place.values()]
@@ -132,10 +142,60 @@ def select_teachers(
     return block
 
 
+def weigh(
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    examples: Examples,
+    accelerator: Accelerator,
+    steps: int,
+    n_examples: int,
+    show: bool,
+) -> AdapterDistillation:
+    """Learn the weights of the teachers if the student starts at them; return the active block."""
+    distillation = distillation_of(model, block.student)
+    if distillation.config.student_start != "weighted":
+        return block
+    with torch.random.fork_rng():  # the order of the training data stays the same
+        labelled = examples.labelled(n_examples)
+        if labelled is None:
+            logger.warning(
+                f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream, which "
+                "is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
+            )
+            return block
+        weights = learn_weights(
+            model,
+            block,
+            labelled.loss,
+            labelled.halves,
+            steps=steps,
+            per_layer=distillation.config.weights_per_layer,
+            beside=labelled.beside,
+            reduce=partial(accelerator.reduce, reduction="mean"),
+            loss_scale=1.0 if accelerator.scaler is None else FLOAT16_SCALE,
+        )
+    start_at_weights(model, block, weights)
+    kept, means = active_block(model).teachers, weights.mean()
+    lines = [f"{'teacher':<32}{'weight':>10}"]
+    lines += [f"{name:<32}{weight:>10.3f}{'  kept' if name in kept else ''}" for name, weight in means.items()]
+    lines += [f"{'(none)':<32}{1 - sum(means.values()):>10.3f}", f"{'gain on other labels':<32}{weights.gain:>10.1%}"]
+    _show("\n".join(lines), show)
+    return active_block(model)
+
+
+def weigh_again(model: ModelAdaptersMixin, block: AdapterDistillation, checkpoint: str) -> AdapterDistillation:
+    """Give the teachers the weights that they have in a checkpoint; return the active block."""
+    weights = saved_weights(checkpoint)
+    if weights is None or not set(block.teachers) <= weights.mean().keys():  # `load_student` names other teachers
+        return block
+    start_at_weights(model, block, weights)
+    return active_block(model)
+
+
 def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, accelerator: Accelerator) -> None:
     """Move a student that was neither trained nor loaded from its teachers' mean weights to their mean update."""
     distillation = distillation_of(model, student)
-    if distillation.config.student_start != "teachers":
+    if distillation.config.student_start not in ("weighted", "teachers"):
         return
     if not is_at_average(model, student) or not can_be_fitted(model, student):
         return

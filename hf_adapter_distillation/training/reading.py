@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import datasets
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .._compat import forward_arguments, heads_of
 from ..method.predictions import without_dropout
 from ..method.wrappers import accepted_inputs, noting_inputs
-from .data import Examples
-from .preparation import fit_student
+from .data import Examples, Labelled, draw_examples, halves
+from .preparation import fit_student, weigh
 from .steps import TwoStageTrainer
 
 
@@ -26,9 +27,13 @@ class ReadingTrainer(TwoStageTrainer):
     def fit_start(self) -> None:
         """Move a student that is still at the average of its teachers' weights to the average of their updates.
 
-        `train` does this before the first step. A student with a gate or a norm behind its up-projections stays.
+        With `student_start="weighted"` the weights of the teachers are learned first. `train` does all this before the
+        first step. A student with a gate or a norm behind its up-projections stays at the average of the weights.
         """
-        fit_student(self.model_with_adapters, self.block.student, self._examples(), self.accelerator)
+        model, examples, steps = self.model_with_adapters, self._examples(), self.args.weighing_steps
+        n_examples = steps * self._examples_per_step
+        self.block = weigh(model, self.block, examples, self.accelerator, steps, n_examples, show=False)
+        fit_student(model, self.block.student, examples, self.accelerator)
 
     def _examples(self) -> Examples:
         reads_loader = self.train_dataset is None and not _is_stream(self.get_train_dataloader())
@@ -40,7 +45,37 @@ class ReadingTrainer(TwoStageTrainer):
             self._batches_of_loader if reads_loader else None,
             self._model_inputs,
             self._autocast,
+            self._labelled,
         )
+
+    def _labelled(self, number: int) -> Labelled | None:
+        """Return up to a number of training examples in halves; None where they are not read twice, or too few."""
+        drawn = draw_examples(self.train_dataset, number, self.args.seed)
+        both = halves(drawn, self.args.seed)
+        if both is None:
+            return None
+        loaders, own = [], self.train_dataset
+        try:
+            for half in both:
+                self.train_dataset = half
+                loaders.append(self.get_train_dataloader())
+        finally:
+            self.train_dataset = own
+        n_batches = torch.tensor([len(loader) for loader in loaders], device=self.accelerator.device)
+        if not self.accelerator.gather(n_batches).all():  # so that no process waits alone
+            return None
+        outside = {id(parameter) for parameter in self.model_with_adapters.parameters()}
+        modules = [self.model, *(part for part in vars(self).get("_losses", []))]
+        beside = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        return Labelled(
+            [partial(iter, loader) for loader in loaders],
+            self._task_loss,
+            [parameter for key, parameter in beside.items() if key not in outside],
+        )
+
+    def _task_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        with self._autocast():
+            return self.compute_loss(self.model, dict(self._prepare_inputs(inputs)))
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model

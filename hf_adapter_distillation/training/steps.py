@@ -46,14 +46,17 @@ class TwoStageTrainer(StudentPushingTrainer):
     def distillation_weight(self) -> float:
         """The weight of the distillation loss, by the argument or the default for this data.
 
-        The teachers are a prior of a fixed strength, whose weight beside a mean over n examples falls with n.
+        The teachers are a prior of a fixed strength, whose weight beside a mean over n examples falls with n. Where
+        they were weighed, the strength follows what they are worth: their gain on labels of the task.
         """
         if self.args.distillation_weight is not None:
             return self.args.distillation_weight
         n_examples = number_of_examples(self.train_dataset)
         if n_examples is None:  # a stream, or a loader of the user's own: what the training reads of it
             n_examples = self.state.max_steps * self._examples_per_step
-        return min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
+        weights = self.distillation.weights
+        strength = 1.0 if weights is None else max(0.0, weights.gain)
+        return strength * min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
 
     @property
     def first_distillation_step(self) -> int:

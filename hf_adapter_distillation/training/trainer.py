@@ -176,6 +176,8 @@ class DistillationMixin(WritingTrainer):
             self._examples(),
             self.accelerator,
             checkpoint=self._checkpoint,
+            weighing_steps=self.args.weighing_steps,
+            batch_size=self._examples_per_step,
             n_read=self._examples_per_step * (num_training_steps - self._first_of_stage_2(num_training_steps)),
             needs_head=not self._loss_is_outside and inner is self.model,
             show=not self.args.disable_tqdm and self.is_world_process_zero(),
@@ -234,6 +236,8 @@ class DistillationMixin(WritingTrainer):
         }
         if distillation.ranking is not None:
             derived["ranking"] = distillation.ranking
+        if (weights := distillation.weights) is not None:
+            derived |= {"teacher_weights": weights.mean(), "teacher_gain": weights.gain}
         sources = teacher_sources(distillation, self._prepared.digests)  # which have just been checked
         distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
         if args.push_to_hub or args.analysis:

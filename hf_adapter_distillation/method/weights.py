@@ -1,0 +1,36 @@
+"""Weights of the teachers for a task."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class TeacherWeights(NamedTuple):
+    """Weights of the teachers for a task, as they were learned from its labels.
+
+    Args:
+        by_place: The weight of each teacher at each place of the model, `{place: {teacher: weight}}`. The weights of a
+            place sum to 1 or less; the rest belongs to the null teacher, which adds no update.
+        gain: The share of the task loss without teachers that the weighted teachers take away, on labels to which the
+            weights were not fitted; negative where they do harm.
+    """
+
+    by_place: dict[str, dict[str, float]]
+    gain: float
+
+    def mean(self) -> dict[str, float]:
+        """Return the mean weight of each teacher over the places."""
+        names = next(iter(self.by_place.values()))
+        return {name: sum(row[name] for row in self.by_place.values()) / len(self.by_place) for name in names}
+
+    def heavy(self) -> list[str]:
+        """Return the teachers with at least half of an even share, or the heaviest one."""
+        mean = self.mean()
+        return [name for name, weight in mean.items() if weight >= 0.5 / (len(mean) + 1)] or [
+            max(mean, key=lambda name: mean[name])
+        ]
+
+    def at(self, place: str, kept: Sequence[str]) -> dict[str, float]:
+        """Return the weights of some teachers at a place, which share what all teachers have there."""
+        row = self.by_place[place]
+        share = sum(row.values()) / max(sum(row[name] for name in kept), 1e-12)
+        return {name: row[name] * share for name in kept}
