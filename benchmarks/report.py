@@ -108,6 +108,16 @@ def serving(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def adapter_memory(results: dict[str, Any]) -> str:
+    """Return a row per number of LoRA: the megabytes of all parameters on one base model and on a model for each."""
+    header = ["LoRA", "base model, MB", "all LoRA, MB", "one base model, MB", "a model for each, MB"]
+    rows = []
+    for row in results["rows"]:
+        sizes = (row["base"], row["loras"] * row["lora"], row["shared"], row["separate"])
+        rows.append([row["loras"], *(f"{size / 1e6:,.1f}" for size in sizes)])
+    return markdown(header, rows)
+
+
 def read(path: Path, *more: Path) -> Any:
     """Return the content of a result file: a dict, or for JSON lines a list of the dicts of all files."""
     if path.suffix != ".jsonl":
@@ -157,6 +167,7 @@ TABLES = {
         inference,
         profile_training,
         serving,
+        adapter_memory,
         streaming_tenants,
         variants,
         objectives,

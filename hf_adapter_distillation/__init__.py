@@ -14,7 +14,12 @@ Industry, https://arxiv.org/abs/2312.16261.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .analysis.plots import plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
+from .analysis.plots import (
+    plot_leave_one_teacher_out,
+    plot_student_distance,
+    plot_teacher_attention,
+    plot_teacher_weights,
+)
 from .composition import AdapterDistillation
 from .configuration import (
     DistillationArgumentsMixin,
@@ -24,10 +29,14 @@ from .configuration import (
 )
 from .method.distillation import StageSettings, distillation_of
 from .method.fusion import TeacherFusion
+from .method.weights import TeacherWeights
 from .registration import register, unregister
+from .teachers.weighing import weigh_teachers
 
 if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
+    from .student.peft_export import save_adapter_as_peft
+    from .teachers.peft_model import from_peft
     from .training.trainer import DistillationMixin
     from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
@@ -45,20 +54,29 @@ __all__ = [
     "Seq2SeqDistillationTrainingArguments",
     "StageSettings",
     "TeacherFusion",
+    "TeacherWeights",
     "distillation_of",
+    "from_peft",
     "leave_one_teacher_out",
     "plot_leave_one_teacher_out",
     "plot_student_distance",
     "plot_teacher_attention",
+    "plot_teacher_weights",
     "register",
+    "save_adapter_as_peft",
     "student_distance",
     "teacher_attention",
     "unregister",
+    "weigh_teachers",
     "write_analysis",
 ]
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
-_LAZY = {"DistillationMixin": "training.trainer"}
+_LAZY = {
+    "DistillationMixin": "training.trainer",
+    "from_peft": "teachers.peft_model",
+    "save_adapter_as_peft": "student.peft_export",
+}
 _LAZY |= dict.fromkeys(
     ("AdapterDistillationTrainer", "DistillationTrainer", "Seq2SeqDistillationTrainer"), "training.trainers"
 )

@@ -96,7 +96,7 @@ class DistillationConfig:
 
     teachers: Sequence[str]
     carrier: Carrier = "student"
-    student_start: StudentStart = "teachers"
+    student_start: StudentStart = "weighted"
     level: Level = "auto"
     objective: str | Mapping[str, float] = "features"
     layer_weights: Sequence[float] | None = None

@@ -32,6 +32,7 @@ def trainer_args(tmp_path):
             "use_cpu": True,
             "dataloader_pin_memory": False,
             "logging_steps": 1,
+            "weighing_steps": 2,
         }
         return had.DistillationTrainingArguments(**{**defaults, **kwargs})
 

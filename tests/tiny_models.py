@@ -102,7 +102,8 @@ def copy_weights(model, source, targets):
 def make_student(
     model, student="insurance", teachers=TEACHERS, config="seq_bn", head="classification", train=True, **kw
 ):
-    """Adds teachers (with heads on flex models) and a student distilled from them."""
+    """Adds teachers (with heads on flex models) and a student distilled from them, by default with equal weights."""
+    kw.setdefault("student_start", "teachers")
     for teacher in teachers:
         model.add_adapter(teacher, config=config)
         noisy(model, teacher)

@@ -25,7 +25,13 @@ from ..method.layer_pass import LayerPass, Place
 from ..method.losses import FeatureLoss
 from ..method.predictions import without_dropout
 from ..method.wrappers import accepted_inputs
-from .plots import Estimate, plot_leave_one_teacher_out, plot_student_distance, plot_teacher_attention
+from .plots import (
+    Estimate,
+    plot_leave_one_teacher_out,
+    plot_student_distance,
+    plot_teacher_attention,
+    plot_teacher_weights,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -122,9 +128,9 @@ def write_analysis(
 ) -> AttentionTable:
     """Write the results of all three functions as tables (CSV) and figures (PNG), and return the attention.
 
-    If no teacher can be left out (a single teacher, no labels), a warning says so, and the other two are written. The
-    folder is created if it is missing. The other arguments are those of `teacher_attention`; the data set should have
-    labels and not be the training data.
+    The weights of the teachers, where they were learned, are a fourth table. If no teacher can be left out (a single
+    teacher, no labels), a warning says so, and the others are written. The folder is created if it is missing. The
+    other arguments are those of `teacher_attention`; the data set should have labels and not be the training data.
 
     Raises:
         ValueError: As for `teacher_attention`.
@@ -136,6 +142,11 @@ def write_analysis(
     folder.mkdir(parents=True, exist_ok=True)
     cells: list[tuple] = [(layer, name, *cell) for layer, row in attention.items() for name, cell in row.items()]
     _write(folder / "teacher_attention", ("layer", "teacher"), cells, plot_teacher_attention(attention))
+    if (weights := distillation_of(model).weights) is not None:
+        cells = [(place, name, weight) for place, row in weights.by_place.items() for name, weight in row.items()]
+        _write(
+            folder / "teacher_weights", ("place", "teacher"), cells, plot_teacher_weights(weights.mean()), ["weight"]
+        )
     cells = [(layer, *cell) for layer, cell in distance.items()]
     _write(folder / "student_distance", ("layer",), cells, plot_student_distance(distance))
     try:
@@ -148,9 +159,11 @@ def write_analysis(
     return attention
 
 
-def _write(path: Path, keys: tuple[str, ...], rows: Sequence[tuple], figure: Any) -> None:
+def _write(
+    path: Path, keys: tuple[str, ...], rows: Sequence[tuple], figure: Any, values: Sequence[str] = Estimate._fields
+) -> None:
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([(*keys, *Estimate._fields), *rows])
+        csv.writer(file).writerows([(*keys, *values), *rows])
     figure.savefig(path.with_suffix(".png"))
 
 

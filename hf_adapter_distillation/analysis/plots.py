@@ -1,6 +1,7 @@
 """Draw the results of `observe` with matplotlib, for few teachers and layers or for many."""
 
 from collections.abc import Mapping
+from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
 if TYPE_CHECKING:
@@ -54,6 +55,26 @@ def plot_teacher_attention(
     axes.set(title=title, xlabel="teacher", ylabel="layer")
     bar = figure.colorbar(image, ax=axes, label="mean attention (red: the equal share)")
     bar.ax.axhline(1 / len(teachers), color="red", linewidth=2)
+    return figure
+
+
+def plot_teacher_weights(weights: Mapping[str, float], title: str = "Weights of the teachers") -> "Figure":
+    """Draw the weights of the teachers for a task, `TeacherWeights.mean()`, as bars, the heaviest on top.
+
+    The rest up to 1 is the bar of the null teacher, "(none)". A line marks the equal share.
+
+    Raises:
+        ValueError: If there are no weights.
+        ImportError: If matplotlib is not installed.
+    """
+    if not weights:
+        raise ValueError("There are no weights; learn them with weigh_teachers(model, batches).")
+    ordered = dict(sorted(weights.items(), key=lambda item: item[1]))
+    bars = {"(none)": 1 - sum(weights.values()), **ordered}
+    figure, axes = _bars({name: Estimate(weight, nan) for name, weight in bars.items()}, title, "teacher", "weight")
+    axes.axvline(1 / len(bars), color="gray", linestyle="--", linewidth=1, label="the equal share")
+    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlim(0, 1)
     return figure
 
 

@@ -1,6 +1,6 @@
 """The command line `adapter-distill`, which distils, evaluates and shares adapters for text classification.
 
-Reading order: `main`, `train`, `evaluate`, `data`, `saved`.
+Reading order: `main`, `train`, `evaluate`, `data`, `saved`, `export`.
 """
 
 from .main import main

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from ..configuration import DistillationTrainingArguments
 from ..downloads import one_line, suggestion
 from .evaluate import EvalArguments, evaluate
+from .export import export
 from .saved import inspect, plot, push
 from .train import TrainArguments, train
 
@@ -37,6 +38,9 @@ EXAMPLES = {
     "plot": """
   adapter-distill plot outputs/insurance/insurance -o attention.png
   adapter-distill plot me/faq-insurance -o attention.svg""",
+    "export": """
+  adapter-distill export outputs/insurance/insurance outputs/insurance-peft
+  adapter-distill export me/lora-insurance outputs/insurance-peft --model bert-base-uncased --no_head""",
     "push": """
   adapter-distill push outputs/insurance/insurance me/faq-insurance --private
   adapter-distill push outputs/insurance/insurance me/faq-insurance --revision v2 --commit_message "More data" """,
@@ -76,7 +80,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """Return the parser of the program, and the parsers of its commands by name."""
     parser = Parser(
         prog=PROGRAM,
-        description="Distil adapters into an adapter for a new task; evaluate, inspect, plot and push it.",
+        description="Distil adapters into an adapter for a new task; evaluate, inspect, plot, export and push it.",
         epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=version("hf-adapter-distillation"))
@@ -104,6 +108,11 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     command = add("plot", plot, "Draw the attention of a saved student over its teachers, layer by layer.")
     command.add_argument("source", help=SOURCE)
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="image; the extension sets the format")
+    command = add("export", export, "Save a LoRA with its head as PEFT does, for programs that know PEFT alone.")
+    command.add_argument("source", help=SOURCE)
+    command.add_argument("output", help="folder for the files")
+    command.add_argument("--model", help="base model, by default the one that the adapter names")
+    command.add_argument("--no_head", action="store_true", help="leave the head out")
     command = add("push", push, "Push a saved student with its card to the Hub, without loading the base model.")
     command.add_argument("folder", help="folder of the student")
     command.add_argument("repo", help="repository, created if it is missing")

@@ -142,16 +142,7 @@ def load_splits(args: TrainArguments, seed: int) -> dict[str, Dataset]:
 
 def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
     """Load a base model, which must take `max_length` tokens, and its tokenizer with a padding token."""
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
-            raise ValueError(f"model={name!r} holds no {CONFIG_NAME}; give the folder of a model.")
-    elif not is_repo_id(name):
-        raise ValueError(f"model={name!r} is neither a folder nor a Hub id.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoAdapterModel.from_pretrained(name)
-    except Exception as error:  # tokenizers raises a plain Exception on damaged files
-        raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
+    tokenizer, model = load_pretrained(name, AutoTokenizer, AutoAdapterModel)
     positions = model.config.to_dict().get("max_position_embeddings") or tokenizer.model_max_length
     if max_length > (limit := min(positions, tokenizer.model_max_length)):
         raise ValueError(f"max_length={max_length} is out of range; {name} takes {limit} tokens at most.")
@@ -159,6 +150,19 @@ def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTraine
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def load_pretrained(name: str, *classes: Any) -> list[Any]:
+    """Load a base model, and what else belongs to it, from a folder or the Hub."""
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
+            raise ValueError(f"model={name!r} holds no {CONFIG_NAME}; give the folder of a model.")
+    elif not is_repo_id(name):
+        raise ValueError(f"model={name!r} is neither a folder nor a Hub id.")
+    try:
+        return [each.from_pretrained(name) for each in classes]
+    except Exception as error:  # tokenizers raises a plain Exception on damaged files
+        raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

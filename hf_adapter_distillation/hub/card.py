@@ -70,13 +70,20 @@ class CardOptions:
 
 
 class CardFacts(NamedTuple):
-    """Facts about a student for its card, under the names that adapters saves."""
+    """Facts about a student for its card, under the names that adapters saves.
+
+    Args:
+        peft_class: The class of transformers for which the student is saved in the format of PEFT; else None.
+        num_labels: The number of labels of that class, where it has labels.
+    """
 
     student: str
     model_type: str
     model_name: str | None
     head_type: str | None
     provenance: Provenance
+    peft_class: str | None = None
+    num_labels: int | None = None
 
     @classmethod
     def of_model(cls, model: ModelAdaptersMixin, student: str) -> "CardFacts":
@@ -109,11 +116,12 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
     task = options.task or TASKS.get(facts.head_type or "")
     datasets = _listed(options.datasets_tag) or _listed(run.dataset)
     results = _results(run, task, datasets, options)
+    library = "peft" if facts.peft_class else "adapter-transformers"
     data = ModelCardData(
         language=_listed(options.language) or None,
         license=options.license,
-        library_name="adapter-transformers",
-        tags=["adapter-transformers", "adapter-distillation", facts.model_type, *_listed(options.tags)],
+        library_name=library,
+        tags=[library, "adapter-distillation", facts.model_type, *_listed(options.tags)],
         datasets=datasets or None,
         metrics=_listed(options.metrics) or list(dict.fromkeys(result.metric_type for result in results)) or None,
         base_model=base_model,

@@ -8,7 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from shutil import copyfile, copytree, ignore_patterns
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from adapters import ModelAdaptersMixin
 from huggingface_hub import CommitInfo, create_branch, create_repo, get_token, upload_folder, whoami
@@ -18,6 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
 from ..downloads import hub_reason
+from ..method.heads import number_of_labels
+from ..student.peft_export import PEFT_FILES, PROVENANCE_NAME, save_adapter_as_peft
 from ..student.provenance import provenance_of, read_saved
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
@@ -27,6 +29,7 @@ STUDENT_FILES = (
     *HEAD_WEIGHTS,
     HEAD_CONFIG_NAME,
     ATTENTION_NAME,
+    *PEFT_FILES,
 )  # not every student has all of them
 
 
@@ -59,6 +62,22 @@ def student_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: 
         _write_weights(folder, folder, student)
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
         write_card(CardFacts.of_model(model, student), folder, repo_id, card)
+        yield folder
+
+
+@contextmanager
+def peft_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: CardOptions) -> Iterator[Path]:
+    """Write the files of a push in the format of PEFT to a temporary folder, from the student on a model."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        save_adapter_as_peft(model, student, folder)
+        if (path := folder / PROVENANCE_NAME).exists():
+            _drop_folders(path)
+        config = read_saved(folder)
+        facts = CardFacts.of_model(model, student)._replace(
+            peft_class=config["auto_mapping"]["base_model_class"], num_labels=number_of_labels(model, student)
+        )
+        write_card(facts, folder, repo_id, card)
         yield folder
 
 
@@ -122,9 +141,9 @@ def checkpoint_to_share(checkpoint: str | Path, student: str) -> Iterator[Path]:
 
 
 def _drop_folders(path: Path) -> None:
-    """Replace the teachers' local folders in an adapter config by their names."""
+    """Replace the teachers' local folders in an adapter config, or in a provenance alone, by their names."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    for teacher in config.get("distillation", {}).get("teachers", ()):
+    for teacher in config.get("distillation", config).get("teachers", ()):
         if teacher["revision"] is None:
             teacher["source"] = teacher["name"]
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -189,18 +208,23 @@ def push_student(
     revision: str | None = None,
     commit_description: str | None = None,
     adapter_card_kwargs: dict | None = None,
+    format: Literal["adapters", "peft"] = "adapters",
 ) -> CommitInfo:
     """Push a distilled student from its model, with the arguments of adapters' `push_adapter_to_hub`.
 
     All files are written before the repository is created, and go up in one commit. An existing folder `local_path`
     gets them, too; a card in it is kept, there and on the Hub, unless `overwrite_adapter_card` is set. `datasets_tag`
     and `adapter_card_kwargs` are arguments of `CardOptions`, the others are arguments of `PushOptions`.
+    `format="peft"` pushes the files of `save_adapter_as_peft`.
 
     Raises:
-        ValueError: If `repo_id` is not a valid name.
+        ValueError: If `repo_id` is not a valid name, or the student has no form in the format.
         OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or the whole
             push if the Hub's answer was lost; the same push again does no harm.
     """
+    folders = {"adapters": student_folder, "peft": peft_folder}
+    if format not in folders:
+        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(map(repr, folders))}.")
     options = PushOptions(
         commit_message=commit_message,
         commit_description=commit_description,
@@ -211,7 +235,7 @@ def push_student(
     )
     repo_id = check_push(student, repo_id, token)
     card = CardOptions(datasets_tag=datasets_tag, **(adapter_card_kwargs or {}))
-    with student_folder(model, student, repo_id, card) as folder:
+    with folders[format](model, student, repo_id, card) as folder:
         if local_path is not None and Path(local_path).is_dir():
             if (Path(local_path) / CARD_NAME).exists() and not overwrite_adapter_card:
                 (folder / CARD_NAME).unlink()

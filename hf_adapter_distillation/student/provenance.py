@@ -59,7 +59,7 @@ class Provenance:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON holds."""
-        teachers = [asdict(teacher) for teacher in self.teachers]
+        teachers = [teacher.to_dict() for teacher in self.teachers]
         first = {"method": self.method, "teachers": teachers, **self.settings, "versions": self.versions}
         return first | self.run.to_dict()
 
@@ -162,7 +162,8 @@ def teacher_sources(distillation: Distillation, digests: Mapping[str, str]) -> l
     teachers = []
     for name in distillation.config.teachers:
         source = distillation.sources[name]
-        teachers.append(TeacherSource(name, str(source["source"]), source["revision"], digests[name]))
+        digest, conversion = digests[name], source.get("conversion")
+        teachers.append(TeacherSource(name, str(source["source"]), source["revision"], digest, conversion))
     return teachers
 
 

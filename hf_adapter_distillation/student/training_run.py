@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
 from numbers import Real
 from types import UnionType
@@ -30,12 +30,14 @@ class TeacherSource:
         source: The name, folder or Hub id by which the teacher was given.
         revision: The commit on the Hub; None for a teacher from elsewhere.
         digest: The `adapter_digest` of the weights.
+        conversion: The conversion of a method of PEFT to LoRA, with its error.
     """
 
     name: str
     source: str
     revision: str | None
     digest: str | None
+    conversion: str | None = None
 
     @classmethod
     def from_dict(cls, saved: Any) -> "TeacherSource":
@@ -43,7 +45,11 @@ class TeacherSource:
         typed(saved, str | None)
         if not {"revision", "digest"} <= saved.keys() or None in (saved.get("name"), saved.get("source")):
             raise ValueError(f"a teacher lacks its name, source, revision or digest: {saved!r}")
-        return cls(saved["name"], saved["source"], saved["revision"], saved["digest"])
+        return cls(saved["name"], saved["source"], saved["revision"], saved["digest"], saved.get("conversion"))
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return what JSON holds, without a conversion that there was not."""
+        return {key: value for key, value in asdict(self).items() if key != "conversion" or value}
 
 
 @dataclass

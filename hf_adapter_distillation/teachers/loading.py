@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
-from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
 from ..downloads import download, hub_reason, is_hub_id, one_line, suggestion
-from .peft_lora import PEFT_WEIGHTS_NAME, is_peft, load_peft_lora, peft_lora_config
+from .peft_conversion import lora_by_peft
+from .peft_lora import PEFT_WEIGHTS_NAME, PeftLoRA, add_peft_lora, convert_peft_lora, is_peft, read_peft_weights
 
 Source = dict[str, str | None]
 
@@ -27,7 +28,9 @@ class SavedAdapter(NamedTuple):
     folder: Path
     label: str  # the adapter in messages
     saved_name: Any  # as it stands in the file
-    config: dict | LoRAConfig  # a LoRAConfig where it was converted from PEFT
+    config: dict | AdapterConfig
+    lora: PeftLoRA | None = None  # where PEFT saved it
+    conversion: str | None = None  # from another method of PEFT, with its error
 
 
 class Teacher(NamedTuple):
@@ -61,8 +64,9 @@ def locate_teacher(model: ModelAdaptersMixin, entry: str) -> Teacher:
             f"{label} would be named {name!r}, and the model has an adapter or head of that name; "
             f"distill from {name!r} if it is the same, else rename the folder."
         )
+    saved = check_saved_adapter(model, folder, label)
     source = {"source": entry, "revision": revision}
-    return Teacher(name, label, source, check_saved_adapter(model, folder, label))
+    return Teacher(name, label, source | ({"conversion": saved.conversion} if saved.conversion else {}), saved)
 
 
 def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
@@ -139,15 +143,20 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
                 f"{label} was made for {key} {value!r}, the model has {of_model[key]!r}; "
                 f"use one trained on the same base model."
             )
-    config = peft_lora_config(model, folder, saved, label) if is_peft(saved) else saved["config"]
-    return SavedAdapter(folder, label, saved.get("name"), config)
+    if not is_peft(saved):
+        return SavedAdapter(folder, label, saved.get("name"), saved["config"])
+    weights, conversion = read_peft_weights(folder, label), None
+    if saved["peft_type"] != "LORA":
+        saved, weights, conversion = lora_by_peft(model, folder, saved, weights, label)
+    lora = convert_peft_lora(model, saved, weights, label)
+    return SavedAdapter(folder, label, None, lora.config, lora, conversion)
 
 
 def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: str) -> None:
     """Add an adapter that `check_saved_adapter` returned, with its head; refuse missing and unreadable weights."""
-    folder, label, saved_name, config = adapter
-    if isinstance(config, LoRAConfig):
-        return load_peft_lora(model, folder, name, config, label)
+    folder, label, saved_name = adapter.folder, adapter.label, adapter.saved_name
+    if adapter.lora is not None:
+        return add_peft_lora(model, name, adapter.lora)
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a saved head would overwrite it.
     with_head = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)

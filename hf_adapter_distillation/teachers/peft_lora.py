@@ -1,27 +1,52 @@
-"""Conversion of LoRA adapters that PEFT saved (https://github.com/huggingface/peft)."""
+"""LoRA adapters of PEFT (https://github.com/huggingface/peft) as adapters on a model.
 
+`student.peft_export` is the other direction, with the same names: PEFT names a projection by its path in a model of
+transformers. Adapters wraps the projections in place, so the path below the base model is the same.
+"""
+
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from adapters import LoRAConfig, ModelAdaptersMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 
-from .._compat import LoRALinear
+from .._compat import LoRALinear, LoRAMergedLinear
 
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+DEFAULT_RANK = DEFAULT_ALPHA = 8  # of PEFT
+MERGED_KEYS = ("q", "k", "v")  # the parts of a merged projection, in the order of its rows
 
 # Settings of PEFT that do not change what the saved factors compute, or that other settings switch on.
 HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "runtime_config",
-    "ensure_weight_tying", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
+    "runtime_config", "ensure_weight_tying", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config",
     "modules_to_save",  # by its weights
 }  # fmt: skip
 # Values of `init_lora_weights` in lower case; the other starts change the weights of the base model.
 HARMLESS_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r)
+
+
+class PeftLoRA(NamedTuple):
+    """A LoRA of PEFT in the form of adapters.
+
+    Args:
+        factors: `lora_A` and `lora_B` of adapters, by the path of the projection in the base model.
+    """
+
+    config: LoRAConfig
+    factors: dict[str, Factors]
 
 
 def is_peft(saved: dict) -> bool:
@@ -29,89 +54,183 @@ def is_peft(saved: dict) -> bool:
     return "peft_type" in saved
 
 
-def peft_lora_config(model: ModelAdaptersMixin, folder: Path, saved: dict, label: str) -> LoRAConfig:
-    """Return the config under which adapters computes the same as a LoRA of PEFT.
+def read_peft_weights(folder: Path, label: str) -> dict[str, torch.Tensor]:
+    """Read the weights that PEFT saved; `label` is the adapter in messages, for instance "Teacher 'bank'"."""
+    try:
+        return load_file(folder / PEFT_WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        file = folder / PEFT_WEIGHTS_NAME
+        raise ValueError(f"{label} cannot be loaded: {file} is missing or damaged; save it again.") from error
 
-    Layers without a saved weight are left out, as PEFT does with `layers_to_transform`. In the others it may add
-    modules; they compute zero, as LoRA does before training. `saved` holds the contents of the folder's
-    `adapter_config.json`, `label` the LoRA in messages, for instance "Teacher 'bank'".
+
+def projections_of(model: ModelAdaptersMixin) -> dict[str, LoRALinear | LoRAMergedLinear]:
+    """Return the projections that take LoRA, by their paths in the base model."""
+    kinds = (LoRALinear, LoRAMergedLinear)
+    return {path: module for path, module in model.base_model.named_modules() if isinstance(module, kinds)}
+
+
+@torch.no_grad()
+def convert_peft_lora(
+    model: ModelAdaptersMixin, saved: dict, weights: Mapping[str, torch.Tensor], label: str
+) -> PeftLoRA:
+    """Return the adapter that computes the same as a LoRA of PEFT, without a head that was saved with it.
+
+    Layers without a saved weight are left out, as PEFT does with `layers_to_transform`. In the others the adapter may
+    have more modules; they compute zero, as LoRA does before training. Smaller ranks are filled up with zeros.
+
+    Args:
+        saved: The contents of `adapter_config.json`.
+        weights: The contents of `adapter_model.safetensors`.
+        label: The LoRA in messages.
 
     Raises:
         ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
     """
+    _check_plain(saved, label)
+    projections, scalings = projections_of(model), {}
+    parts: dict[str, dict[str, Factors]] = {}  # by path and key: merged projections have several parts
+    for saved_path, (down, up) in _factors(model, weights, label).items():
+        path = _checked_path(model, projections, saved_path, down, up, label)
+        rank, scalings[path] = _rank_and_scaling(saved, saved_path, label)
+        if (down.shape[0], up.shape[1]) != (rank, rank):
+            raise ValueError(
+                f"{label} has the ranks {down.shape[0]} and {up.shape[1]} in {saved_path}, but its config says "
+                f"r={rank}; save it again."
+            )
+        module = projections[path]
+        parts[path] = _split(down, up) if isinstance(module, LoRAMergedLinear) else {module.attn_key or "": (down, up)}
+    config = _config(model, parts, next(iter(scalings.values())), saved.get("lora_dropout") or 0.0)
+    factors = {}
+    for path, of_path in parts.items():
+        ratio = scalings[path] * config.r / config.alpha if config.alpha else 1.0
+        kept = [part for key, part in of_path.items() if not key or key in config.attn_matrices]
+        padded = [_padded(*part, config.r, ratio) for part in kept]
+        factors[path] = (torch.cat([down for down, _ in padded]), torch.cat([up for _, up in padded]))
+    return PeftLoRA(config, factors)
+
+
+def _check_plain(saved: dict, label: str) -> None:
+    """Refuse other methods of PEFT, and settings under which the factors compute something else."""
     if saved["peft_type"] != "LORA":
         raise ValueError(f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted.")
     for key, value in saved.items():
         is_start = key == "init_lora_weights" and str(value).lower() in HARMLESS_STARTS
         if key not in HARMLESS and not is_start and value and value != "none":
             raise ValueError(f"{label} is a PEFT adapter with {key}={value!r}; it cannot be converted.")
-    projections = [projection for projection, _, _ in _match(model, folder, label)]
-    rank = saved["r"]
-    scaling = saved["lora_alpha"] / (rank**0.5 if saved.get("use_rslora") else rank)
-    places = {projection.location_key for projection in projections}
+
+
+def _config(
+    model: ModelAdaptersMixin, parts: Mapping[str, Mapping[str, Factors]], scaling: float, dropout: float
+) -> LoRAConfig:
+    """Return the config of an adapter with the largest rank of some parts."""
+    ranks = {(path, key): down.shape[0] for path, part in parts.items() for key, (down, _) in part.items()}
+    rank = max(1, *ranks.values())
+    modules = [module for path, module in projections_of(model).items() if path in parts]
+    places = {module.location_key for module in modules}
+    keys = sorted({key for (_, key), rank in ranks.items() if key and rank})
+    if not keys and "selfattn_lora" in places:
+        keys = [MERGED_KEYS[0]]  # merged projections whose factors are all zero
     return LoRAConfig(
         selfattn_lora="selfattn_lora" in places,
         intermediate_lora="intermediate_lora" in places,
         output_lora="output_lora" in places,
-        attn_matrices=sorted({projection.attn_key for projection in projections if projection.attn_key is not None}),
+        attn_matrices=keys,
         r=rank,
         alpha=scaling * rank,
-        dropout=saved.get("lora_dropout") or 0.0,
-        leave_out=[i for i, layer in model.base_model.iter_layers() if set(projections).isdisjoint(layer.modules())],
+        dropout=dropout,
+        leave_out=[i for i, layer in model.base_model.iter_layers() if set(modules).isdisjoint(layer.modules())],
     )
 
 
 @torch.no_grad()
-def load_peft_lora(model: ModelAdaptersMixin, folder: Path, name: str, config: LoRAConfig, label: str) -> None:
-    """Add an adapter that computes the same as a LoRA of PEFT, without a head that was saved with it.
-
-    `config` is the result of `peft_lora_config` for the same folder and label.
-    """
-    matches = _match(model, folder, label)
-    model.add_adapter(name, config=config)
-    for projection, down, up in matches:
-        projection.loras[name].lora_A.copy_(down)
-        projection.loras[name].lora_B.copy_(up)
+def add_peft_lora(model: ModelAdaptersMixin, name: str, lora: PeftLoRA) -> None:
+    """Add an adapter that `convert_peft_lora` returned for the model, or for another model of its config."""
+    model.add_adapter(name, config=lora.config)
+    projections = projections_of(model)
+    for path, (down, up) in lora.factors.items():
+        projections[path].loras[name].lora_A.copy_(down)
+        projections[path].loras[name].lora_B.copy_(up)
 
 
-def _match(model: ModelAdaptersMixin, folder: Path, label: str) -> list[tuple[LoRALinear, torch.Tensor, torch.Tensor]]:
-    """Return the projections that the saved weights belong to, with A (r, in) and B (out, r)."""
-    try:
-        state = load_file(folder / PEFT_WEIGHTS_NAME)
-    except (OSError, SafetensorError) as error:
-        file = folder / PEFT_WEIGHTS_NAME
-        raise ValueError(f"{label} cannot be loaded: {file} is missing or damaged; save it again.") from error
-    projections = {path: m for path, m in model.base_model.named_modules() if isinstance(m, LoRALinear)}
-    weights: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in state.items():
+def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], label: str) -> dict[str, Factors]:
+    """Return the factors by the saved paths of the projections."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in weights.items():
         saved_path, part, _ = key.rpartition(".lora_")
         if part:
-            weights.setdefault(saved_path.removeprefix(PREFIX), {})[key[len(saved_path) :]] = tensor
-        elif _is_of_base(model, key.removeprefix(PREFIX)):
+            found.setdefault(saved_path.removeprefix(PREFIX), {})[key[len(saved_path) :]] = tensor
+        elif is_of_base(model, key):
             raise ValueError(
                 f"{label} is a PEFT adapter that holds {key} of the base model (modules_to_save); "
                 "it cannot be converted."
             )
-    matches = {}
-    for saved_path, factors in weights.items():
-        path = next((p for p in projections if saved_path == p or saved_path.endswith(f".{p}")), "")
-        if not path or factors.keys() != {".lora_A.weight", ".lora_B.weight"}:
-            raise ValueError(
-                f"{label} has LoRA in {saved_path}, which is no projection that takes LoRA in adapters' "
-                f"{model.config.model_type}; use a LoRA in the projections of the attention and feed-forward blocks."
-            )
-        projection, down, up = projections[path], factors[".lora_A.weight"], factors[".lora_B.weight"]
-        if (down.shape[1], up.shape[0]) != (projection.in_features, projection.out_features):
-            size = f"a projection {saved_path} of another size"
-            raise ValueError(f"{label} was made for {size}; use one trained on the same base model.")
-        matches[path] = (projection, down, up)
-    if not matches:
-        raise ValueError(f"{label} has no LoRA weights in {folder / PEFT_WEIGHTS_NAME}; save it again.")
-    return list(matches.values())
+    if not found:
+        raise ValueError(f"{label} has no LoRA weights in {PEFT_WEIGHTS_NAME}; save it again.")
+    for saved_path, tensors in found.items():
+        if tensors.keys() != set(FACTORS):
+            raise _no_projection(model, saved_path, label)
+    return {saved_path: (tensors[FACTORS[0]], tensors[FACTORS[1]]) for saved_path, tensors in found.items()}
 
 
-def _is_of_base(model: ModelAdaptersMixin, key: str) -> bool:
-    """Return whether a saved weight belongs to the base model, and not to a head."""
+def _no_projection(model: ModelAdaptersMixin, saved_path: str, label: str) -> ValueError:
+    return ValueError(
+        f"{label} has LoRA in {saved_path}, which is no projection that takes LoRA in adapters' "
+        f"{model.config.model_type}; use a LoRA in the projections of the attention and feed-forward blocks."
+    )
+
+
+def _checked_path(
+    model: ModelAdaptersMixin,
+    projections: Mapping[str, Any],
+    saved_path: str,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    label: str,
+) -> str:
+    """Return the path of a projection in the base model, by its path in the model that PEFT adapted."""
+    path = next((p for p in projections if saved_path == p or saved_path.endswith(f".{p}")), None)
+    if path is None:
+        raise _no_projection(model, saved_path, label)
+    sizes = projections[path].in_features, projections[path].out_features
+    if down.dim() != 2 or up.dim() != 2 or (down.shape[1], up.shape[0]) != sizes:
+        size = f"a projection {saved_path} of another size"
+        raise ValueError(f"{label} was made for {size}; use one trained on the same base model.")
+    return path
+
+
+def _rank_and_scaling(saved: dict, saved_path: str, label: str) -> tuple[int, float]:
+    """Return the rank that the config gives a projection, and the factor of its update."""
+
+    def value(patterns: dict[str, Any] | None, default: Any) -> Any:
+        return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", saved_path)), default)
+
+    try:
+        rank = value(saved.get("rank_pattern"), saved.get("r", DEFAULT_RANK))
+        alpha = value(saved.get("alpha_pattern"), saved.get("lora_alpha", DEFAULT_ALPHA))
+        return rank, alpha / (rank**0.5 if saved.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ZeroDivisionError, re.error) as error:
+        keys = "r, lora_alpha, rank_pattern and alpha_pattern"
+        raise ValueError(f"{label} has no valid rank of {saved_path} in {keys}; save it again.") from error
+
+
+def _split(down: torch.Tensor, up: torch.Tensor) -> dict[str, Factors]:
+    """Return the factors of the parts of a merged projection, each without the columns of B that are zero in it."""
+    parts = {}
+    for key, rows in zip(MERGED_KEYS, up.chunk(len(MERGED_KEYS)), strict=True):
+        used = rows.any(0)
+        parts[key] = (down[used], rows[:, used])
+    return parts
+
+
+def _padded(down: torch.Tensor, up: torch.Tensor, rank: int, ratio: float) -> Factors:
+    """Return factors of a larger rank with the same product times a ratio."""
+    more = rank - down.shape[0]
+    return pad(down, (0, 0, 0, more)), pad(up if ratio == 1 else up * ratio, (0, more))
+
+
+def is_of_base(model: ModelAdaptersMixin, key: str) -> bool:
+    """Return whether a weight that PEFT saved belongs to the base model, and not to a head."""
+    key = key.removeprefix(PREFIX)
     prefix, name = f"{model.base_model_prefix}.", key.partition(".")[0]
     # Some models with a static head, such as T5, are their own base model.
     return key.startswith(prefix) or (name != "lm_head" and name in dict(model.base_model.named_children()))

@@ -148,9 +148,10 @@ class Learner:
         self.scores = torch.zeros(max(self.places.values()) + 1, len(block.teachers) + 1, device=device)
         self.scores.requires_grad_()
         self.pass_ = WeighingPass(self.scores, self.places, block.teachers)
-        head = heads_of(model).get(block.student)
+        heads = dict(heads_of(model).items())
+        head = heads.get(block.student)
         self.head = [] if head is None else [p for p in head.parameters() if p.requires_grad]
-        self.heads = _alike(head, [heads_of(model).get(name) for name in block.teachers])
+        self.heads = _alike(head, [heads.get(name) for name in block.teachers])
         self.trained = [*([] if self.heads else self.head), *beside]
 
     def weights(self) -> torch.Tensor:

@@ -237,7 +237,8 @@ class DistillationMixin(WritingTrainer):
         if distillation.ranking is not None:
             derived["ranking"] = distillation.ranking
         if (weights := distillation.weights) is not None:
-            derived |= {"teacher_weights": weights.mean(), "teacher_gain": weights.gain}
+            rounded = {name: round(weight, 4) for name, weight in weights.mean().items()}
+            derived |= {"teacher_weights": rounded, "teacher_gain": round(weights.gain, 4)}
         sources = teacher_sources(distillation, self._prepared.digests)  # which have just been checked
         distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
         if args.push_to_hub or args.analysis:

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import datasets
+import peft
 import pytest
 import torch
 from adapters import AutoAdapterModel
@@ -21,6 +22,7 @@ from hub_server import check_card
 from paths import ROOT
 from safetensors.torch import load, load_file, save_file
 from tiny_models import noisy
+from transformers import AutoModel
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
@@ -325,6 +327,49 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     assert run(capsys, "push", "outputs/insurance", "me/faq", "--revision", "v2", "--token", "hf_me")[0] == 0
     assert repo.commits[repo.refs["v2"]]["README.md"].endswith(b"mine")
     assert not repo.files["README.md"].endswith(b"mine")
+
+
+def test_export_writes_what_peft_reads(here, capsys):
+    lora = [*TRAIN, "--adapter_config=lora", "--output_dir=lora"]
+    assert run(capsys, *(each for each in lora if each != "--adapter_config=seq_bn[reduction_factor=4]"))[0] == 0
+    out = "'insurance' is saved for PEFT in peft\n"
+    assert run(capsys, "export", "lora/insurance", "peft", "--no_head") == (0, out, "")
+    model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained("bert-base-uncased"), "peft")
+    own = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    own.load_adapter("lora/insurance", set_active=True, use_safetensors=True)
+    ids = torch.arange(5, 10)[None]
+    with torch.no_grad():
+        expected = own.eval().base_model(ids).last_hidden_state
+        torch.testing.assert_close(model.eval()(ids).last_hidden_state, expected, rtol=1e-6, atol=1e-6)
+    saved = json.loads(Path("peft/distillation.json").read_text())
+    assert saved == read_provenance("lora/insurance").to_dict()
+    all_say_why(
+        capsys,
+        [
+            (
+                2,
+                ["export", "outputs/insurance", "b"],
+                "Adapter 'outputs/insurance' is a BnConfig, which has no form in *",
+            ),
+            (
+                2,
+                ["export", "lora/insurance", "b"],
+                "Adapter 'insurance' has a head for classification that no bert of *",
+            ),
+            (2, ["export", "peft", "b"], "peft is an adapter of PEFT already."),
+            (
+                2,
+                ["export", "lora/insurance", "adapters/travel", "--no_head"],
+                "adapters/travel holds an adapter that *",
+            ),
+            (
+                2,
+                ["export", "lora/insurance", "b", "--model", "no model"],
+                "model='no model' is neither a folder nor *",
+            ),
+        ],
+    )
+    assert not Path("b").exists()
 
 
 def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import check_card
 from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.utils import reset_sessions
 from pushes import NO_TOKEN, NOT_PUSHED, OF_A_PUSH, full_disk, pushed, refused, trained
@@ -87,6 +88,60 @@ def test_folders_of_teachers_are_not_pushed(hub, tmp_path):
     assert not any(str(tmp_path).encode() in content for content in hub.repos["me/faq"].files.values())
     (teacher,) = read_provenance(snapshot_download("me/faq")).teachers
     assert teacher.name == teacher.source == "bank"
+
+
+PEFT_USAGE = """
+    import re, torch
+    from huggingface_hub import ModelCard
+    for repo in sys.argv[3:]:
+        names = {}
+        exec(re.search(r"```python\\n(.*?)```", ModelCard.load(repo).text, flags=re.S)[1], names)
+        with torch.no_grad():
+            torch.save(names["model"].eval()(**torch.load(sys.argv[1], weights_only=True)).logits, sys.argv[2])
+"""
+
+
+def test_a_student_pushed_for_peft_loads_by_the_code_of_its_card(hub, trainer_args, tmp_path):
+    make_student(make_model(), teachers=["bank"], config="lora").save_adapter(str(tmp_path / "bank"), "bank")
+    model = make_model(kind="classification")
+    model.config.num_labels = 2
+    model.config.name_or_path = "me/tiny"
+    model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    model.train_adapter("insurance")
+    had.DistillationTrainer(model, trainer_args(max_steps=2), train_dataset=make_dataset()).train()
+    model.push_adapter_to_hub("me/faq", "insurance")
+    model.push_adapter_to_hub("me/faq", "insurance", format="peft")
+    repo = hub.repos["me/faq"]
+    files = {"adapter_config.json", "adapter_model.safetensors", "distillation.json", "README.md"}
+    assert pushed(repo) == files, "files of the other format are gone"
+    card = repo.files["README.md"].decode()
+    assert "library_name: peft\n" in card
+    assert not check_card(card)
+    assert not any(str(tmp_path).encode() in content for content in repo.files.values())
+    make_model(kind="classification").base_model.save_pretrained(str(tmp_path / "base"))
+    hub.create("me/tiny", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    batch = make_batch()
+    del batch["labels"]
+    torch.save(batch, tmp_path / "batch.pt")
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    run_without_package(PEFT_USAGE, str(tmp_path / "batch.pt"), str(tmp_path / "logits.pt"), "me/faq", **environment)
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_format_that_a_push_does_not_have_is_named(hub):
+    model = make_student(make_model(), config="seq_bn")
+    message = "format='onnx' is unknown; choose one of 'adapters', 'peft'."
+    refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "insurance", format="onnx")
+    message = (
+        "Adapter 'insurance' is a SeqBnConfig, which has no form in PEFT; only a plain LoRA is exported "
+        "(save_adapter saves it)."
+    )
+    refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "insurance", format="peft")
+    message = "'bank' is not distilled; save it by save_adapter_as_peft and upload the folder."
+    refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "bank", format="peft")
+    assert not hub.repos
 
 
 def test_private_revision_pull_request_and_token(hub, monkeypatch):

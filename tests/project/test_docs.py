@@ -17,8 +17,15 @@ from accelerate.commands.launch import launch_command_parser
 from adapters import AutoAdapterModel, LoRAConfig
 from chats import chat_tokenizer, chats
 from paths import ROOT
+from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, make_dataset, noisy
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
 
 import hf_adapter_distillation as had
 
@@ -79,6 +86,16 @@ def support_of_two_teachers(names_of_page, hub):
     return [teacher["name"] for teacher in saved["teachers"]] == ["contracts", "invoices"] and not has_head
 
 
+def exported_and_taken(names_of_page, hub):
+    folders = [Path("outputs/insurance-peft"), Path("outputs/classes-peft")]
+    saved = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+    assert [config["modules_to_save"] for config in saved] == [None, ["classifier"]]
+    documented = set(re.findall(r"^\| `([\w.]+)` \|", read("docs/how_to/peft.md"), flags=re.M))
+    assert {path.name for path in folders[0].iterdir()} == documented
+    assert documented < set(hub.repos["me/insurance-peft"].files)
+    return [*names_of_page["model_of_peft"].adapters_config] == ["bank", "travel", "insurance"]
+
+
 # Checks of the files and objects that a page leaves behind.
 LEFT_BEHIND = {
     "README.md": pushed,
@@ -113,9 +130,20 @@ LEFT_BEHIND = {
     ),
     "docs/how_to/own_trainer.md": has_files("own/checkpoint-2/trained_beside_the_student.safetensors"),
     "docs/how_to/serve.md": lambda names, hub: [len(scores) for scores in names["scores"]] == [2, 1],
+    "docs/how_to/peft.md": exported_and_taken,
     "docs/how_to/trl.md": support_of_two_teachers,
     "docs/objectives.md": lambda names, hub: names["trainer"].state.global_step == 2,
 }
+
+
+def with_peft(monkeypatch, tiny_encoder):
+    """Saved LoRA of PEFT, and the tiny encoder as the pretrained model of transformers."""
+    for auto in (AutoModel, AutoModelForSequenceClassification):
+        original = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda name, original=original: original(tiny_encoder))
+    for name in ("bank", "travel"):
+        lora = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+        get_peft_model(AutoModel.from_pretrained("bert-base-uncased"), lora).save_pretrained(f"peft/{name}")
 
 
 def with_chats(monkeypatch, tmp_path):
@@ -169,6 +197,8 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
         if find_spec("trl") is None:
             pytest.skip("the page needs the extra trl")
         with_chats(monkeypatch, tmp_path)
+    if page == "docs/how_to/peft.md":
+        with_peft(monkeypatch, tiny_encoder)
     # Names that the how-to guides take for granted.
     args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
     page_module = ModuleType("page")  # where pickle finds the classes of a page
@@ -283,7 +313,9 @@ def test_the_quality_in_the_readme_matches_the_result_file():
     assert sentences in " ".join((ROOT / "README.md").read_text().split())
 
 
-@pytest.mark.parametrize(("name", "n_tables"), [("performance", 7), ("quality", 8), ("how_to/serve", 1)])
+@pytest.mark.parametrize(
+    ("name", "n_tables"), [("performance", 7), ("quality", 8), ("how_to/serve", 1), ("how_to/peft", 1)]
+)
 def test_the_tables_of_a_page_match_the_result_files(name, n_tables):
     path = ROOT / "docs" / f"{name}.md"
     page = path.read_text()

@@ -13,10 +13,12 @@ COVERED_BY = {
     "_compat": "test_registration.py",
     "cli/data": "cli/test_main.py",
     "cli/evaluate": "cli/test_main.py",
+    "cli/export": "cli/test_main.py",
     "cli/saved": "cli/test_main.py",
     "cli/train": "cli/test_main.py",
     "method/layer_pass": "method/test_layers.py",
     "method/training_pass": "method/test_forward.py",
+    "student/peft_heads": "student/test_peft_export.py",
     "student/training_run": "hub/test_card.py",
 }
 

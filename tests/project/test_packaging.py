@@ -54,11 +54,12 @@ def test_requirements_are_what_is_imported(setup_arguments):
     required = names_of(setup_arguments["install_requires"])
     trees = [ast.parse(path.read_text()) for path in MODULES]
     everywhere = set().union(*(imported(ast.walk(tree)) for tree in trees))
-    assert distributions_of(everywhere - {"trl"}) == required | {"matplotlib", "sentence-transformers"}
+    assert distributions_of(everywhere - {"trl", "peft"}) == required | {"matplotlib", "sentence-transformers"}
     when_imported = set().union(*(imported(tree.body) for tree in trees))
     assert distributions_of(when_imported) == required
     assert names_of(setup_arguments["extras_require"]["plots"]) == {"matplotlib"}
-    assert names_of(setup_arguments["extras_require"]["trl"]) == {"trl"}
+    for name in ("trl", "peft"):
+        assert names_of(setup_arguments["extras_require"][name]) == {name}
 
 
 def test_one_version(setup_arguments):
@@ -136,6 +137,8 @@ had.plot_teacher_attention(attention)
 had.plot_student_distance(distances)
 had.plot_leave_one_teacher_out(differences)
 had.write_analysis(model, trainer.train_dataset, "analysis")
+assert_type(had.save_adapter_as_peft(model, "insurance", "outputs", with_head=False), None)
+assert_type(had.from_peft(model).model_name, Any)
 block = had.AdapterDistillation("insurance", ["bank"])
 assert_type(block, had.AdapterDistillation)
 assert_type(block.student, str)

@@ -61,6 +61,17 @@ def saved_by_peft(folder, family="bert", task="SEQ_CLS", **config):
         ("llama", "CAUSAL_LM", {"target_modules": ["q_proj", "v_proj"]}),
         ("t5", "SEQ_2_SEQ_LM", {"target_modules": ["q", "v", "wo"]}),
         ("bart", "SEQ_2_SEQ_LM", {"target_modules": ["q_proj", "v_proj"]}),
+        ("gpt2", "CAUSAL_LM", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+        (
+            "bert",
+            "SEQ_CLS",
+            {
+                "target_modules": ["query", "key", "value"],
+                "rank_pattern": {"layer.0.*query": 2, "key": 3},
+                "alpha_pattern": {"value": 5},
+                "use_rslora": True,
+            },
+        ),
     ],
 )
 def test_a_teacher_of_peft_computes_what_peft_does(family, task, config, tmp_path):
@@ -208,10 +219,20 @@ def damaged(folder, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({"peft_type": "IA3"}, "is a PEFT adapter of type IA3; only LORA is converted."),
         ({"use_dora": True}, "is a PEFT adapter with use_dora=True; it cannot be converted."),
         ({"bias": "all"}, "is a PEFT adapter with bias='all'; it cannot be converted."),
-        ({"rank_pattern": {"query": 2}}, "is a PEFT adapter with rank_pattern={'query': 2}; it cannot be converted."),
+        (
+            {"rank_pattern": {"query": 2}},
+            "has the ranks 8 and 8 in bert.encoder.layer.0.attention.self.query, but its",
+        ),
+        (
+            {"r": 4},
+            "has the ranks 8 and 8 in bert.encoder.layer.0.attention.self.query, but its config says r=4; save",
+        ),
+        (
+            {"alpha_pattern": {"(": 2}},
+            "has no valid rank of bert.encoder.layer.0.attention.self.query in r, lora_alpha,",
+        ),
         ({"base_model_name_or_path": "someone/cased"}, "was made for model_name 'someone/cased', the model has"),
         ("no weights", "cannot be loaded: "),
         ("cut weights", "cannot be loaded: "),

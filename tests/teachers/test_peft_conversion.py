@@ -1,0 +1,161 @@
+"""Teachers of other methods of PEFT, which PEFT converts to LoRA."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+
+import adapters
+import peft
+import pytest
+import torch
+from messages import one_line
+from model_state import snapshot
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from tiny_models import CONFIGS, STATIC, make_batch
+from transformers import set_seed
+
+from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.teachers import peft_conversion
+
+pytestmark = [
+    pytest.mark.skipif(
+        Version(version("peft")) < Version(peft_conversion.OLDEST_PEFT), reason="this PEFT converts nothing"
+    ),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+LOHA = {"target_modules": ["query", "intermediate.dense"], "r": 2}
+
+
+def base(family, kind):
+    set_seed(0)
+    return STATIC[kind].from_config(CONFIGS[family]()).eval()
+
+
+def saved_by_peft(folder, family="bert", kind="classification", method="LoHaConfig", **config):
+    """An adapter with weights that say something, and PEFT's model with it; its head is the base model's."""
+    model = peft.get_peft_model(base(family, kind), getattr(peft, method)(**config)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "modules_to_save" not in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def student_of(folder, family="bert", kind="classification"):
+    model = base(family, kind)
+    adapters.init(model)
+    model.add_adapter("insurance", config="lora", distill_from=[str(folder)])
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "method", "config", "rank"),
+    [
+        ("bert", "base", "LoHaConfig", LOHA, 4),
+        ("bert", "classification", "LoKrConfig", {"target_modules": ["value"], "r": 2, "task_type": "SEQ_CLS"}, 8),
+        ("llama", "causal_lm", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 6}, 6),
+        (
+            "bert",
+            "base",
+            "VBLoRAConfig",
+            {"target_modules": ["query", "value"], "r": 2, "num_vectors": 8, "vector_length": 4},
+            None,
+        ),
+        ("t5", "seq2seq_lm", "LoKrConfig", {"target_modules": ["q", "wo"], "r": 2}, 8),
+    ],
+)
+def test_a_converted_teacher_computes_nearly_what_peft_does(family, kind, method, config, rank, tmp_path):
+    reference = saved_by_peft(tmp_path / "bank", family, kind, method, **config)
+    model = student_of(tmp_path / "bank", family, kind)
+    batch = make_batch(labels="tokens" if family == "t5" else None)
+    key = "last_hidden_state" if kind == "base" else "logits"
+    with torch.no_grad():
+        expected = reference(**batch)[key]
+        plain = model(**batch)[key]
+        model.set_active_adapters("bank")
+        converted = model(**batch)[key]
+    assert (expected - plain).abs().max() > 1e-4, "the teacher must make a difference"
+    torch.testing.assert_close(converted, expected, rtol=1e-5, atol=1e-5)
+    assert rank in (None, model.adapters_config.get("bank").r)
+    model.save_adapter(str(tmp_path / "saved"), "insurance")
+    (teacher,) = read_provenance(tmp_path / "saved").teachers
+    saved = json.loads((tmp_path / "bank" / "adapter_config.json").read_text())
+    note, _, error = teacher.conversion.rpartition(" ")
+    assert note == f"from {saved['peft_type']} by peft {peft.__version__}, relative error"
+    assert float(error) < 1e-5
+
+
+def test_the_error_of_a_conversion_is_that_of_its_updates(tmp_path, monkeypatch, caplog):
+    """With too low a rank, measured on the products themselves."""
+    reference = saved_by_peft(tmp_path / "bank", kind="base", **LOHA)
+    monkeypatch.setattr(peft_conversion, "KEPT", 1)
+    model = student_of(tmp_path / "bank", kind="base")
+    missed = total = 0.0
+    for path, module in reference.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            lora = model.get_submodule(path).loras["bank"]
+            update = module.get_delta_weight("default")
+            missed += (update - lora.scaling * lora.lora_B @ lora.lora_A).square().sum().item()
+            total += update.square().sum().item()
+    error = (missed / total) ** 0.5
+    assert error > 0.1
+    message = (
+        f"was converted to LoRA of rank 1: from LOHA by peft {peft.__version__}, relative error {error:.1e} of its"
+    )
+    assert message in caplog.text
+
+
+def damaged(folder, what):
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    if what == "wide":
+        weights = {key: torch.zeros(2, 64) if "w1_b" in key else weight for key, weight in weights.items()}
+    elif what == "foreign":
+        weights = {key.replace("layer.1", "layer.7"): weight for key, weight in weights.items()}
+    elif what == "half":
+        weights = {key: weight for key, weight in weights.items() if "layer.1" not in key}
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "what", "message"),
+    [
+        ("IA3Config", {"target_modules": ["query"], "feedforward_modules": []}, "",
+         "of type IA3 that cannot be converted: PEFT has no way from it to LoRA; use LORA, LOHA, LOKR or VERA."),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2, "task_type": "SEQ_CLS"}, "",
+         "of type PROMPT_TUNING that cannot be converted: PEFT has no way from it to LoRA; use"),
+        ("LoHaConfig", {"target_modules": ["attention.output.dense"]}, "",
+         "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA"),
+        ("LoHaConfig", LOHA, "wide", "of type LOHA that cannot be converted: Error(s) in loading state_dict"),
+        ("LoHaConfig", LOHA, "foreign", "layer.7.attention.self.query.hada_w1_a has no place in the bert; use one of"),
+        ("LoHaConfig", LOHA, "half", "layer.1.attention.self.query.hada_w1_a.default is missing; save it again."),
+    ],
+)  # fmt: skip
+def test_what_peft_cannot_convert_leaves_the_model_as_it_was(method, config, what, message, tmp_path):
+    saved_by_peft(tmp_path / "bank", method=method, **config)
+    if what:
+        damaged(tmp_path / "bank", what)
+    model = base("bert", "classification")
+    adapters.init(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=one_line(part=message)):
+        model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    assert snapshot(model).keys() == before.keys()
+    assert not list(model.adapters_config)
+
+
+@pytest.mark.parametrize(
+    ("installed", "found"), [("0.18.1", "peft 0.18.1 is too old"), (None, "peft is not installed")]
+)
+def test_a_missing_or_old_peft_is_named_with_the_command(installed, found, tmp_path, monkeypatch):
+    saved_by_peft(tmp_path / "bank", **LOHA)
+
+    def version(package):
+        if installed is None:
+            raise PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(peft_conversion, "version", version)
+    message = f"of type LOHA, which PEFT 0.19 or newer may convert to LoRA, and {found}; pip install 'peft>=0.19'."
+    with pytest.raises(ValueError, match=one_line(part=message)):
+        student_of(tmp_path / "bank")
