@@ -20,7 +20,7 @@ Carrier = Literal["student", "fused", "mixed", "dual"]
 StudentStart = Literal["weighted", "teachers", "average", "random"]
 Level = Literal["auto", "adapter", "layer"]
 LayerObjective = Literal["features", "cosine", "task_specific"]  # match the outputs of layers
-OutputObjective = Literal["logits", "cross_task"]  # match the predictions of heads
+OutputObjective = Literal["logits", "cross_task", "similarity"]  # match the outputs of the model
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -81,10 +81,11 @@ class DistillationConfig:
             `"features"`: the squared error of its update (`FeatureLoss`); `"cosine"`: the angle (`CosineLoss`);
             `"task_specific"`: the squared error in the subspace that matters for the task (`TaskSpecificLoss`). With
             the teachers' own heads, which must have the student's labels, `"logits"`: their mean prediction
-            (`LogitLoss`); `"cross_task"`: their calibrated scores, and the order of the items (`CrossTaskLoss`).
+            (`LogitLoss`); `"cross_task"`: their calibrated scores, and the order of the items (`CrossTaskLoss`). For
+            embedding models, `"similarity"`: the similarities between the texts of a batch (`SimilarityLoss`).
         layer_weights: The weight of each layer of the base model in the mean over layers, from the first (of an
             encoder-decoder model, of the encoder) to the last, for objectives of layers. Default: all equal.
-        temperature: The temperature of the objectives `"logits"` and `"cross_task"`.
+        temperature: The temperature of the objectives `"logits"`, `"cross_task"` and `"similarity"`.
         weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
             training data before the first step (`rank_teachers`) and keeps the best ones above chance.
@@ -156,8 +157,13 @@ class DistillationConfig:
 
     @property
     def output_objectives(self) -> dict[str, float]:
-        """Return the weights of the objectives that match the predictions of heads."""
+        """Return the weights of the objectives that match the outputs of the model: predictions or embeddings."""
         return {name: weight for name, weight in self.objectives.items() if name in get_args(OutputObjective)}
+
+    @property
+    def head_objectives(self) -> dict[str, float]:
+        """Return the weights of the objectives that match the predictions of the teachers' heads."""
+        return {name: weight for name, weight in self.output_objectives.items() if name != "similarity"}
 
 
 @dataclass

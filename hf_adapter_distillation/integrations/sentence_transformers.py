@@ -114,6 +114,17 @@ class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceT
 
     training_args_class: Any = SentenceTransformerDistillationTrainingArguments
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation.pool = self._pool
+
+    def _pool(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings, (batch, d), by the modules behind the transformer."""
+        features = {"token_embeddings": hidden_states, "attention_mask": mask}
+        for module in list(self.model)[1:]:
+            features = module(features)
+        return features["sentence_embedding"]
+
     def _outputs(self, model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
         features, _ = self.collect_features(inputs)
         return [model(column)["sentence_embedding"] for column in features]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig, DistillationTrainingArguments
+from .embeddings import Pool, mean_pooling
 from .layer_pass import LayerPass
 from .predictions import PredictionCache
 from .weights import TeacherWeights
@@ -139,6 +140,7 @@ class Distillation:
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
+        pool: Pools the last hidden states to embeddings, for the objective `similarity`.
         hooks: The handles of the hooks on layers that are fused as wholes, and on an `EncoderDecoderModel`, the passes
             of whose encoder and decoder are its `halves`.
     """
@@ -156,6 +158,7 @@ class Distillation:
     step: TrainingStep = field(default_factory=TrainingStep)
     inspection: LayerPass | None = None
     halves: list[Any] | None = None
+    pool: Pool = mean_pooling
     hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property

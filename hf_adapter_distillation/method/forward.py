@@ -12,10 +12,11 @@ from .._compat import ForwardContext, named_arguments
 from ..composition import block_of
 from .calls import masks_of, number_of_sequences
 from .distillation import DEFAULTS, Distillation, StageSettings, distillation_of, distillations
+from .embeddings import EnsemblePass, SimilarityLoss, last_hidden_state
 from .heads import check_objectives, kind_of_labels
 from .layer_pass import LayerPass, PassInputs
 from .losses import CrossTaskLoss, logit_matching_loss, token_weights
-from .predictions import calibrated, match_logits, scores, teacher_logits
+from .predictions import calibrated, match_logits, scores, teacher_logits, without_dropout
 from .term_gradient import carry
 from .terms import sum_terms
 from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
@@ -86,7 +87,8 @@ def call_with_distillation(
     if returns_tuple:
         args, kwargs = (), named | {"return_dict": True}
     call = _Call(original, type(context), model, forward, args, kwargs)
-    runs_layers_again = distillation.level == "layer" and layer_pass.runs_teachers
+    runs_ensemble = distillation.settings.enabled and "similarity" in distillation.config.objectives
+    runs_layers_again = distillation.level == "layer" and (layer_pass.runs_teachers or runs_ensemble)
     reruns = prepare_reruns(call.new_context, block) if runs_layers_again else {}
     masks = masks_of(model, named, is_half=distillation.halves is not None)
     layer_pass.begin(PassInputs(block, masks, named.get("labels"), reruns))
@@ -166,9 +168,13 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
 
 
 def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any], output: Any) -> None:
-    """Compute the objectives of predictions, from stored predictions of the teachers or by running them."""
+    """Compute the objectives of outputs: of embeddings, and of predictions, stored ones or those of another run."""
     config, settings = current.distillation.config, current.distillation.settings
     model, block = call.model, current.inputs.block
+    if "similarity" in config.objectives:
+        current.output_losses["similarity"] = _match_similarities(current, call, output)
+    if not config.head_objectives:
+        return
     stored = None if settings.predictions is None else settings.predictions.get(named)
     if stored is None:
         teachers = teacher_logits(model, block, call.run_again)
@@ -187,6 +193,20 @@ def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any]
             teacher_scores = calibrated(teacher_scores, settings.calibration)
         loss = CrossTaskLoss(config.temperature)
         current.output_losses["cross_task"] = loss(student_scores, teacher_scores, current.inputs.labels)
+
+
+def _match_similarities(current: TrainingPass, call: _Call, output: Any) -> torch.Tensor:
+    """Run the ensemble of the teachers, and match the similarities of the embeddings of the batch."""
+    distillation = current.distillation
+    student = last_hidden_state(output)  # (B, T, d)
+    mask = current.inputs.masks[call.model.config.is_encoder_decoder]
+    mask = torch.ones(student.shape[:2], device=student.device) if mask is None else mask.to(student.device)
+    ensemble_pass = EnsemblePass()
+    ensemble_pass.begin(current.inputs)
+    with torch.no_grad(), without_dropout(call.model):
+        ensemble = last_hidden_state(call.run_again(ensemble_pass))
+    pool, temperature = distillation.pool, distillation.config.temperature
+    return SimilarityLoss(temperature)(pool(student, mask), pool(ensemble, mask))
 
 
 def _logit_weights(

@@ -91,7 +91,7 @@ def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> N
             f"The objective 'task_specific' needs a head for classes, labels or values of sequences or tokens, which "
             f"{student!r} has not; choose 'features'."
         )
-    for objective in config.output_objectives:
+    for objective in config.head_objectives:
         label = f"The objective {objective!r}"
         if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
             raise ValueError(

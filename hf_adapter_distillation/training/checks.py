@@ -54,6 +54,11 @@ def check_loss(
             f"{kind} has no head and so no loss; override compute_loss, pass compute_loss_func, wrap the model in one "
             "with a loss, or use AutoAdapterModel with a head."
         )
+    if has_head and "similarity" in config.objectives:
+        raise ValueError(
+            f"The objective 'similarity' needs embeddings, but a {kind} has a head; take the model without a head "
+            "(AutoModel), as a SentenceTransformer does, or choose 'logits'."
+        )
     if has_head and not is_wrapped:
         return
     if config.carrier == "dual":

@@ -236,7 +236,7 @@ def predict(
     A run of each teacher beside each training batch would cost more than the training. They run in one order before
     the training, so that a resumed training finds the same predictions. None if they cannot be stored.
     """
-    if not distillation_of(model, block.student).config.output_objectives:
+    if not distillation_of(model, block.student).config.head_objectives:
         return None
     parts: list[tuple[list[bytes], torch.Tensor]] = []
     datasets: list[tuple[Any, Callable]] = [(examples.train, examples.model_inputs)]
