@@ -185,6 +185,13 @@ def adapter_distillation(
     return run.adapter()
 
 
+def similarity(run: Onboarding) -> Onboarded:
+    """Train the student to match its teachers' similarities between queries, also on unlabelled ones."""
+    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers, objective="similarity"), seed=run.seed)
+    run.fit(unlabelled=run.unlabelled)
+    return run.adapter()
+
+
 def untrained_student(run: Onboarding, start: Literal["teachers", "weighted"]) -> Onboarded:
     """Return the student before the first step; with no label, it meets the questions instead of queries."""
     queries = run.labelled
@@ -222,6 +229,7 @@ METHODS = {
     "AdapterDistillation: uniform": _configured(student_start="teachers"),
     "AdapterDistillation: weights alone": Method(partial(untrained_student, start="weighted"), (0.0,)),
     "AdapterDistillation: weighted start": _configured({"distillation_start": 1.0}, student_start="weighted"),
+    "AdapterDistillation: similarity": Method(similarity, RATES, rate_of="AdapterDistillation"),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
     "AdapterDistillation: paper": Method(
         partial(adapter_distillation, config=had.DistillationConfig.paper), RATES, rate_of="plain adapter"
