@@ -20,6 +20,7 @@ from pools import (
     adapter_parameters,
     arrival,
     keep_teacher,
+    learned_weights,
     randomize,
     shots_of,
     teacher_tenant,
@@ -99,7 +100,9 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     line |= {**platform.evaluate(test, len(new.faqs)), "seconds": run.seconds, "cpu_seconds": cpu_seconds}
     if job.queries == "test":
         line |= costs(platform, save, platform.batches(test, len(new.faqs))[:12])
-    if job.queries == "test" and job.method.startswith("AdapterDistillation"):
+    is_distilled = job.method.startswith("AdapterDistillation")
+    line |= learned_weights(model, NEW) if is_distilled else {}
+    if job.queries == "test" and is_distilled:
         model.train_adapter(NEW)
         first = test.select(range(min(96, len(test))))
         table = had.teacher_attention(model, first, platform.collator)

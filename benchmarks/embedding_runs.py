@@ -17,6 +17,7 @@ from pools import (
     adapter_parameters,
     arrival,
     keep_teacher,
+    learned_weights,
     randomize,
     shots_of,
     teacher_tenant,
@@ -106,6 +107,8 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
             line["MB"] = stored_megabytes(Path(folder))
         if args.latency:
             line |= latency(run, onboarded, faqs[1], came.tenant)
+    if job.method.startswith("AdapterDistillation"):
+        line |= learned_weights(run.platform.model, NEW)
     remove_new(run.platform)
     return finished(args, line)
 

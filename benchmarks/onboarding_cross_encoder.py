@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from adapters import AdapterTrainer
 from datasets import Dataset, concatenate_datasets
@@ -129,14 +129,14 @@ def with_query_log(run: Onboarding) -> Save:
     return run.save
 
 
-def untrained_student(run: Onboarding) -> Save:
-    """Return the student at the start of `DistillationTrainer`, before any step, without labels of the new tenant."""
-    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers))
+def untrained_student(run: Onboarding, start: Literal["teachers", "weighted"]) -> Save:
+    """Return the student at the start of `DistillationTrainer`, before any step; only weights need labels."""
+    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers, student_start=start))
     platform = run.platform
     trainer = had.DistillationTrainer(
         model=platform.model,
         args=platform.training_arguments(1, cls=had.DistillationTrainingArguments, **run.options),
-        train_dataset=run.train.remove_columns("labels"),
+        train_dataset=run.train if start == "weighted" else run.train.remove_columns("labels"),
         data_collator=platform.collator,
     )
     began = time.perf_counter()
@@ -168,12 +168,13 @@ METHODS = {
     "teachers' average": Method(partial(teachers_average, trained=True), RATES),
     "AdapterFusion": Method(adapter_fusion, (5e-4, 1e-3, 2e-3)),
     "multi-task adapter": Method(multi_task_adapter, RATES, "plain adapter"),
-    "AdapterDistillation, untrained": Method(untrained_student, (0.0,), needs_labels=False),
+    "AdapterDistillation, untrained": Method(partial(untrained_student, start="teachers"), (0.0,), needs_labels=False),
     "AdapterDistillation": Method(adapter_distillation, RATES),
     "AdapterDistillation: paper": Method(
         partial(adapter_distillation, config=had.DistillationConfig.paper), RATES, "plain adapter"
     ),
     "AdapterDistillation: uniform": _configured(student_start="teachers"),
+    "AdapterDistillation: weights alone": Method(partial(untrained_student, start="weighted"), (0.0,)),
     "AdapterDistillation: fused": _configured("plain adapter", carrier="fused"),
     "AdapterDistillation: mixed": _configured("plain adapter", carrier="mixed"),
     "AdapterDistillation: fused, higher rate": _configured(carrier="fused"),

@@ -1,9 +1,9 @@
 """The ways to onboard a tenant of an embedding model that are compared, with as many steps each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from adapters import Fuse
@@ -185,13 +185,19 @@ def adapter_distillation(
     return run.adapter()
 
 
-def untrained_student(run: Onboarding) -> Onboarded:
-    """Return the student before the first step; with no label, it starts at its teachers, on the questions."""
-    config, queries = had.DistillationConfig(run.teachers), run.labelled
+def similarity(run: Onboarding) -> Onboarded:
+    """Train the student to match its teachers' similarities between queries, also on unlabelled ones."""
+    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers, objective="similarity"), seed=run.seed)
+    run.fit(unlabelled=run.unlabelled)
+    return run.adapter()
+
+
+def untrained_student(run: Onboarding, start: Literal["teachers", "weighted"]) -> Onboarded:
+    """Return the student before the first step; with no label, it meets the questions instead of queries."""
+    queries = run.labelled
     if not len(queries):
-        config = had.DistillationConfig(run.teachers, student_start="teachers")
         queries = Dataset.from_dict({"query": run.questions, "label": list(range(len(run.questions)))})
-    run.platform.new_adapter(NEW, config, seed=run.seed)
+    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers, student_start=start), seed=run.seed)
     run.platform.trainer(run.tenant, queries, **run.arguments()).fit_start()
     return run.adapter()
 
@@ -199,10 +205,11 @@ def untrained_student(run: Onboarding) -> Onboarded:
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
-def _configured(**settings: Any) -> Method:
-    """AdapterDistillation with another config than the default."""
+def _configured(arguments: Mapping[str, Any] | None = None, **settings: Any) -> Method:
+    """AdapterDistillation with another config than the default, and further training arguments."""
     config = partial(had.DistillationConfig, **settings)
-    return Method(partial(adapter_distillation, config=config), RATES, rate_of="AdapterDistillation")
+    onboard = partial(adapter_distillation, config=config, **(arguments or {}))
+    return Method(onboard, RATES, rate_of="AdapterDistillation")
 
 
 METHODS = {
@@ -217,18 +224,12 @@ METHODS = {
     "DARE": Method(partial(merge, merged=merged_by_dare, trained=True), RATES),
     "multi-task adapter": Method(multi_task_adapter, RATES, rate_of="plain adapter"),
     "AdapterFusion": Method(adapter_fusion, RATES),
-    "AdapterDistillation, untrained": Method(untrained_student, (0.0,), needs_labels=False),
+    "AdapterDistillation, untrained": Method(partial(untrained_student, start="teachers"), (0.0,), needs_labels=False),
     "AdapterDistillation": Method(adapter_distillation, RATES),
     "AdapterDistillation: uniform": _configured(student_start="teachers"),
-    "AdapterDistillation: weighted start": Method(
-        partial(
-            adapter_distillation,
-            config=partial(had.DistillationConfig, student_start="weighted"),
-            distillation_start=1.0,
-        ),
-        RATES,
-        rate_of="AdapterDistillation",
-    ),
+    "AdapterDistillation: weights alone": Method(partial(untrained_student, start="weighted"), (0.0,)),
+    "AdapterDistillation: weighted start": _configured({"distillation_start": 1.0}, student_start="weighted"),
+    "AdapterDistillation: similarity": Method(similarity, RATES, rate_of="AdapterDistillation"),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
     "AdapterDistillation: paper": Method(
         partial(adapter_distillation, config=had.DistillationConfig.paper), RATES, rate_of="plain adapter"

@@ -18,6 +18,8 @@ import torch
 from tenant_jobs import Arguments
 from torch import nn
 
+import hf_adapter_distillation as had
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from faq_data import Faq, Tenant, hold_out, load_tenants  # noqa: E402
@@ -137,6 +139,12 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     """Return the parameters of an adapter."""
     places = model.get_adapter(name).values()
     return [parameter for place in places for module in place.values() for parameter in module.parameters()]
+
+
+def learned_weights(model: Any, student: str) -> dict[str, Any]:
+    """Return the mean weight of each teacher and their gain, if they were learned for a student."""
+    weights = had.distillation_of(model, student).weights
+    return {} if weights is None else {"weights": weights.mean(), "gain": weights.gain}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the lines of `streaming_tenants.py` say: means with intervals, paired differences, and plots."""
+"""Means with intervals, paired differences, tables and plots of the lines of `streaming_tenants.py`."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,10 +25,10 @@ Table = tuple[list[str], list[list[object]]]
 
 
 def runs_of(lines: Lines, key: str) -> dict[str, Runs]:
-    """Return a value of the test runs by method, and by tenant and seed."""
+    """Return a value of the test runs that have it, by method, and by tenant and seed."""
     found: dict[str, Runs] = {}
     for line in lines:
-        if line["queries"] == "test":
+        if line["queries"] == "test" and key in line:
             found.setdefault(line["method"], {})[line["tenant"], line["seed"]] = line[key]
     return found
 
@@ -56,9 +56,20 @@ def differences(runs: Runs, others: Runs) -> Runs:
 def points(runs: Runs, others: Runs) -> str:
     """Return the mean paired difference with its interval, in points of 1/100."""
     paired = differences(runs, others)
-    return (
-        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in interval(paired.values()))) if paired else "–"
-    )
+    if not paired:
+        return "–"
+    mean, low, high = (100 * value for value in interval(paired.values()))
+    return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def median(runs: Runs, places: int) -> str:
+    """Return the median with so many decimal places."""
+    return f"{np.median(list(runs.values())):.{places}f}" if runs else "–"
+
+
+def rate_of(runs: Runs) -> str:
+    """Return the learning rate of the runs of a method."""
+    return f"{next(iter(runs.values())):g}"
 
 
 def methods(lines: Lines) -> Table:
@@ -66,17 +77,19 @@ def methods(lines: Lines) -> Table:
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
     costs = {key: runs_of(lines, key) for key in ("ms", "ms_ratio", "MB", "seconds")}
     rates, accuracy = runs_of(lines, "learning_rate"), metrics["accuracy_at_1"]
+    plain = {key: runs.get(PLAIN, {}) for key, runs in metrics.items()}
     rows = []
     for method in (name for name in accuracy if ":" not in name):
         quality = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs[method].values())) for runs in metrics.values()]
         against = [points(accuracy[method], accuracy.get(other, {})) for other in (PLAIN, AVERAGE)]
-        against.append(points(metrics["auc"][method], metrics["auc"][PLAIN]))
-        paired = by_tenant(differences(accuracy[method], accuracy[PLAIN]))
+        against.append(points(metrics["auc"][method], plain["auc"]))
+        paired = by_tenant(differences(accuracy[method], plain["accuracy_at_1"]))
         wins = [sum(value > 1e-9 for value in paired.values()), sum(value < -1e-9 for value in paired.values())]
-        ms, ratio, megabytes, seconds = (float(np.median(list(runs[method].values()))) for runs in costs.values())
-        rate = next(iter(rates[method].values()))
-        row = [method, f"{rate:g}", len(accuracy[method]), *quality, *against, f"{wins[0]} / {wins[1]}"]
-        rows.append([*row, f"{ms:.0f} ({ratio:.2f})", f"{megabytes:.2f}", f"{seconds:.0f}"])
+        ms, ratio, megabytes, seconds = (
+            median(runs.get(method, {}), places) for runs, places in zip(costs.values(), (0, 2, 2, 0), strict=True)
+        )
+        row = [method, rate_of(rates[method]), len(accuracy[method]), *quality, *against, f"{wins[0]} / {wins[1]}"]
+        rows.append([*row, f"{ms} ({ratio})" if ms != "–" else ms, megabytes, seconds])
     header = ["method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain", "above teachers' average"]
     header.append("points of AUC above plain")
     return [
@@ -98,30 +111,29 @@ def variants(lines: Lines) -> Table:
     for name in names:
         runs = {key: {cell: values[name][cell] for cell in common} for key, values in metrics.items()}
         means = [f"{np.mean(list(runs[key].values())):.3f}" for key in ("auc", "accuracy_at_1", "mrr")]
-        against = [points(runs[key], metrics[key][DISTILLED]) for key in ("accuracy_at_1", "mrr")]
+        against = [points(runs[key], metrics[key].get(DISTILLED, {})) for key in ("accuracy_at_1", "mrr")]
         against = against if name != DISTILLED else ["–", "–"]
         label = name.removeprefix(f"{DISTILLED}: ") if name != DISTILLED else "the defaults"
-        rate = f"{next(iter(rates[name].values())):g}"
-        rows.append([label, rate, len(common), *means, *against, f"{np.median(list(runs['seconds'].values())):.0f}"])
+        rows.append([label, rate_of(rates[name]), len(common), *means, *against, median(runs["seconds"], 0)])
     header = ["AdapterDistillation with", "rate", "runs", "AUC", "accuracy@1", "MRR"]
     return [*header, "points of accuracy@1 above the defaults", "points of MRR", "training s"], rows
 
 
-def _common(runs: dict[str, Runs], names: Iterable[str]) -> list[tuple[str, int]]:
+def _common(runs: dict[str, Runs], names: list[str]) -> list[tuple[str, int]]:
     """Return the tenants and seeds that all methods ran for."""
-    return sorted(set.intersection(*(set(runs[name]) for name in names)))
+    return sorted(set.intersection(*(set(runs[name]) for name in names))) if names else []
 
 
 def objectives(lines: Lines) -> Table:
     """Return a row per objective and choice of data beside the defaults, over tenants and seeds that all ran for."""
     metrics = {key: runs_of(lines, key) for key in ("auc", "accuracy_at_1", "mrr")}
-    names = [PLAIN, DISTILLED, *(name for name in OBJECTIVES if name in metrics["mrr"])]
+    names = [name for name in (PLAIN, DISTILLED, *OBJECTIVES) if name in metrics["mrr"]]
     common = _common(metrics["mrr"], names)
     rows = []
     for name in names:
         runs = {key: {cell: values[name][cell] for cell in common} for key, values in metrics.items()}
         means = [f"{np.mean(list(of_metric.values())):.3f}" for of_metric in runs.values()]
-        against = [points(runs[key], metrics[key][DISTILLED]) for key in ("accuracy_at_1", "mrr", "auc")]
+        against = [points(runs[key], metrics[key].get(DISTILLED, {})) for key in ("accuracy_at_1", "mrr", "auc")]
         against = against if name != DISTILLED else ["–"] * 3
         label = {DISTILLED: "features (the defaults)"}.get(name, name.removeprefix(f"{DISTILLED}: "))
         rows.append([label, len(common), *means, *against])
@@ -141,27 +153,29 @@ def training_costs(lines: Lines) -> Table:
     runs = runs_of(lines, "seconds")
     rows: list[list[object]] = []
     for name, seconds in runs.items():
-        ratio = float(np.median([value / runs[PLAIN][cell] for cell, value in seconds.items()]))
-        rows.append([name, len(seconds), f"{np.median(list(seconds.values())):.1f}", f"{ratio:.2f}"])
+        plain = runs.get(PLAIN, {})
+        ratios = {cell: value / plain[cell] for cell, value in seconds.items() if cell in plain}
+        rows.append([name, len(seconds), median(seconds, 1), median(ratios, 2)])
     return ["method", "runs", "training s", "/ plain adapter"], rows
 
 
 def tenants(lines: Lines) -> Table:
     """Return a row per tenant: the accuracy@1 of each method, the mean over the seeds."""
     means = {method: by_tenant(runs) for method, runs in runs_of(lines, "accuracy_at_1").items() if ":" not in method}
+    names = dict.fromkeys(name for of_method in means.values() for name in of_method)
     rows: list[list[object]] = [
         [name, *(f"{of_method[name]:.3f}" if name in of_method else "–" for of_method in means.values())]
-        for name in means[PLAIN]
+        for name in names
     ]
     return ["new tenant", *means], rows
 
 
-def by_budget(lines: Lines) -> dict[tuple[int, int], Lines]:
-    """Group the lines by queries per FAQ (0 for all) and steps, the smallest budgets first."""
-    found: dict[tuple[int, int], Lines] = {}
+def by_budget(lines: Lines) -> dict[tuple[Any, int], Lines]:
+    """Group the lines by queries per FAQ, a number or "all", and steps, the smallest budgets first."""
+    found: dict[tuple[Any, int], Lines] = {}
     for line in lines:
         found.setdefault((line["shots"], line["arguments"]["steps"]), []).append(line)
-    return dict(sorted(found.items(), key=lambda item: (item[0][0] or float("inf"), item[0][1])))
+    return dict(sorted(found.items(), key=lambda item: (float(str(item[0][0]).replace("all", "inf")), item[0][1])))
 
 
 def training_data(lines: Lines) -> Table:
@@ -172,11 +186,12 @@ def training_data(lines: Lines) -> Table:
         rates = runs_of(of_budget, "learning_rate")
         for method in (name for name in (PLAIN, AVERAGE, DISTILLED) if name in rates):
             runs = {key: found[method] for key, found in metrics.items()}
-            row = [shots or "all", steps, method, f"{next(iter(rates[method].values())):g}", len(runs["auc"])]
+            row = [shots, steps, method, rate_of(rates[method]), len(runs["auc"])]
             row += [f"{np.mean(list(values.values())):.3f}" for values in runs.values()]
-            row += [points(runs[key], metrics[key][PLAIN]) for key in ("accuracy_at_1", "auc")]
-            lowest = min(by_tenant(differences(runs["auc"], metrics["auc"][PLAIN])).values())
-            rows.append([*row, f"{100 * lowest:+.1f}"])
+            plain = {key: found.get(PLAIN, {}) for key, found in metrics.items()}
+            row += [points(runs[key], plain[key]) for key in ("accuracy_at_1", "auc")]
+            lowest = by_tenant(differences(runs["auc"], plain["auc"])).values()
+            rows.append([*row, f"{100 * min(lowest):+.1f}" if lowest else "–"])
     header = ["queries per FAQ", "steps", "method", "rate", "runs", "AUC", "accuracy@1", "MRR", "points above plain"]
     return [*header, "points of AUC above plain", "the same, lowest tenant"], rows
 
@@ -200,7 +215,7 @@ def draw_training_data(lines: Lines) -> Figure:
                     drawn.append(interval(runs[method].values()))
             means, lows, highs = np.array(drawn).T
             axes.errorbar(places, means, yerr=[means - lows, highs - means], fmt="o", capsize=3, label=method)
-        ticks = [f"{shots or 'all'} queries,\n{steps} steps" for shots, steps in budgets]
+        ticks = [f"{shots} queries,\n{steps} steps" for shots, steps in budgets]
         axes.set_xticks(range(len(budgets)), ticks)
         axes.set(ylabel=f"{label}, 95% interval")
         axes.grid(axis="y", alpha=0.3)
@@ -213,13 +228,14 @@ def draw_cost(lines: Lines) -> Figure:
     """Draw the accuracy@1 of each method that ran for all tenants, with its interval, and the time of a query."""
     accuracy, times = runs_of(lines, "accuracy_at_1"), runs_of(lines, "ms_ratio")
     tenants_of = {method: {tenant for tenant, _ in runs} for method, runs in accuracy.items()}
-    names = [method for method in accuracy if ":" not in method and tenants_of[method] == tenants_of[PLAIN]]
+    everywhere = set().union(*tenants_of.values())
+    names = [method for method in accuracy if ":" not in method and tenants_of[method] == everywhere]
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     for row, method in enumerate(names):
         mean, low, high = interval(accuracy[method].values())
         axes.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=f"C{row}")
-    labels = [f"{method} ({np.median(list(times[method].values())):.2f})" for method in names]
+    labels = [f"{method} ({median(times[method], 2)})" if method in times else method for method in names]
     axes.set_yticks(range(len(names)), labels)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)

@@ -7,6 +7,7 @@ python benchmarks/report.py serving benchmarks/results/serving.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py training_data benchmarks/results/streaming_tenants_*.jsonl
+python benchmarks/report.py embeddings benchmarks/results/embeddings_*.jsonl
 """
 
 import json
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import quality
+import quality_embeddings
+from tenant_jobs import whole_lines
 from transformers import PretrainedConfig
 
 
@@ -117,10 +120,9 @@ def adapter_memory(results: dict[str, Any]) -> str:
 
 def read(path: Path, *more: Path) -> Any:
     """Return the content of a result file: a dict, or for JSON lines a list of the dicts of all files."""
-    text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
-        return json.loads(text)
-    return [json.loads(line) for file in (path, *more) for line in file.read_text(encoding="utf-8").splitlines()]
+        return json.loads(path.read_text(encoding="utf-8"))
+    return [line for file in (path, *more) for line in whole_lines(file.read_text(encoding="utf-8"))]
 
 
 def streaming_tenants(lines: list[dict[str, Any]]) -> str:
@@ -153,6 +155,11 @@ def training_data(lines: list[dict[str, Any]]) -> str:
     return markdown(*quality.training_data(lines))
 
 
+def embeddings(lines: list[dict[str, Any]]) -> str:
+    """Return the table of the methods on embeddings."""
+    return markdown(*quality_embeddings.embeddings(lines))
+
+
 TABLES = {
     table.__name__: table
     for table in (
@@ -167,13 +174,25 @@ TABLES = {
         training_costs,
         tenants,
         training_data,
+        embeddings,
     )
 }
 
 
+def report_embeddings(*paths: Path) -> None:
+    """Print a table for each file, and draw a panel for each beside the first."""
+    files = {path.stem: read(path) for path in paths}
+    for name, lines in files.items():
+        print(f"{name}\n\n{embeddings(lines)}\n")
+    quality_embeddings.draw_differences(files).savefig(paths[0].with_name("embeddings_differences.png"))
+    quality_embeddings.draw_cost(files).savefig(paths[0].with_name("embeddings_cost.png"))
+
+
 def main() -> None:
-    """Print a table."""
+    """Print a table, or several, and draw the plots that belong to it."""
     name, path, *more = sys.argv[1], *map(Path, sys.argv[2:])
+    if name == "embeddings":
+        return report_embeddings(path, *more)
     results = read(path, *more)
     print(TABLES[name](results))
     if name == "training_data":

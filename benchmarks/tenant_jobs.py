@@ -135,6 +135,11 @@ def upgraded(line: dict[str, Any]) -> dict[str, Any]:
     return line | {"shots": shots, "arguments": arguments}
 
 
+def whole_lines(text: str) -> list[dict[str, Any]]:
+    """Return the lines of finished runs, without a last one that is cut off, with today's arguments."""
+    return [upgraded(json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the finished runs; drop a last line that was cut off when the benchmark was killed."""
     if not path.is_file():
@@ -143,7 +148,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    return [upgraded(json.loads(line)) for line in whole.splitlines()]
+    return whole_lines(whole)
 
 
 def check_lines(args: Arguments, lines: list[dict[str, Any]]) -> None:

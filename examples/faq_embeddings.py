@@ -86,10 +86,12 @@ class EmbeddingPlatform:
         self.model.add_adapter(name, config=ADAPTER, distill_from=distill_from)
         self.model.train_adapter(name)
 
-    def trainer(self, tenant: Tenant, queries: Dataset, **arguments: Any) -> SentenceTransformerTrainer:
+    def trainer(
+        self, tenant: Tenant, queries: Dataset, unlabelled: Dataset | None = None, **arguments: Any
+    ) -> SentenceTransformerTrainer:
         """Return a trainer of the active adapter on labelled queries, with further training arguments.
 
-        A student that has `distill_from` gets the trainer of this package.
+        A student that has `distill_from` gets the trainer of this package, which also distils from unlabelled queries.
         """
         distilled = isinstance(self.model.active_adapters, had.AdapterDistillation)
         cls: Any = SentenceTransformerDistillationTrainer if distilled else SentenceTransformerTrainer
@@ -99,7 +101,8 @@ class EmbeddingPlatform:
         settings = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
         args = args_cls(f"{self.output_dir}/training", dataloader_pin_memory=False, **(settings | arguments))
         loss = TenantSoftmaxLoss(self.encoder, [faq.question for faq in tenant.faqs])
-        trainer = cls(self.encoder, args, train_dataset=queries, loss=loss)
+        further = {"distillation_dataset": unlabelled} if unlabelled is not None else {}
+        trainer = cls(self.encoder, args, train_dataset=queries, loss=loss, **further)
         trainer.remove_callback(PrinterCallback)
         return trainer
 

@@ -1,27 +1,37 @@
 """The benchmarks on a tiny model, and what they measure with."""
 
+import gc
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from adapters import AutoAdapterModel
+from matplotlib.text import Text
 from paths import ROOT
 from transformers import AutoTokenizer, BertConfig
+
+from hf_adapter_distillation.training import preparation
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import adapter_memory  # noqa: E402
+import embedding_runs  # noqa: E402
 import inference  # noqa: E402
 import measure  # noqa: E402
+import pools  # noqa: E402
 import quality  # noqa: E402
+import quality_embeddings  # noqa: E402
 import report  # noqa: E402
 import serving  # noqa: E402
 import stage2_step  # noqa: E402
 import streaming_tenants  # noqa: E402
 from onboarding_cross_encoder import METHODS  # noqa: E402
+from onboarding_frozen import FROZEN_METHODS  # noqa: E402
+from tenant_jobs import Arguments  # noqa: E402
 
 
 def tiny():
@@ -210,10 +220,17 @@ def test_arithmetic_by_hand():
 
 # The streaming tenants
 
+EMBEDDINGS = ("--architecture", "embeddings")
+OTHER_STARTS = ("untrained", "paper", "uniform", "random start", "average start")
+
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
     """Runs the benchmark on three tenants of two FAQs; returns its lines and what it printed."""
+    embedding_runs._platform.cache_clear()
+    learn = preparation.learn_weights
+    monkeypatch.setattr(preparation, "learn_weights", lambda *args, **kwargs: learn(*args, **kwargs | {"steps": 4}))
+    gc.freeze()  # each trainer collects garbage, among all modules of the tests
     queries = [f"how is the {thing}" for thing in "card train parcel weather day pay".split()]
     faqs = [{"question": f"what is {name}", "queries": queries} for name in ("my card", "the weather")]
     data = tmp_path / "data.json"
@@ -229,47 +246,90 @@ def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
         streaming_tenants.main()
         return report.read(output), capsys.readouterr().out
 
-    return main
+    yield main
+    gc.unfreeze()
 
 
 def test_every_method_onboards_a_tenant(benchmark):
-    lines, out = benchmark("--tenants", "post", "--search_tenants", "1")
-    tests = [line for line in lines if line["queries"] == "test"]
-    assert [line["method"] for line in tests] == list(METHODS)
-    for line in tests:
+    lines, out = benchmark("--tenants", "post", "--search_tenants", "0")
+    assert [line["method"] for line in lines] == [name for name in METHODS if name != "SetFit" or find_spec("setfit")]
+    for line in lines:
         assert (line["tenant"], line["seed"], line["teachers"]) == ("post", 1, 2)
         assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "mrr"))
-        is_frozen = line["method"].startswith("frozen")
-        assert is_frozen or line["ms_ratio"] > 0
-        assert is_frozen or line["MB"] > 0
+        is_frozen = line["method"] in FROZEN_METHODS
+        assert is_frozen or (line["ms_ratio"] > 0 and line["MB"] > 0)
         assert (line["seconds"] > 0) == (line["method"] != "teachers' average, untrained")
         assert line["environment"]["torch"] == torch.__version__
         assert line["arguments"]["shots"] == 1
         attention = line.get("attention", {})
         assert bool(attention) == (line["method"].startswith("AdapterDistillation"))
-        assert all(set(row) >= {"bank", "rail"} for row in attention.values())
-    searched = {(line["method"], line["learning_rate"]) for line in lines if line["queries"] == "validation"}
-    expected = {(name, rate) for name, m in METHODS.items() if not m.rate_of for rate in m.rates if rate}
-    assert searched == expected
-    sizes = {line["method"]: line["MB"] for line in tests}
+        is_weighted = bool(attention) and not any(start in line["method"] for start in OTHER_STARTS)
+        assert ("weights" in line) == is_weighted
+        assert all(set(row) >= {"bank", "rail"} for row in attention.values()) or "weights" in line
+    sizes = {line["method"]: line["MB"] for line in lines}
     assert sizes["full fine-tuning"] > sizes["AdapterFusion"] > sizes["plain adapter"]
     assert sizes["AdapterDistillation"] == pytest.approx(sizes["plain adapter"], rel=0.3)
     table = report.streaming_tenants(lines).splitlines()
-    assert len(table) == 2 + sum(":" not in name for name in METHODS)
+    assert len(table) == 2 + sum(":" not in line["method"] for line in lines)
     assert len({line.count("|") for line in table}) == 1
+    assert table[2].endswith("| – | 0.00 | 0 |"), "the frozen encoder has no time of a query"
     of_objectives = set(quality.OBJECTIVES)
     assert of_objectives < set(METHODS)
     assert len(report.variants(lines).splitlines()) == 3 + sum(":" in name for name in set(METHODS) - of_objectives)
     assert len(report.objectives(lines).splitlines()) == 4 + len(of_objectives)
 
 
-def test_a_rerun_goes_on_where_the_first_stopped(benchmark, tmp_path, monkeypatch):
+def test_every_method_onboards_a_tenant_of_an_embedding_model(benchmark):
+    lines, _ = benchmark(*EMBEDDINGS, "--tenants", "post", "--search_tenants", "0", "--latency")
+    methods = embedding_runs.METHODS
+    assert [line["method"] for line in lines] == [name for name in methods if name != "SetFit" or find_spec("setfit")]
+    for line in lines:
+        assert (line["tenant"], line["seed"], line["teachers"]) == ("post", 1, 2)
+        assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "mrr", "title_accuracy_at_1"))
+        assert min(line["seconds"], line["cpu_seconds"], line["ms_ratio"]) > 0
+        assert (line["MB"] > 0) == (line["method"] not in FROZEN_METHODS or line["method"] == "linear map")
+        if "weights" in line:
+            assert set(line["weights"]) == {"bank", "rail"}
+            assert 0 < sum(line["weights"].values()) <= 1 + 1e-6
+            assert line["gain"] < 1
+    weighted = {line["method"].removeprefix("AdapterDistillation: ") for line in lines if "weights" in line}
+    assert weighted == {"AdapterDistillation", "weights alone", "weighted start", "best 3 teachers", "similarity"}
+    sizes = {line["method"]: line["MB"] for line in lines}
+    assert sizes["full fine-tuning"] > sizes["AdapterFusion"] > sizes["plain adapter"]
+    assert sizes["AdapterDistillation"] == pytest.approx(sizes["plain adapter"], rel=0.3)
+    table = report.embeddings(lines[::-1]).splitlines()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table[2:]] == [line["method"] for line in lines]
+
+
+def test_without_labels_only_the_methods_that_need_none_run(benchmark):
+    lines, _ = benchmark(*EMBEDDINGS, "--tenants", "post", "--shots", "0")
+    free = [name for name, method in embedding_runs.METHODS.items() if not method.needs_labels]
+    assert [line["method"] for line in lines] == free
+    assert all(line["accuracy_at_1"] == line["title_accuracy_at_1"] for line in lines)
+
+
+def test_methods_search_their_rates_and_variants_take_them(benchmark):
+    methods = ("linear map", "multi-task adapter")
+    lines, out = benchmark(*EMBEDDINGS, "--tenants", "post", "--search_tenants", "1", "--methods", *methods)
+    searched = [(line["method"], line["learning_rate"]) for line in lines if line["queries"] == "validation"]
+    assert searched == [
+        (name, rate) for name in ("linear map", "plain adapter") for rate in embedding_runs.METHODS[name].rates
+    ]
+    rates = streaming_tenants.chosen_rates(embedding_runs.METHODS, list(methods), lines)
+    tests = {line["method"]: line["learning_rate"] for line in lines if line["queries"] == "test"}
+    assert tests == rates
+    assert f"Learning rates: linear map {rates['linear map']:g}, multi-task adapter" in out
+
+
+@pytest.mark.parametrize("architecture", ["cross-encoder", "embeddings"])
+def test_a_rerun_goes_on_where_the_first_stopped(architecture, benchmark, tmp_path, monkeypatch):
     methods = ["--methods", "plain adapter", "teachers' average, untrained", "--search_tenants", "0"]
+    methods += ["--architecture", architecture]
     first, _ = benchmark(*methods, "--tenants", "bank")
     assert [(line["method"], line["tenant"]) for line in first] == [(m, "bank") for m in methods[1:3]]
     with (tmp_path / "lines.jsonl").open("a") as file:
         file.write('{"method": "plain adapter", "tena')  # killed while it wrote
-    monkeypatch.setattr(streaming_tenants.cross_encoder_runs, "train_teacher", None)  # they are kept
+    monkeypatch.setattr(streaming_tenants.RUNS[architecture], "train_teacher", None)  # they are kept
     second, _ = benchmark(*methods)
     assert second[:2] == first
     assert len(second) == 6
@@ -281,6 +341,81 @@ def test_streaming_takes_the_tenants_before_as_teachers(benchmark):
     methods = ("--methods", "teachers' average, untrained")
     lines, _ = benchmark(*methods, "--pool", "streaming", "--search_tenants", "0", "--bf16")
     assert [(line["tenant"], line["teachers"]) for line in lines] == [("rail", 1), ("post", 2)]
+
+
+@pytest.fixture
+def distinct(tmp_path):
+    """Data of three tenants of three FAQs, each with sixteen queries of its own."""
+    things, tenants = "card train parcel weather day pay gone leave when".split(), []
+    for number, name in enumerate(("bank", "rail", "post")):
+        mine = things[3 * number : 3 * number + 3]
+        faqs = [{"question": f"what is {t}", "queries": [f"how is {'e' * n} {t}" for n in range(16)]} for t in mine]
+        tenants.append({"name": name, "faqs": faqs})
+    path = tmp_path / "distinct.json"
+    path.write_text(json.dumps({"tenants": tenants}))
+    return str(path)
+
+
+def test_a_relative_shares_faqs_and_no_query(distinct):
+    args = Arguments(data=distinct, pool="relatives", shots="2", search_queries=1, teacher_queries=4)
+    teacher = pools.teacher_tenant(args, "post_relative")
+    assert [len(faq.train) for faq in teacher.faqs] == [4, 4]
+    theirs = {query for faq in teacher.faqs for query in (*faq.train, *faq.validation, *faq.test)}
+    assert len(theirs) == 16
+    for seed in (1, 2):
+        came = pools.arrival(args, "post", seed)
+        assert came.teachers == ["bank", "rail", "post_relative"]
+        assert {faq.question for faq in teacher.faqs} < {faq.question for faq in came.tenant.faqs}
+        assert {len(faq.train) for tenant in (came.tenant, *came.others) for faq in tenant.faqs} == {2}
+        own = [query for faq in came.tenant.faqs for query in (*faq.train, *faq.validation, *faq.test)]
+        assert len(own) == len(set(own)) == 3 * 8
+        assert theirs.isdisjoint([*own, *came.unlabelled])
+        assert {query for faq in came.others[-1].faqs for query in faq.train} <= theirs
+    assert pools.arrival(args, "post", 1).tenant != pools.arrival(args, "post", 2).tenant
+
+
+def test_relatives_are_trained_for_the_new_tenants_alone(benchmark, distinct, tmp_path):
+    methods = ("--methods", "teachers' average, untrained")
+    arguments = ("--data", distinct, "--pool", "relatives", "--tenants", "post", "--search_tenants", "0")
+    (line,), _ = benchmark(*EMBEDDINGS, *methods, *arguments)
+    assert (line["tenant"], line["teachers"]) == ("post", 3)
+    names = {path.name for path in (tmp_path / "teachers").iterdir()}
+    assert names == {"bank", "rail", "post", "post_relative"}
+
+
+def test_random_teachers_keep_the_norms_and_depend_on_the_key_alone():
+    first, second = ([torch.nn.Parameter(values * torch.ones(4, 8)) for values in (2.0, 0.0, -1.0)] for _ in range(2))
+    norms = [parameter.norm().item() for parameter in first]
+    pools.randomize(first, "bank 1")
+    assert [parameter.norm().item() for parameter in first] == pytest.approx(norms)
+    assert len(first[0].unique()) == 32
+    assert not torch.allclose(first[0] / first[0].norm(), -first[2] / first[2].norm())
+    pools.randomize(second, "bank 2")
+    assert not torch.allclose(first[0], second[0])
+    pools.randomize(second, "bank 1")
+    for parameter, other in zip(first, second, strict=True):
+        torch.testing.assert_close(parameter, other)
+
+
+def test_a_run_after_others_in_a_process_is_the_same_as_alone(benchmark, distinct, tmp_path):
+    def run(*arguments):
+        fixed = ("--data", distinct, "--search_tenants", "0", "--pool", "random", "--test_queries", "8")
+        lines, _ = benchmark(*EMBEDDINGS, *fixed, "--tenants", "bank", *arguments)
+        measured = ("auc", "mrr", "title_accuracy_at_1", "gain")
+        return {
+            (line["method"], line["seed"]): [line[key] for key in measured if key in line]
+            + list(line.get("weights", {}).values())
+            for line in lines
+        }
+
+    methods = ["plain adapter", "AdapterDistillation: weights alone"]
+    after = run("--seeds", "1", "2", "--methods", "AdapterFusion", *methods)
+    for method in methods:
+        (tmp_path / "lines.jsonl").unlink()
+        embedding_runs._platform.cache_clear()
+        alone = run("--seeds", "2", "--methods", method)
+        assert alone == {(method, 2): pytest.approx(after[method, 2], abs=1e-5)}
+        assert after[method, 1] != pytest.approx(after[method, 2], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -320,6 +455,8 @@ def test_each_method_takes_its_best_learning_rate():
         (["--shots", "6"], "6 training queries are too many"),
         (["--shots", "all"], "6 training queries are too many"),
         (["--shots", "0", "--methods", "plain adapter"], "--methods 'plain adapter' needs labelled queries"),
+        ([*EMBEDDINGS, "--methods", "SetFit"], "--methods 'SetFit' needs its package; install it with pip install"),
+        ([*EMBEDDINGS, "--architecture", "fast"], "--architecture fast is unknown; choose of embeddings"),
         (["--pool", "friends"], "--pool friends is unknown; choose of unrelated, relatives, streaming, random"),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--processes", "0"], "--processes 0 is out of range"),
@@ -329,6 +466,7 @@ def test_each_method_takes_its_best_learning_rate():
 )
 def test_bad_arguments_train_nothing(arguments, message, benchmark, monkeypatch):
     monkeypatch.setattr(streaming_tenants, "run_all", None)
+    monkeypatch.setattr(streaming_tenants, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=message) as caught:
         benchmark(*arguments)
     assert "\n" not in str(caught.value)
@@ -376,6 +514,94 @@ def test_the_tables_by_hand():
     assert report.tenants(lines).splitlines()[2:] == ["| bank | 0.500 | 0.600 |", "| rail | 0.700 | 0.650 |"]
 
 
+def of_embeddings(method, accuracies, **kwargs):
+    """Lines of runs on embeddings whose queries were not timed."""
+    about = {"title_accuracy_at_1": 0.25, "cpu_seconds": 3.0, "shots": 3, "arguments": {"steps": 90}}
+    lines = runs(method, accuracies, **(about | kwargs))
+    return [{key: value for key, value in line.items() if key not in ("ms", "ms_ratio", "MB")} for line in lines]
+
+
+def test_the_table_of_embeddings_by_hand():
+    lines = of_embeddings("AdapterDistillation", [0.6, 0.6, 0.7, 0.6], cpu_seconds=4.0)
+    lines += of_embeddings("plain adapter", [0.5, 0.5, 0.7, 0.7], cpu_seconds=2.0)
+    lines += of_embeddings("a method of old", [0.5, 0.5, 0.7, 0.7])[:1]
+    lines += of_embeddings("frozen centroid", [0.4, 0.5, 0.7, 0.7])
+    lines += of_embeddings("plain adapter", [0, 0, 0, 0], queries="validation")
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in report.embeddings(lines).splitlines()]
+    header, _, centroid, plain, student, old = rows
+    assert [row[0] for row in rows[2:]] == [
+        "frozen centroid",
+        "plain adapter",
+        "AdapterDistillation",
+        "a method of old",
+    ]
+    assert student[1:3] == ["4", "0.001"]
+    assert student[3].startswith("0.625 [0.6")
+    assert student[4:7] == ["0.250", "0.625", "0.625"]
+    above = {name: n for n, name in enumerate(header) if name.startswith("points above")}
+    assert list(above) == [
+        f"points above {other}" for other in ("frozen centroid", "plain", "teachers' average", "AdapterFusion")
+    ]
+    assert student[above["points above frozen centroid"]].startswith("+5.0 [")
+    assert student[above["points above plain"]].startswith("+2.5 [")
+    assert student[above["points above AdapterFusion"]] == "–"
+    assert student[-2:] == ["-5.0 (rail)", "4.0"]
+    assert plain[above["points above plain"]] == plain[-2] == centroid[above["points above frozen centroid"]] == "–"
+    assert old[1:4] == ["1", "0.001", "0.500"]
+    assert old[above["points above plain"]] == "+0.0", "one run has no interval"
+
+
+@pytest.mark.parametrize("method", ["plain adapter", "AdapterDistillation", "AdapterDistillation: uniform"])
+def test_no_table_needs_costs_or_the_other_methods(method):
+    lines = of_embeddings(method, [0.6, 0.6, 0.7, 0.6]) + of_embeddings("frozen encoder", [0.5, 0.5, 0.7, 0.7])
+    for name in ("streaming_tenants", "variants", "objectives", "training_costs", "tenants", "training_data"):
+        assert report.TABLES[name](lines).splitlines()[2:] or ":" in method or method == "plain adapter", name
+    assert quality.draw_cost(lines).axes[0].get_yticklabels()[-1].get_text() in (method, "frozen encoder")
+
+
+def test_the_plots_of_embeddings(tmp_path, monkeypatch, capsys):
+    files = {
+        "few": of_embeddings("plain adapter", [0.5, 0.5, 0.7, 0.7])
+        + of_embeddings("AdapterFusion", [0.4, 0.5, 0.7, 0.7])
+        + of_embeddings("AdapterDistillation", [0.6, 0.6, 0.7, 0.6]),
+        "none": of_embeddings("frozen encoder", [0.5, 0.5, 0.7, 0.7])
+        + of_embeddings("AdapterDistillation", [0.7, 0.7, 0.9, 0.9]),
+    }
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    monkeypatch.setattr(sys, "argv", ["report.py", "embeddings", *(str(tmp_path / f"{name}.jsonl") for name in files)])
+    report.main()
+    out = capsys.readouterr().out
+    assert [report.embeddings(lines) in out for lines in files.values()] == [True, True]
+    for plot in ("differences", "cost"):
+        assert (tmp_path / f"embeddings_{plot}.png").stat().st_size > 10_000
+    left, right = quality_embeddings.draw_differences(files).axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == ["frozen encoder", "AdapterFusion", "plain adapter", "AdapterDistillation"], "from the bottom"
+    drawn = [{names[int(bar[0].get_ydata()[0])]: bar[0].get_xdata()[0] for bar in a.containers} for a in (left, right)]
+    assert drawn[0] == pytest.approx({"plain adapter": 0, "AdapterFusion": -2.5, "AdapterDistillation": 2.5})
+    assert drawn[1] == pytest.approx({"frozen encoder": 0, "AdapterDistillation": 20}), "there is no plain adapter"
+    assert left.get_xlabel().endswith("above the plain adapter")
+    assert right.get_xlabel().endswith("above the frozen encoder")
+
+
+def test_labels_of_the_plot_of_costs_cover_nothing():
+    lines = [
+        line
+        for number in range(20)
+        for line in of_embeddings(
+            f"method {number} of many", [0.7 + number % 4 / 100] * 4, cpu_seconds=30 + number / 5
+        )
+    ]
+    axes = quality_embeddings.draw_cost({"crowded": lines}).axes[0]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] != []
+    assert len(boxes) == 20
+    assert sum(box.count_overlaps(boxes) - 1 for box in boxes) == 0
+    dots = [axes.transData.transform((30 + number / 5, 0.7 + number % 4 / 100)) for number in range(20)]
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+
+
 def test_the_tables_of_objectives_by_hand():
     lines = runs("plain adapter", [0.5, 0.5, 0.7, 0.7], seconds=2.0)
     lines += runs("AdapterDistillation", [0.6, 0.6, 0.7, 0.6], seconds=3.0)
@@ -404,7 +630,8 @@ def test_the_plots(tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_and_the_plot_by_training_data(tmp_path, monkeypatch, capsys):
-    few, all_queries = {"shots": 3, "arguments": {"steps": 90}}, {"shots": 0, "arguments": {"steps": 375}}
+    few = {"shots": 3, "arguments": {"steps": 90, "pool": "unrelated"}}
+    all_queries = {"shots": 0, "arguments": {"steps": 375, "shots": 0, "streaming": False}}  # as they once were
     files = {
         "all": runs("plain adapter", [0.9, 0.9, 0.8, 0.8], **all_queries),
         "few": runs("plain adapter", [0.5, 0.5, 0.7, 0.7], **few),
