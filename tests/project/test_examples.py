@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import combinations
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -23,12 +24,38 @@ def plain(text):
 
 
 def test_bundled_data_is_what_it_says():
-    assert len(TENANTS) == 6
+    assert len(TENANTS) == 10
     assert all(len(tenant["faqs"]) == 12 for tenant in TENANTS)
     faqs = [faq for tenant in TENANTS for faq in tenant["faqs"]]
     assert all(len(faq["queries"]) == 14 and faq["question"] and faq["answer"] for faq in faqs)
     queries = [plain(query) for faq in faqs for query in faq["queries"]]
-    assert len(set(queries)) == len(queries) == 1008
+    assert len(set(queries)) == len(queries) == 1680
+
+
+def test_each_added_tenant_has_a_relative():
+    """A pair shares 6 to 9 FAQs by id, in words of its own; no other tenants share any. The last one is of a pair."""
+    faqs = {tenant["name"]: {faq["id"]: faq for faq in tenant["faqs"]} for tenant in TENANTS}
+    assert all(len(of_tenant) == 12 for of_tenant in faqs.values()), "an id stands for one FAQ"
+    assert list(faqs)[:6] == ["bank", "airline", "mobile", "shop", "insurer", "city"]
+    relatives = {"prepaid": "mobile", "island_air": "airline", "electronics": "shop", "credit_union": "bank"}
+    assert list(faqs)[6:] == list(relatives)
+    for one, other in combinations(faqs, 2):
+        shared = faqs[one].keys() & faqs[other].keys()
+        assert 6 <= len(shared) <= 9 if relatives.get(other) == one else not shared, (one, other)
+        for name in shared:
+            texts = [[plain(faqs[tenant][name][part]) for part in ("question", "answer")] for tenant in (one, other)]
+            assert not set(texts[0]) & set(texts[1]), name
+
+
+def test_no_query_is_nearly_another_one_of_its_tenant_or_the_relative():
+    """Two of five words or more have at most three quarters of their words in common."""
+    topics = ({"bank", "credit_union"}, {"airline", "island_air"}, {"mobile", "prepaid"}, {"shop", "electronics"})
+    for topic in (*topics, {"insurer"}, {"city"}):
+        faqs = [faq for tenant in TENANTS if tenant["name"] in topic for faq in tenant["faqs"]]
+        words = [set(plain(query).split()) for faq in faqs for query in faq["queries"]]
+        long = [query for query in words if len(query) >= 5]
+        near = [pair for pair in combinations(long, 2) if len(pair[0] & pair[1]) > 0.75 * len(pair[0] | pair[1])]
+        assert near == []
 
 
 def test_split_has_no_query_twice():
