@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import adapters
-import onboard_cross_encoder
-import onboard_embeddings
+import demo_cross_encoder
+import demo_embeddings
 import sentence_transformers
 import torch
 import transformers
@@ -164,7 +164,7 @@ def main() -> None:
         args, platform, new, existing = prepare()
     except (ValueError, OSError) as error:
         raise SystemExit(f"faq_retrieval.py: {str(error).splitlines()[0]}") from error
-    module: Any = onboard_embeddings if args.architecture == "embeddings" else onboard_cross_encoder
+    module: Any = demo_embeddings if args.architecture == "embeddings" else demo_cross_encoder
     teachers = module.train_teachers(platform, existing, args)
     onboarding = module.Onboarding(platform, new, teachers, args)
     onboarding.run()
