@@ -1,22 +1,19 @@
-"""The ways to onboard a new tenant that `streaming_tenants.py` compares, all with the same number of steps."""
+"""The ways to onboard a new tenant of a cross-encoder that are compared, with as many steps each."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from adapters import AdapterTrainer
 from datasets import Dataset, concatenate_datasets
+from faq_cross_encoder import CrossEncoderPlatform
+from onboarding_frozen import FROZEN_METHODS
+from tenant_jobs import Method
 from transformers import Trainer, set_seed
 
 import hf_adapter_distillation as had
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import faq_retrieval as example  # noqa: E402
 
 NEW = "new"  # the name of the new tenant's adapter and head
 Save = Callable[[str], None]
@@ -37,7 +34,7 @@ class Onboarding:
         seconds: What the training took, so far.
     """
 
-    platform: example.CrossEncoderPlatform
+    platform: CrossEncoderPlatform
     teachers: list[str]
     train: Dataset
     others: list[Dataset]
@@ -148,37 +145,35 @@ def untrained_student(run: Onboarding) -> Save:
     return run.save
 
 
-class Method(NamedTuple):
-    """A method, the learning rates that it chooses from, and the method whose choice it takes instead of its own."""
-
-    onboard: Callable[[Onboarding], Save]
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    rate_of: str = ""
+RATES = (1e-3, 2e-3, 4e-3)
 
 
 def _configured(rate_of: str = "AdapterDistillation", **settings: Any) -> Method:
     """AdapterDistillation with another config than the default."""
     config = partial(had.DistillationConfig, **settings)
-    return Method(partial(adapter_distillation, config=config), rate_of=rate_of)
+    return Method(partial(adapter_distillation, config=config), RATES, rate_of)
 
 
 def _trained(**arguments: Any) -> Method:
     """AdapterDistillation with other training arguments than the defaults."""
-    return Method(partial(adapter_distillation, **arguments), rate_of="AdapterDistillation")
+    return Method(partial(adapter_distillation, **arguments), RATES, "AdapterDistillation")
 
 
 METHODS = {
-    "full fine-tuning": Method(full_fine_tuning, rates=(5e-5, 1e-4, 2e-4)),
-    "plain adapter": Method(plain_adapter),
-    "teachers' average, untrained": Method(partial(teachers_average, trained=False), rates=(0.0,)),
-    "teachers' average": Method(partial(teachers_average, trained=True)),
-    "AdapterFusion": Method(adapter_fusion, rates=(5e-4, 1e-3, 2e-3)),
-    "multi-task adapter": Method(multi_task_adapter, rate_of="plain adapter"),
-    "AdapterDistillation, untrained": Method(untrained_student, rates=(0.0,)),
-    "AdapterDistillation": Method(adapter_distillation),
+    "frozen encoder": FROZEN_METHODS["frozen encoder"],
+    "frozen centroid": FROZEN_METHODS["frozen centroid"],
+    "full fine-tuning": Method(full_fine_tuning, (5e-5, 1e-4, 2e-4)),
+    "plain adapter": Method(plain_adapter, RATES),
+    "teachers' average, untrained": Method(partial(teachers_average, trained=False), (0.0,), needs_labels=False),
+    "teachers' average": Method(partial(teachers_average, trained=True), RATES),
+    "AdapterFusion": Method(adapter_fusion, (5e-4, 1e-3, 2e-3)),
+    "multi-task adapter": Method(multi_task_adapter, RATES, "plain adapter"),
+    "AdapterDistillation, untrained": Method(untrained_student, (0.0,), needs_labels=False),
+    "AdapterDistillation": Method(adapter_distillation, RATES),
     "AdapterDistillation: paper": Method(
-        partial(adapter_distillation, config=had.DistillationConfig.paper), rate_of="plain adapter"
+        partial(adapter_distillation, config=had.DistillationConfig.paper), RATES, "plain adapter"
     ),
+    "AdapterDistillation: uniform": _configured(student_start="teachers"),
     "AdapterDistillation: fused": _configured("plain adapter", carrier="fused"),
     "AdapterDistillation: mixed": _configured("plain adapter", carrier="mixed"),
     "AdapterDistillation: fused, higher rate": _configured(carrier="fused"),
@@ -193,7 +188,7 @@ METHODS = {
     "AdapterDistillation: features and logits": _configured(objective={"features": 1.0, "logits": 1.0}),
     "AdapterDistillation: features and cross-task": _configured(objective={"features": 1.0, "cross_task": 1.0}),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
-    "AdapterDistillation: query log": Method(with_query_log, rate_of="AdapterDistillation"),
+    "AdapterDistillation: query log": Method(with_query_log, RATES, "AdapterDistillation"),
     "AdapterDistillation: stage 2 from 0.25": _trained(distillation_start=0.25),
     "AdapterDistillation: stage 2 from 0.5": _trained(distillation_start=0.5),
     "AdapterDistillation: never stage 2": _trained(distillation_start=1.0),

@@ -1,0 +1,148 @@
+"""The tenants of a run of `streaming_tenants.py`: the new one with its queries, and the pool of its teachers.
+
+The pools are: `unrelated`, all other tenants; `relatives`, these and a relative of the new tenant, which has two
+thirds of its FAQs; `streaming`, the tenants that came before the new one; `random`, the unrelated teachers with random
+weights of the same norms, which tells what teachers know from what any weights do.
+"""
+
+import json
+import random
+import sys
+import tempfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tenant_jobs import Arguments
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from faq_data import Faq, Tenant, hold_out, load_tenants  # noqa: E402
+
+TEACHER_SEED = 0
+QUERY_LOG = 20  # queries of each FAQ, at most, that are read without labels
+RELATIVE = "_relative"
+
+
+class Arrival(NamedTuple):
+    """A new tenant on the platform.
+
+    Args:
+        tenant: The new tenant; its `train` queries are the labelled ones.
+        others: The tenants of the pool, each with as many training queries.
+        teachers: The names of their adapters.
+        unlabelled: Other queries of the new tenant.
+    """
+
+    tenant: Tenant
+    others: list[Tenant]
+    teachers: list[str]
+    unlabelled: list[str]
+
+
+def relative_of(tenant: Tenant) -> Tenant:
+    """Return a relative of a tenant as it was loaded: two thirds of its FAQs, the second half of their queries."""
+    n_faqs = len(tenant.faqs)
+    shared = sorted(random.Random(tenant.name).sample(range(n_faqs), round(2 * n_faqs / 3)))
+    faqs = [tenant.faqs[number] for number in shared]
+    return Tenant(f"{tenant.name}{RELATIVE}", [replace(faq, train=_second_half(faq)) for faq in faqs])
+
+
+def _second_half(faq: Faq) -> list[str]:
+    return faq.train[len(faq.train) // 2 :]
+
+
+def shots_of(args: Arguments, tenant: Tenant) -> int:
+    """Return the training queries of each FAQ of a new tenant."""
+    return max(len(faq.train) for faq in tenant.faqs) if args.shots == "all" else int(args.shots)
+
+
+def teacher_tenant(args: Arguments, name: str) -> Tenant:
+    """Return the tenant, or the relative of a tenant, whose queries train a teacher."""
+    tenants = {tenant.name: tenant for tenant in load_tenants(args.data, TEACHER_SEED)}
+    tenant = tenants[name] if name in tenants else relative_of(tenants[name.removesuffix(RELATIVE)])
+    hold_out(tenant, args.teacher_queries, args.search_queries)
+    return tenant
+
+
+def arrival(args: Arguments, name: str, seed: int) -> Arrival:
+    """Return a new tenant with the queries that a seed draws, and its pool."""
+    tenants = load_tenants(args.data, seed)
+    number = [tenant.name for tenant in tenants].index(name)
+    new = tenants.pop(number)
+    others = tenants[:number] if args.pool == "streaming" else tenants
+    if args.pool == "relatives":
+        loaded = load_tenants(args.data, TEACHER_SEED)[number]
+        others = [*others, relative_of(loaded)]
+        for faq, same in zip(new.faqs, loaded.faqs, strict=True):
+            of_relative = set(_second_half(same))
+            faq.train = [query for query in faq.train if query not in of_relative]
+    shots = shots_of(args, new)
+    beyond = [query for faq in new.faqs if faq.test for query in faq.train[shots : shots + QUERY_LOG]]
+    for tenant in [new, *others]:
+        hold_out(tenant, shots, args.search_queries)
+    unlabelled = beyond or [query for faq in new.faqs for query in faq.validation[:QUERY_LOG]]
+    return Arrival(new, others, [tenant.name for tenant in others], unlabelled)
+
+
+def check_queries(args: Arguments, tenants: list[Tenant]) -> None:
+    """Check that all tenants have the queries that the arguments ask for.
+
+    Raises:
+        ValueError: If an FAQ has too few.
+    """
+    for tenant in tenants:
+        shots = shots_of(args, tenant)
+        if args.pool == "relatives":
+            hold_out(relative_of(tenant), args.teacher_queries, args.search_queries)
+            halved = [replace(faq, train=faq.train[: len(faq.train) // 2]) for faq in tenant.faqs]
+            own = Tenant(tenant.name, halved)
+            hold_out(own, shots_of(args, own), args.search_queries)
+        hold_out(tenant, max(shots, args.teacher_queries), args.search_queries)
+
+
+def teachers_to_train(args: Arguments, names: list[str]) -> list[str]:
+    """Return those of the teachers that are not trained yet.
+
+    Raises:
+        ValueError: If an existing adapter was trained with other arguments.
+    """
+    missing = []
+    for name in names:
+        file = Path(args.teachers_dir) / name / "made_with.json"
+        if not file.is_file():
+            missing.append(name)
+            continue
+        made_with = {"architecture": "cross-encoder"} | json.loads(file.read_text())
+        if different := [key for key, value in args.of_teachers().items() if made_with.get(key) != value]:
+            raise ValueError(
+                f"{file.parent} was made with --{different[0]} {made_with.get(different[0])}, not "
+                f"{args.of_teachers()[different[0]]}; choose another --teachers_dir."
+            )
+    return missing
+
+
+def keep_teacher(args: Arguments, model: Any, name: str, metrics: dict[str, float]) -> None:
+    """Save a teacher; its folder gets its name only when it is complete."""
+    with tempfile.TemporaryDirectory(dir=args.teachers_dir) as temporary:
+        model.save_adapter(f"{temporary}/{name}", name)
+        Path(temporary, name, "made_with.json").write_text(json.dumps(args.of_teachers() | metrics, indent=1))
+        Path(temporary, name).rename(Path(args.teachers_dir) / name)
+
+
+def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
+    """Return the parameters of an adapter."""
+    places = model.get_adapter(name).values()
+    return [parameter for place in places for module in place.values() for parameter in module.parameters()]
+
+
+@torch.no_grad()
+def randomize(parameters: list[nn.Parameter], key: str) -> None:
+    """Replace each tensor by a random one of the same norm, which depends on the key alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    for parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        parameter.copy_(noise * (parameter.norm() / noise.norm()))
