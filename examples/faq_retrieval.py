@@ -40,7 +40,7 @@ from hf_adapter_distillation.composition import check_name
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "embeddings": {
-        "teacher_queries": 10, "teacher_steps": 30, "steps": 90, "batch_size": 16, "test_queries": 20,
+        "teacher_queries": 10, "teacher_steps": 30, "steps": 60, "batch_size": 16, "test_queries": 20,
         "learning_rate": 1e-3,
     },
     "cross-encoder": {
@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 QUICK: dict[str, dict[str, Any]] = {
-    "embeddings": {"teacher_steps": 20, "steps": 30},
+    "embeddings": {"teacher_steps": 16, "steps": 24},
     "cross-encoder": {"teacher_queries": 6, "teacher_steps": 72, "steps": 54, "test_queries": 1},
 }
 QUICK_TEACHERS = 3
@@ -76,7 +76,7 @@ class Arguments:
         default=None, metadata={"help": "Steps of each existing tenant's adapter. Default: 30 (cross-encoder 360)."}
     )
     steps: int | None = field(
-        default=None, metadata={"help": "Steps of the new tenant, all stages. Default: 90 (cross-encoder 216)."}
+        default=None, metadata={"help": "Steps of the new tenant, all stages. Default: 60 (cross-encoder 216)."}
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate. Default: 1e-3 (cross-encoder 2e-3)."}
@@ -98,7 +98,7 @@ class Arguments:
                 setattr(self, name, value)
         if self.shots < 1:
             raise ValueError(
-                f"--shots {self.shots} is out of range; the methods train on at least 1 query of each FAQ."
+                f"--shots {self.shots} leaves nothing to train on and is out of range; it must be at least 1."
             )
         for name in settings:
             if name != "learning_rate" and getattr(self, name) < 1:
