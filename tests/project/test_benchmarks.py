@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from paths import ROOT
 from transformers import BertConfig
 
