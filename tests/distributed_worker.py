@@ -41,6 +41,7 @@ SETTINGS = {
     "dual": {"carrier": "dual", "ddp_find_unused_parameters": False},
     "accumulation": {"gradient_accumulation_steps": 2, "carrier": "mixed"},
     "a start fitted on 19 examples": {"examples": 19, "max_steps": 2, "distillation_start": 0.0, "start": "teachers"},
+    "weighed teachers": {"start": "weighted", "weighing_steps": 4, "max_steps": 2, "distillation_start": 0.0},
     "a start fitted on 3 examples": {"examples": 3, "max_steps": 0, "start": "teachers"},
     "static head": {"kind": "classification", "label_smoothing_factor": 0.1},
     "lora": {"config": "lora", "start": "average"},
@@ -172,6 +173,8 @@ FEW = {
     "fewer than a batch, stage 2 alone": {"examples": 5, "distillation_start": 0.0, "carrier": "mixed"},
     "checkpoints": {"examples": 1, "save_strategy": "steps", "save_steps": 1},
     "an analysis": {"examples": 3, "analysis": True},
+    "weighed teachers": {"examples": 3, "start": "weighted", "weighing_steps": 4},
+    "one example to weigh teachers": {"examples": 1, "start": "weighted"},
 }
 
 

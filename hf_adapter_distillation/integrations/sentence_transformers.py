@@ -1,6 +1,7 @@
 """The trainers of Sentence Transformers with both stages, for embedding models and cross-encoders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,11 +75,12 @@ class _WrappedTransformerMixin(DistillationMixin):
             sequences = settings.sequences + len(inputs["attention_mask"])
             self.distillation.settings = replace(settings, sequences=sequences)
 
-    def _task_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
-        components = self.accum_loss_components  # to be logged, and not those before the first step
+    @contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        components = self.accum_loss_components
         self.accum_loss_components = {mode: {} for mode in components}
         try:
-            return super()._task_loss(inputs)
+            yield
         finally:
             self.accum_loss_components = components
 

@@ -1,12 +1,12 @@
 """Supervised fine-tuning of a causal language model with the `SFTTrainer` of trl, in both stages."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
 from adapters import AdapterConfig, ConfigUnion, ModelWithFlexibleHeadsAdaptersMixin, ReftConfig
 from torch import nn
 from torch.utils.data import Dataset
@@ -106,11 +106,12 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
             dataset = self._prepare_dataset(dataset, self.processing_class, *arguments)
         return super()._without_unused_columns(dataset)
 
-    def _task_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
-        metrics = self._metrics  # to be logged, and not those before the first step
+    @contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        metrics = self._metrics
         self._metrics = {mode: defaultdict(list) for mode in metrics}
         try:
-            return super()._task_loss(inputs)
+            yield
         finally:
             self._metrics = metrics
 

@@ -93,7 +93,13 @@ class ReadingTrainer(TwoStageTrainer):
             for module in (self.model, *self._losses):
                 stack.enter_context(without_dropout(module))
             stack.enter_context(self._autocast())
+            stack.enter_context(self._unlogged())
             return self.compute_loss(self.model, inputs, num_items_in_batch=n_items)
+
+    @contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """Leave what a `compute_loss` collects for the next log as it is."""
+        yield
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model
@@ -148,7 +154,7 @@ class ReadingTrainer(TwoStageTrainer):
             return [accepted_inputs(inner, inputs)]
         calls: list[dict[str, Any]] = []
         with torch.no_grad(), without_dropout(self.model), self._active_student(), self._autocast():
-            with noting_inputs(inner, calls.append):
+            with noting_inputs(inner, calls.append), self._unlogged():
                 self.compute_loss(self.model, dict(inputs))
         if not calls:
             raise ValueError(

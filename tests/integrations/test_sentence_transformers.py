@@ -223,3 +223,49 @@ def test_a_cross_encoder_trains_student_head_and_fusion_alone(loss, tiny_encoder
     for part in (".adapters.insurance.", ".distillation_fusion.insurance.", ".classifier."):
         assert any(part in name for name in moved), part
     assert trainer.state.log_history[-2]["distillation_loss"] > 0
+
+
+SORTED = PAIRS.add_column("label", [i % 2 for i in range(16)])
+
+
+class Several(losses.MultipleNegativesRankingLoss):
+    """A loss of several components, which the trainer logs one by one."""
+
+    def forward(self, *args, **kwargs):
+        value = super().forward(*args, **kwargs)
+        return {"first": value / 4, "second": 3 * value / 4}
+
+
+def softmax_loss(model):
+    return losses.SoftmaxLoss(model, sentence_embedding_dimension=16, num_labels=2)
+
+
+@pytest.mark.parametrize("case", ["ranking", "cached ranking", "own weights", "several losses", "components"])
+def test_embeddings_weigh_their_teachers(case, tiny_encoder, tmp_path):
+    """With gradient caches, and losses that have weights of their own, which are trained along and put back."""
+    model = embedding_model(tmp_path, tiny_encoder, student_start="weighted")
+    if case == "several losses":
+        dataset = {"pairs": PAIRS, "sorted": SORTED}
+        loss = {"pairs": losses.MultipleNegativesRankingLoss(model), "sorted": softmax_loss(model)}
+    elif case in ("own weights", "components"):
+        dataset, loss = (SORTED, softmax_loss(model)) if case == "own weights" else (PAIRS, Several(model))
+    else:
+        loss, dataset = LOSSES[case][0](model), PAIRS
+    trainer = SentenceTransformerDistillationTrainer(
+        model, arguments(tmp_path, weighing_steps=8, max_steps=2), train_dataset=dataset, loss=loss
+    )
+    parts = list(loss.values()) if isinstance(loss, dict) else [loss]
+    before, loader = [snapshot(part) for part in parts], trainer.get_train_dataloader()
+    trainer.fit_start()
+    assert trainer._train_dataloader is loader
+    assert trainer.accum_loss_components == {"train": {}, "eval": {}}
+    moved = {name for part, start in zip(parts, before, strict=True) for name in changed(part, start)}
+    assert all(".insurance." in name for name in moved)
+    assert moved or len(trainer.block.teachers) < 3
+    weights = trainer.distillation.weights
+    assert len({round(weight, 6) for weight in weights.mean().values()}) == 3, "they were learned"
+    assert weights.gain != 0
+    beside = trainer._labelled(16).beside
+    assert len(beside) == (2 if case in ("own weights", "several losses") else 0)
+    trainer.train()
+    assert trainer.distillation.run.settings["teacher_gain"] == round(trainer.distillation.weights.gain, 4)

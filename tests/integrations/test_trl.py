@@ -348,3 +348,22 @@ def test_adapters_that_take_a_row_for_a_sequence(config, settings, sft_args):
         SFTDistillationTrainer(model, sft_args(**settings), train_dataset=chats(), processing_class=chat_tokenizer())
     assert "\n" not in str(caught.value)
     SFTDistillationTrainer(model, sft_args(), train_dataset=chats(), processing_class=chat_tokenizer())
+
+
+def test_chats_weigh_their_teachers(sft_args):
+    """The metrics that trl logs are those of the training alone."""
+    logs = []
+    for start in ("weighted", "average"):
+        model = make_student(make_model("llama", "causal_lm"), config=LORA, head=None, student_start=start)
+        args = sft_args(eval_strategy="steps", eval_steps=1, weighing_steps=4)
+        trainer = RecordingTrainer(model, args, train_dataset=chats(), eval_dataset=chats(4, seed=1))
+        before = snapshot(model)
+        if start == "weighted":
+            trainer.fit_start()
+            assert not any(trainer._metrics[mode] for mode in ("train", "eval"))
+            weights = trainer.distillation.weights
+            assert len({round(weight, 6) for weight in weights.mean().values()}) == 3
+            assert all(".insurance." in name for name in changed(model, before))
+        trainer.train()
+        logs.append(next(log for log in trainer.state.log_history if "eval_num_tokens" in log))
+    assert logs[0]["eval_num_tokens"] == logs[1]["eval_num_tokens"]

@@ -240,3 +240,82 @@ def test_no_tensor_has_the_size_of_the_updates(reaches_input):
         fusion(hidden_states, torch.stack(updates_of(stacked, hidden_states), dim=2))
     assert shapes.largest >= tokens * n * hidden, "the plain form must be seen to have it"
     assert all(not tensor.requires_grad for tensor in (stacked.down_weight, stacked.down_bias, stacked.up))
+
+
+# Weights of the teachers, with a null teacher
+
+
+def weighted_reference(fusion, hidden_states, updates, weights):
+    """As `reference`, with the logarithms of the weights, and with a null teacher of score 0 and update 0."""
+    fused, attention = torch.empty_like(hidden_states), hidden_states.new_empty(updates.shape[:3])
+    logs = torch.tensor([*weights, 1 - sum(weights)], dtype=torch.float64).log()
+    for b, t in torch.cartesian_prod(*map(torch.arange, hidden_states.shape[:2])).tolist():
+        query = fusion.query.weight @ hidden_states[b, t] + fusion.query.bias
+        scores = [query @ (fusion.key.weight @ update) for update in updates[b, t]]
+        shares = (torch.stack([*scores, torch.zeros_like(scores[0])]) + logs).softmax(0)[:-1]
+        fused[b, t] = sum(w * (fusion.value.weight @ u) for w, u in zip(shares, updates[b, t], strict=True))
+        attention[b, t] = shares
+    return fused, attention
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3), st.data())
+def test_weighted_attention_equals_the_equation(batch, shapes, data):
+    """Plain and stacked, with gradients; the names of the stacks are in another order than those of the weights."""
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    hidden, seq_len, names = 6, 3, []
+    stacks = [make_stack(n, width, hidden) for n, width in shapes]
+    for number, stacked in enumerate(stacks):
+        stacks[number] = stacked._replace(names=tuple(f"{number}.{name}" for name in stacked.names))
+        names += stacks[number].names
+    weights = dict(zip(names, torch.rand(len(names) + 1).double().softmax(0).tolist()[:-1], strict=True))
+    fusion = random_fusion(hidden)
+    fusion.set_weights(dict(reversed(weights.items())))
+    hidden_states = torch.randn(batch, seq_len, hidden, dtype=torch.float64, requires_grad=True)
+    updates = torch.stack([u for s in stacks for u in updates_of(s, hidden_states)], dim=2)
+    inputs = [hidden_states, *fusion.parameters()]
+    forms = [
+        fusion(hidden_states, updates, fusion.log_weights_of(names)),
+        fusion.fuse_stacked(hidden_states, stacks, [s.features(hidden_states) for s in stacks]),
+        weighted_reference(fusion, hidden_states, updates, [weights[name] for name in names]),
+    ]
+    probe = torch.randn_like(forms[0][0])
+    results = [(*form, torch.autograd.grad((form[0] * probe).sum(), inputs, retain_graph=True)) for form in forms]
+    assert results[2][1].sum(-1).min() < 1
+    for result in results[:2]:
+        torch.testing.assert_close(
+            result, (*results[2][:1], results[2][1].detach(), results[2][2]), rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_attention_starts_at_the_weights(dtype):
+    """Of the adapters that a place has, and of the student with the mean weight of its teachers."""
+    torch.manual_seed(0)
+    fusion = TeacherFusion(8, dtype=dtype)
+    weights = {"bank": 0.6, "travel": 0.1, "work": 0.0}
+    fusion.set_weights(weights)
+    tolerance = 1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5
+    null = 1 - 0.7
+    for names in (["bank", "travel", "work"], ["travel", "bank"], ["bank", "insurance"]):
+        of_names = torch.tensor([weights.get(name, 0.7 / 3) for name in names], dtype=torch.float64)
+        expected = of_names / (of_names.sum() + null)
+        states, updates = torch.randn(2, 3, 8, dtype=dtype), 1e-3 * torch.randn(2, 3, len(names), 8, dtype=dtype)
+        fused, attention = fusion(states, updates, fusion.log_weights_of(names))
+        assert fused.isfinite().all()
+        wanted = expected.to(attention).expand_as(attention)
+        torch.testing.assert_close(attention, wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(fusion.weights_of(names).double(), expected, rtol=1e-4, atol=1e-5)
+    assert fusion.weights() == pytest.approx(weights, abs=2e-6)
+    assert "log_weights" not in fusion.state_dict()
+
+
+def test_without_weights_attention_sums_to_one():
+    fusion = random_fusion(8)
+    hidden_states, updates = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 4, 8).double()
+    assert fusion.log_weights_of(["a", "b", "c", "d"]) is None
+    query = fusion.query(hidden_states) @ fusion.key.weight
+    scores = torch.einsum("btd,btnd->btn", query, updates)
+    assert torch.equal(fusion(hidden_states, updates)[1], scores.softmax(dim=-1).detach())
+    assert fusion.weights_of(["a", "b", "c"]).tolist() == [1 / 3] * 3
+    assert fusion.weights() == {}

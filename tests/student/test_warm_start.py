@@ -5,15 +5,25 @@ import logging
 import datasets
 import pytest
 import torch
-from adapters import SeqBnConfig
+from adapters import LoRAConfig, SeqBnConfig
 from model_state import changed, snapshot
-from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student, noisy
+from tiny_models import (
+    TEACHERS,
+    make_batch,
+    make_dataset,
+    make_model,
+    make_student,
+    noisy,
+    with_teachers_of_their_own_scores,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import trainer_for
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.method.weights import TeacherWeights
 from hf_adapter_distillation.student import warm_start
+from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.least_squares import UpProjectionFit
 from hf_adapter_distillation.student.warm_start import START_EXAMPLES, FittingPass, fit_start, is_at_average
 from hf_adapter_distillation.training.data import draw_examples
@@ -250,3 +260,72 @@ def test_the_mean_update_is_the_mean_of_the_updates(dtype, trainer_args, monkeyp
     model = make_student(make_model()).to(dtype)
     trainer_for(model, trainer_args()).fit_start()
     assert compared
+
+
+# A start at weights of the teachers
+
+
+def given_weights(model, by_teacher, gain=0.5, per_place=0.0):
+    """Weights that may differ from place to place."""
+    places = [fusion.location for fusion in fusions_of(model, "insurance")]
+    return TeacherWeights(
+        {place: {n: w * (1 - per_place * i) for n, w in by_teacher.items()} for i, place in enumerate(places)}, gain
+    )
+
+
+def weighted_trainer(model, args, monkeypatch, weights):
+    """A trainer whose weights are given, not learned."""
+    monkeypatch.setattr("hf_adapter_distillation.training.preparation.learn_weights", lambda *_, **__: weights)
+    return trainer_for(model, args)
+
+
+def test_a_weighted_student_starts_at_the_weighted_update(trainer_args, monkeypatch):
+    """With the share of the null teacher, and without a light teacher, against torch's own least squares."""
+    model = make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn", student_start="weighted")
+    model = with_teachers_of_their_own_scores(model.double()).double()
+    weights = given_weights(model, {"bank": 0.5, "travel": 0.05, "work": 0.2}, per_place=0.1)
+    batch = make_batch(16)
+    h, adapters = first_layer(model, batch)
+    kept = {"bank": 0.5 * 0.75 / 0.7, "work": 0.2 * 0.75 / 0.7}  # which share what all three have
+    target = sum(weight * adapter_update(adapters[name], h, h) for name, weight in kept.items())
+    trainer = weighted_trainer(model, trainer_args(), monkeypatch, weights)
+    trainer.fit_start()
+    assert trainer.block.teachers == ("bank", "work")
+    student, share = adapters["insurance"], kept["bank"] / 0.75
+    for part in ("adapter_down.0.weight", "adapter_down.0.bias"):
+        bank, work = (adapters[name].state_dict()[part] for name in kept)
+        torch.testing.assert_close(student.state_dict()[part], share * bank + (1 - share) * work)
+    z = torch.cat([student.adapter_down(h), torch.ones(len(h), 1, dtype=h.dtype)], dim=1)
+    best = z @ torch.linalg.lstsq(z, target, driver="gelsd").solution
+    assert (adapter_update(student, h, h) - best).square().sum() < 1e-3 * target.square().sum()
+    for key, value in model.heads["insurance"].state_dict().items():
+        bank, work = (model.heads[name].state_dict()[key] for name in kept)
+        torch.testing.assert_close(value, share * bank + (1 - share) * work)
+    fusion = fusions_of(model, "insurance")[0]
+    assert fusion.weights() == pytest.approx(kept)
+
+
+def test_a_weighted_lora_starts_at_the_weighted_weight_change(trainer_args, monkeypatch):
+    """At each place with its own weights, and of the teachers that it has."""
+    model = make_model()
+    for name in TEACHERS:
+        model.add_adapter(name, config=LoRAConfig(r=2, alpha=3, leave_out=[1] if name == "work" else []))
+        noisy(model, name)
+    settings = had.DistillationConfig(TEACHERS, student_start="weighted", weights_per_layer=True)
+    model.add_adapter("insurance", config=LoRAConfig(r=8, alpha=5), distill_from=settings)
+    model.add_classification_head("insurance")
+    model.double().train_adapter("insurance")
+    weights = given_weights(model, {"bank": 0.4, "travel": 0.2, "work": 0.3}, per_place=0.2)
+    trainer = weighted_trainer(model, trainer_args(), monkeypatch, weights)
+    trainer.fit_start()
+    found = adapter_layers(model, "insurance")
+    assert len(found) == 4
+    for name, layer in found:
+        loras, row = layer.loras, weights.by_place[name]
+        here = [teacher for teacher in TEACHERS if teacher in loras]
+        assert len(here) == (2 if ".layer.1." in name else 3)
+        total = sum(row[teacher] for teacher in here) + 1 - sum(row.values())
+        changes = [loras[n].lora_B @ loras[n].lora_A * loras[n].scaling * row[n] / total for n in here]
+        student = loras["insurance"]
+        change = student.lora_B @ student.lora_A * student.scaling
+        torch.testing.assert_close(change, sum(changes), rtol=1e-8, atol=1e-10)

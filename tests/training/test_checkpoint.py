@@ -17,10 +17,12 @@ from model_state import changed, snapshot
 from paths import ROOT
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_models import make_model, make_student
-from trainings import EachStep, trainer_for
+from tiny_models import TEACHERS, make_model, make_student
+from trainings import EachStep, StopAt, trainer_for
 
 from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.method.weights import TeacherWeights
+from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.training import checkpoint
 from hf_adapter_distillation.training.checkpoint import (
     check_whole,
@@ -213,3 +215,39 @@ def test_the_head_of_another_in_an_earlier_checkpoint_is_left_out(tmp_path):
     model.heads["bank2"][1].weight.data.fill_(0.5)
     load_student(model, active_block(model), str(tmp_path))
     assert (model.heads["bank2"][1].weight == 0.5).all()
+
+
+@pytest.mark.parametrize("order", [None, ["work", "travel", "bank"]], ids=["same order", "other order"])
+def test_a_weighted_training_goes_on_with_its_weights(order, trainer_args, monkeypatch):
+    """One teacher is left out. A resumed training does not weigh again, and ends bitwise as one without a stop."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "keep_fusion": True, "weighing_steps": 4}
+    calls = []
+
+    def trainer(folder, teachers=TEACHERS, callbacks=()):
+        model = make_student(make_model(dropout=True), teachers=teachers, student_start="weighted", carrier="mixed")
+        args = trainer_args(output_dir=trainer_args().output_dir + folder, distillation_start=0.0, **settings)
+        return trainer_for(model, args, callbacks=list(callbacks))
+
+    def given(model, block, *args, **kwargs):
+        calls.append(1)
+        rows = ({"bank": 0.1 / 3 + i * 1e-2, "travel": 0.3 + i * 1e-2, "work": 0.4} for i in range(2))
+        places = (fusion.location for fusion in fusions_of(model, "insurance"))
+        return TeacherWeights({place: dict(row) for place, row in zip(places, rows, strict=True)}, 0.37)
+
+    monkeypatch.setattr("hf_adapter_distillation.training.preparation.learn_weights", given)
+    unbroken = trainer("unbroken")
+    unbroken.train()
+    trainer("stopped", callbacks=[StopAt(2)]).train()
+    assert len(calls) == 2
+    resumed = trainer("stopped", order or TEACHERS)
+    frozen = {k: v for k, v in unbroken.model.state_dict().items() if "insurance" not in k}
+    resumed.model.load_state_dict(frozen, strict=False)  # teachers that were added in another order, too
+    resumed.train(resume_from_checkpoint=True)
+    assert len(calls) == 2
+    assert set(resumed.block.teachers) == {"travel", "work"}
+    assert resumed.distillation.weights == unbroken.distillation.weights
+    assert resumed.distillation_weight == unbroken.distillation_weight == 0.37
+    for ours, theirs in zip(*(fusions_of(t.model, "insurance") for t in (resumed, unbroken)), strict=True):
+        assert ours.weights() == theirs.weights()
+    if order is None:
+        assert not changed(resumed.model, snapshot(unbroken.model))

@@ -18,11 +18,15 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy
 from trainings import trainer_for
+from wrapped_models import Classifier
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.method.weights import TeacherWeights
+from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.preparing import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.training import preparation
 
 
 def distilled(teachers, trainer_args, **config):
@@ -31,7 +35,9 @@ def distilled(teachers, trainer_args, **config):
     settings = had.DistillationConfig(teachers, **{"student_start": "teachers", **config})
     model.add_adapter("insurance", config="double_seq_bn", distill_from=settings)
     model.train_adapter("insurance")
-    trainer = trainer_for(model, trainer_args(distillation_start=0.0), train_dataset=sequences(128, seed=7))
+    trainer = trainer_for(
+        model, trainer_args(distillation_start=0.0, weighing_steps=40), train_dataset=sequences(128, seed=7)
+    )
     trainer.train()
     return trainer
 
@@ -145,3 +151,133 @@ def test_a_stream_that_cannot_be_read_twice_is_refused(config, trainer_args):
     with pytest.raises(ValueError, match=exactly(message)):
         trainer.train()
     assert distillation_of(model).ranking is None
+
+
+# Teachers weighed by the task
+
+
+def weighted(model=None, **kwargs):
+    return with_teachers_of_their_own_scores(
+        make_student(model or make_model(dropout=True), student_start="weighted", **kwargs)
+    )
+
+
+def count_weighing(monkeypatch, weights=None):
+    """Counts the times that weights are learned; they may be given instead."""
+    calls, original = [], preparation.learn_weights
+    monkeypatch.setattr(
+        preparation, "learn_weights", lambda *a, **kw: calls.append(1) or weights or original(*a, **kw)
+    )
+    return calls
+
+
+def of_places(model, gain, **weights):
+    return TeacherWeights({fusion.location: weights for fusion in fusions_of(model, "insurance")}, gain)
+
+
+def test_a_training_weighs_its_teachers_and_follows_what_they_are_worth(trainer_args, tmp_path):
+    trainer = distilled(["shuffled", "good", "random"], trainer_args, student_start="weighted")
+    weights = trainer.distillation.weights
+    assert trainer.block.teachers == ("good",)
+    assert weights.mean()["good"] > 0.5
+    assert weights.gain > 0.1
+    assert trainer.distillation_weight == weights.gain * 1.0
+    assert trainer.state.log_history[-2]["attention/good"] == pytest.approx(weights.at("", ["good"])["good"], abs=0.1)
+    trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    settings = read_provenance(str(tmp_path / "insurance")).run.settings
+    assert settings["teacher_weights"] == pytest.approx(weights.mean(), abs=1e-4)
+    assert settings["teacher_gain"] == pytest.approx(weights.gain, abs=1e-4)
+    assert settings["distillation_weight"] == weights.gain
+
+
+def test_teachers_that_do_harm_are_not_distilled(trainer_args, monkeypatch):
+    model = weighted()
+    count_weighing(monkeypatch, of_places(model, -0.2, bank=0.2, travel=0.2, work=0.2))
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0))
+    trainer.train()
+    assert trainer.distillation_weight == 0.0
+    assert trainer_for(weighted(), trainer_args(distillation_weight=0.3)).distillation_weight == 0.3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from make_dataset()
+
+
+@pytest.mark.parametrize("data", ["one example", "a stream"])
+def test_too_little_data_gives_equal_weights(data, trainer_args, caplog):
+    model = weighted()
+    model_of_equal = with_teachers_of_their_own_scores(make_student(make_model(dropout=True)))
+    data = make_dataset(1) if data == "one example" else Stream()
+    args = {"max_steps": 2, "keep_fusion": True}
+    trainer = trainer_for(model, trainer_args(**args), train_dataset=data)
+    trainer.distillation.weights = of_places(model, 0.5, bank=0.2)  # of an earlier training
+    trainer.train()
+    assert "The teachers of 'insurance' get equal weights: too few training examples, or a stream" in caplog.text
+    assert trainer.distillation.weights is None
+    assert trainer.block.teachers == tuple(TEACHERS)
+    trainer_for(model_of_equal, trainer_args(**args), train_dataset=data).train()
+    assert not changed(model, snapshot(model_of_equal))
+
+
+def test_weighing_draws_nothing_and_dropout_plays_no_part(trainer_args):
+    """Also in a wrapper, whose norm has buffers."""
+    found = []
+    for dropout in (True, False):
+        model = Classifier(make_student(make_model(kind="base", dropout=dropout), student_start="weighted"))
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = trainer_for(model, trainer_args(weighing_steps=4))
+        torch.manual_seed(1)
+        model.head.load_state_dict({name: torch.full_like(v, 0.1) for name, v in model.head.state_dict().items()})
+        state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+        trainer.fit_start()
+        assert len(trainer.block.teachers) == 3
+        assert torch.equal(torch.get_rng_state(), state)
+        assert modes == [module.training for module in model.modules()]
+        assert all(torch.equal(v, start[n]) for n, v in model.state_dict().items() if n.startswith("norm."))
+        assert all((value == 0.1).all() for value in model.head.state_dict().values())
+        found.append(trainer.distillation.weights)
+    assert found[0] == found[1]
+
+
+def test_a_wrappers_head_is_trained_along(trainer_args):
+    model = Classifier(make_student(make_model(kind="base"), student_start="weighted"))
+    labelled = trainer_for(model, trainer_args())._labelled(16)
+    beside = {id(parameter) for parameter in labelled.beside}
+    assert beside == {id(p) for part in (model.norm, model.head) for p in part.parameters()}
+
+
+def test_the_halves_share_no_example(trainer_args):
+    trainer = trainer_for(weighted(), trainer_args())
+    first, second = ([batch["input_ids"] for batch in half()] for half in trainer._labelled(12).halves)
+    rows = [tuple(row.tolist()) for batch in (*first, *second) for row in batch]
+    assert len(rows) == len(set(rows)) == 12
+    assert trainer.train_dataset.num_rows == 16
+    assert trainer._labelled(1) is None
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_second_training_weighs_again_and_keeps_the_student(accumulation, trainer_args, monkeypatch):
+    calls = count_weighing(monkeypatch)
+    args = trainer_args(learning_rate=0.0, gradient_accumulation_steps=accumulation, max_steps=2)
+    trainer = trainer_for(weighted(), args)
+    trainer.train()
+    student = {name: v for name, v in snapshot(trainer.model).items() if ".insurance." in name}
+    trainer.train()
+    assert len(calls) == 2
+    assert not changed(trainer.model, student)
+    trainer.fit_start()  # without a fusion there is nothing to weigh
+    assert len(calls) == 2
+
+
+def test_a_loss_that_counts_items_is_given_their_number(trainer_args):
+    def summed(outputs, labels, num_items_in_batch):
+        return cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    weights = []
+    for loss in (None, summed):
+        trainer = trainer_for(weighted(make_model()), trainer_args(weighing_steps=4), compute_loss_func=loss)
+        trainer.fit_start()
+        weights.append(trainer.distillation.weights)
+    assert weights[0].mean() == pytest.approx(weights[1].mean(), rel=1e-5)
+    assert weights[0].gain == pytest.approx(weights[1].gain, rel=1e-4)
