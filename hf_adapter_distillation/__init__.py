@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
     from .student.peft_export import save_adapter_as_peft
     from .teachers.peft_model import from_peft
-    from .training.trainer import DistillationMixin
+    from .training.mixin import DistillationMixin
     from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
 __version__ = "0.1.0"
@@ -73,7 +73,7 @@ __all__ = [
 
 # Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
 _LAZY = {
-    "DistillationMixin": "training.trainer",
+    "DistillationMixin": "training.mixin",
     "from_peft": "teachers.peft_model",
     "save_adapter_as_peft": "student.peft_export",
 }

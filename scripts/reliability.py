@@ -24,7 +24,7 @@ SECTIONS = {
     "Resumed": ["*::*resumed_run_is_bitwise*"],
     "A full disk": ["*::*full_disk*"],
     "Damaged checkpoints": [
-        "test_checkpoint::*damage*", "test_checkpoint::*whole_again*", "test_trainer::test_resuming_*"
+        "test_checkpoint::*damage*", "test_checkpoint::*whole_again*", "test_mixin::test_resuming_*"
     ],
     "Two processes": ["test_distributed::*"],
     "What must change nothing": [

@@ -13,7 +13,7 @@ from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import distillations
 from ..method.wrappers import models_with_adapters, noting_inputs
 from ..student.saving import saving_the_base_alone
-from ..training.trainer import DistillationMixin
+from ..training.mixin import DistillationMixin
 
 try:
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments

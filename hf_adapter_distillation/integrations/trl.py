@@ -17,7 +17,7 @@ from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import active_block, distillation_of
 from ..method.wrappers import model_with_adapters
 from ..training.data import UnlabelledBatch
-from ..training.trainer import DistillationMixin
+from ..training.mixin import DistillationMixin
 
 try:
     from trl import SFTConfig, SFTTrainer

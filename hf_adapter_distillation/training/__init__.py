@@ -1,5 +1,5 @@
 """Train a student in two stages.
 
-Reading order: `trainers`, `trainer`, `preparation`, `optimizer`, `steps`, `reading`, `writing`, `data`, `checkpoint`,
+Reading order: `trainers`, `mixin`, `preparation`, `optimizer`, `steps`, `reading`, `writing`, `data`, `checkpoint`,
 `callbacks`, `checks`, `loss_log`.
 """

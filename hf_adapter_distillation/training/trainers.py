@@ -10,7 +10,7 @@ from ..configuration import (
     DistillationTrainingArguments,
     Seq2SeqDistillationTrainingArguments,
 )
-from .trainer import DistillationMixin
+from .mixin import DistillationMixin
 
 
 class DistillationTrainer(DistillationMixin, Trainer):

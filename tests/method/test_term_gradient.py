@@ -56,21 +56,38 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradient_is_that_of_the_sum(loss, way):
+def check_gradient(loss, model, run):
+    """Compare the gradient of a loss of the outputs of `run`, which carry the terms, with that of loss and terms."""
     states = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     expected = Layers(carries=False)
     outputs, terms = expected(states)
     (LOSSES[loss](outputs) + terms).backward()
-    model = Layers(checkpointed=way == "checkpointed")
-    run = torch.compile(model, backend="aot_eager", fullgraph=True) if way == "compiled" else model
     found = run(states)
     for output, same in zip(found, outputs, strict=True):
         assert torch.equal(output, same), "the values stay"
+    model.zero_grad()
     LOSSES[loss](found).backward()
     for name, gradient in gradients(expected).items():
         torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_is_that_of_the_sum(loss, checkpointed):
+    model = Layers(checkpointed=checkpointed)
+    check_gradient(loss, model, model)
+
+
+@pytest.mark.timeout(900)  # which a busy machine may need to compile
+def test_the_gradient_of_compiled_code_is_that_of_the_sum():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Layers()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for loss in LOSSES:
+        check_gradient(loss, model, compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_a_gradient_cache_adds_up_to_the_batch():

@@ -79,6 +79,7 @@ def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
 
 
 @needs_compiler
+@pytest.mark.timeout(900)  # which a busy machine may need to compile
 @pytest.mark.parametrize("carrier", ["student", pytest.param("mixed", marks=LONG)])
 def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args):
     losses = []
