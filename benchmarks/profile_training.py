@@ -24,6 +24,7 @@ import faq_retrieval as example  # noqa: E402
 import transformers  # noqa: E402
 from adapters import AdapterTrainer  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from demo_cross_encoder import N_WRONG  # noqa: E402
 from faq_cross_encoder import ADAPTER, CrossEncoderPlatform  # noqa: E402
 from faq_data import BUNDLED, hold_out, load_tenants, make_pairs  # noqa: E402
 from transformers import HfArgumentParser, Trainer, TrainingArguments  # noqa: E402
@@ -101,12 +102,16 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     transformers.utils.logging.set_verbosity_error()
     platform = CrossEncoderPlatform(
-        example.Arguments(batch_size=args.batch_size, output_dir=str(Path(args.output).parent / "profile"))
+        example.Arguments(
+            architecture="cross-encoder",
+            batch_size=args.batch_size,
+            output_dir=str(Path(args.output).parent / "profile"),
+        )
     )
     tenants = load_tenants(args.data or str(BUNDLED), seed=1)
     new = next((tenant for tenant in tenants if tenant.name == args.tenant), tenants[-1])
     hold_out(new, platform.args.shots)
-    pairs = make_pairs(new, "train", platform.tokenizer, platform.args.shots, platform.args.n_wrong, 1)
+    pairs = make_pairs(new, "train", platform.tokenizer, platform.args.shots, N_WRONG, 1)
     teachers = [tenant.name for tenant in tenants if tenant is not new]
     for name in teachers:
         platform.model.add_adapter(name, config=ADAPTER)

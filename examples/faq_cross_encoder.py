@@ -87,12 +87,8 @@ class CrossEncoderPlatform:
             **kwargs,
         )
 
-    def train(
-        self, dataset: Dataset, epochs: float, trainer_cls: type = AdapterTrainer, what: str = "", **kwargs: object
-    ) -> float:
+    def train(self, dataset: Dataset, epochs: float, trainer_cls: type = AdapterTrainer, **kwargs: object) -> float:
         """Trains the active setup, with further training arguments if given; returns the seconds."""
-        if what:
-            print(f"\n{what}: {len(dataset)} pairs, {epochs:g} epochs")
         if trainer_cls is had.DistillationTrainer:
             kwargs["cls"] = had.DistillationTrainingArguments
         trainer = trainer_cls(

@@ -52,7 +52,10 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
     path = Path(data)
     path = path / "data_full.json" if path.is_dir() and (path / "data_full.json").is_file() else path
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--data {data} is not a JSON file ({error}).") from error
         if "tenants" in content:
             tenants = _from_bundled(content, random.Random(seed))
         elif {"train", "test"} <= content.keys() and (path.parent / "domains.json").is_file():
@@ -67,7 +70,35 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
         tenants = _from_hub(data, random.Random(seed))
     if len(tenants) < 2:
         raise ValueError(f"--data {data} has {len(tenants)} tenants; at least two are needed, one of them new.")
+    check_texts(tenants)
     return tenants
+
+
+def check_texts(tenants: Sequence[Tenant]) -> None:
+    """Check that each tenant has a name and FAQs, and each FAQ a question and queries.
+
+    Raises:
+        ValueError: If something is missing, or a text is empty.
+    """
+
+    def is_text(value: object) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    for number, tenant in enumerate(tenants, start=1):
+        if not is_text(tenant.name):
+            raise ValueError(f"Tenant {number} is named {tenant.name!r}; give it a name.")
+        if not tenant.faqs:
+            raise ValueError(f"Tenant {tenant.name!r} has no FAQs; give it some, or leave it out.")
+        for number, faq in enumerate(tenant.faqs, start=1):
+            if not is_text(faq.question):
+                raise ValueError(
+                    f"FAQ {number} of tenant {tenant.name!r} has the question {faq.question!r}; write one."
+                )
+            place = f"FAQ {faq.question!r} of tenant {tenant.name!r}"
+            if not faq.train:
+                raise ValueError(f"{place} has no queries; give it some, or leave it out.")
+            if not all(is_text(query) for query in (*faq.train, *faq.validation, *faq.test)):
+                raise ValueError(f"{place} has an empty query; remove it.")
 
 
 def hold_out(tenant: Tenant, shots: int, n_validation: int = 0) -> None:
@@ -91,10 +122,14 @@ def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
     tenants = []
     for tenant in content["tenants"]:
         faqs = []
-        for faq in tenant["faqs"]:
-            queries = rng.sample(faq["queries"], len(faq["queries"]))
-            faqs.append(Faq(faq["question"], faq.get("answer", ""), queries))
-        tenants.append(Tenant(tenant["name"], faqs))
+        try:
+            for faq in tenant["faqs"]:
+                queries = rng.sample(faq["queries"], len(faq["queries"]))
+                faqs.append(Faq(faq["question"], faq.get("answer", ""), queries))
+            tenants.append(Tenant(tenant["name"], faqs))
+        except (KeyError, TypeError) as error:
+            place = f"Tenant {len(tenants) + 1}, FAQ {len(faqs) + 1}"
+            raise ValueError(f"{place}: {error} is missing or of another form; see {BUNDLED.name}.") from error
     return tenants
 
 

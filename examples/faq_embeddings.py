@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import adapters
 import torch
@@ -15,7 +15,7 @@ from sentence_transformers import (
     util,
 )
 from torch import nn
-from transformers import PrinterCallback, set_seed
+from transformers import BatchEncoding, PrinterCallback, set_seed
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.integrations.sentence_transformers import (
@@ -39,6 +39,32 @@ def labelled_queries(tenant: Tenant, split: str, n_queries: int) -> Dataset:
     return Dataset.from_dict({"query": [query for query, _ in rows], "label": [label for _, label in rows]})
 
 
+def tokenized(encoder: SentenceTransformer, texts: Sequence[str]) -> BatchEncoding:
+    """Return the tokens of texts in one batch on the model's device."""
+    tokenizer, longest = encoder.tokenizer, encoder.max_seq_length
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    return batch.to(encoder.device)
+
+
+class Found(NamedTuple):
+    """An FAQ that a query found: its number, and its cosine with the query."""
+
+    faq: int
+    score: float
+
+
+def search(queries: torch.Tensor, faqs: torch.Tensor, top_k: int) -> list[list[Found]]:
+    """Return the best FAQs of each query, the best one first.
+
+    Args:
+        queries: The normalised embeddings of the queries, (n_queries, d).
+        faqs: The normalised embeddings of the FAQs, (n_faqs, d).
+        top_k: The number of FAQs for each query, at most.
+    """
+    hits = util.semantic_search(queries, faqs, top_k=top_k, score_function=util.dot_score)
+    return [[Found(int(hit["corpus_id"]), float(hit["score"])) for hit in of_query] for of_query in hits]
+
+
 class TenantSoftmaxLoss(nn.Module):
     """Cross-entropy of the right FAQ among all FAQs of a tenant, by the cosine of a query with each FAQ's question.
 
@@ -60,8 +86,7 @@ class TenantSoftmaxLoss(nn.Module):
     def forward(self, sentence_features: Sequence[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
         """Compute the loss of a batch of queries with labels (batch,)."""
         queries = self.model(sentence_features[0])["sentence_embedding"]  # (B, d)
-        tokens = util.batch_to_device(self.model.preprocess(self.questions), queries.device)
-        faqs = self.model(tokens)["sentence_embedding"]  # (n_faqs, d)
+        faqs = self.model(dict(tokenized(self.model, self.questions)))["sentence_embedding"]  # (n_faqs, d)
         return nn.functional.cross_entropy(self.scale * util.cos_sim(queries, faqs), labels)
 
 
@@ -76,6 +101,7 @@ class EmbeddingPlatform:
 
     def __init__(self, model: str | None = None, output_dir: str = "outputs", device: str = "cpu") -> None:
         self.encoder = SentenceTransformer(model or packaged_model(), device=device)
+        self.encoder.model_card_data.widget = [{"text": "A question"}]  # else each trainer draws examples for a card
         self.model = self.encoder[0].auto_model
         adapters.init(self.model)
         self.output_dir = output_dir

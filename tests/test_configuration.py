@@ -10,7 +10,7 @@ from hf_adapter_distillation import DistillationArgumentsMixin, DistillationConf
 
 def test_defaults():
     config = DistillationConfig(teachers=["a"])
-    assert (config.carrier, config.student_start) == ("student", "teachers")
+    assert (config.carrier, config.student_start) == ("student", "weighted")
 
 
 def test_the_setting_of_the_paper():
@@ -23,7 +23,7 @@ def test_the_setting_of_the_paper():
     [
         ({"carrier": "both"}, "carrier='both' is not supported; choose one of 'student', 'fused', 'mixed', 'dual'"),
         ({"level": "head"}, "level='head' is not supported; choose one of 'auto', 'adapter', 'layer'"),
-        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'teachers', 'average'"),
+        ({"student_start": "zero"}, "student_start='zero' is not supported; choose one of 'weighted', 'teachers', "),
         ({"objective": "hidden"}, "objective='hidden' is not supported; choose one of 'features', 'cosine', "),
         ({"objective": {}}, "objective={} is not supported; give a name, or weights by names."),
         ({"objective": ["features"]}, r"objective=\['features'\] is not supported; give a name, or weights by names."),
@@ -49,6 +49,11 @@ def test_the_setting_of_the_paper():
         ({"teacher_selection": "best"}, "teacher_selection='best' is out of range"),
         ({"teacher_selection": 1.5}, "teacher_selection=1.5 is out of range"),
         ({"teacher_selection": True}, "teacher_selection=True is out of range"),
+        ({"weights_per_layer": 1}, "weights_per_layer=1 is out of range; it must be True or False."),
+        (
+            {"weights_per_layer": True, "student_start": "teachers"},
+            "weights_per_layer=True needs student_start='weighted', not 'teachers'.",
+        ),
     ],
 )
 def test_bad_config(kwargs, message):
@@ -75,6 +80,10 @@ def test_objectives_and_their_weights():
         ({"distillation_weight": float("inf")}, "distillation_weight=inf"),
         ({"fusion_learning_rate": -1e-3}, "fusion_learning_rate=-0.001"),
         ({"fusion_regularization": float("nan")}, "fusion_regularization=nan"),
+        ({"weighing_steps": 0}, "weighing_steps=0 is out of range; it must be a number of steps, at least 2."),
+        ({"weighing_steps": 1}, "weighing_steps=1 is out of range"),
+        ({"weighing_steps": True}, "weighing_steps=True is out of range"),
+        ({"weighing_steps": 2.5}, "weighing_steps=2.5 is out of range"),
     ],
 )
 def test_bad_arguments(kwargs, message, tmp_path):

@@ -23,10 +23,10 @@ import hf_adapter_distillation as had
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import demo_embeddings  # noqa: E402
 import faq_retrieval  # noqa: E402
-from faq_cross_encoder import CrossEncoderPlatform  # noqa: E402
-from faq_data import BUNDLED, hold_out, load_tenants, make_pairs  # noqa: E402
-from faq_retrieval import Tenant, train_teachers  # noqa: E402
+from faq_data import BUNDLED, Tenant, hold_out, load_tenants  # noqa: E402
+from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "Encoder id or path. Default: the packaged MiniLM."})
     teachers: int = field(default=3, metadata={"help": "Tenants with a plain adapter, which teach the others."})
     students: int = field(default=3, metadata={"help": "Tenants whose adapters are distilled."})
-    shots: int = field(default=3, metadata={"help": "Training queries a FAQ of a student."})
+    shots: int = field(default=3, metadata={"help": "Training queries for each FAQ of a student."})
     output: str = field(default="outputs/students", metadata={"help": "The folder that is written."})
-    quick: bool = field(default=False, metadata={"help": "A run that shows that all works, not how well."})
+    quick: bool = field(default=False, metadata={"help": "Two teachers, two students and fewer steps."})
     seed: int = field(default=1, metadata={"help": "Random seed."})
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Arguments:
             self.teachers, self.students = min(self.teachers, 2), min(self.students, 2)
 
 
-def prepare() -> tuple[Arguments, CrossEncoderPlatform, list[Tenant], list[Tenant]]:
+def prepare() -> tuple[Arguments, EmbeddingPlatform, list[Tenant], list[Tenant]]:
     """Read and check arguments, data and model, before any training.
 
     Returns:
@@ -69,49 +69,52 @@ def prepare() -> tuple[Arguments, CrossEncoderPlatform, list[Tenant], list[Tenan
             f"--teachers {args.teachers} and --students {args.students} are more than the {len(tenants)} tenants of "
             f"the data; lower one of them."
         )
-    teachers, students = tenants[: args.teachers], tenants[args.teachers : args.teachers + args.students]
+    teachers, students = tenants[: args.teachers], tenants[-args.students :]
     for tenant in students:
         hold_out(tenant, args.shots)
     folder = str(Path(tempfile.gettempdir()) / "demo_students")
-    settings = faq_retrieval.Arguments(model=args.model, quick=args.quick, seed=args.seed, output_dir=folder)
-    return args, CrossEncoderPlatform(settings), teachers, students
+    return args, EmbeddingPlatform(args.model, folder), teachers, students
 
 
-def distil(platform: CrossEncoderPlatform, tenant: Tenant, teachers: list[str], shots: int) -> None:
-    """Trains the student of a tenant."""
-    args = platform.args
-    pairs = make_pairs(tenant, "train", platform.tokenizer, shots, args.n_wrong, args.seed)
-    platform.new_adapter(tenant.name, had.DistillationConfig(teachers=teachers))
-    platform.train(pairs, args.epochs, had.DistillationTrainer, f"Student {tenant.name} of {', '.join(teachers)}")
+def distil(
+    platform: EmbeddingPlatform, tenant: Tenant, teachers: list[str], settings: faq_retrieval.Arguments
+) -> None:
+    """Train the student of a tenant."""
+    queries = labelled_queries(tenant, "train", settings.shots)
+    print(
+        f"Student {tenant.name} of {', '.join(teachers)}: {len(queries)} queries, {settings.steps} steps", flush=True
+    )
+    platform.new_adapter(tenant.name, had.DistillationConfig(teachers), settings.seed)
+    platform.train(tenant, queries, **demo_embeddings.training_arguments(settings, settings.steps))
 
 
-def write(platform: CrossEncoderPlatform, tenants: list[Tenant], output: Path) -> None:
+def write(platform: EmbeddingPlatform, tenants: list[Tenant], output: Path) -> None:
     """Write the adapters with their FAQs; the folder gets its name only when it is complete."""
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for tenant in tenants:
         (partial / tenant.name).mkdir(parents=True)
         platform.model.save_adapter(str(partial / tenant.name), tenant.name)
-        texts = json.dumps([faq.question for faq in tenant.faqs], indent=1, ensure_ascii=False)
-        (partial / tenant.name / "faqs.json").write_text(f"{texts}\n", encoding="utf-8")
+        faqs = [{"question": faq.question, "queries": faq.train} for faq in tenant.faqs]
+        text = json.dumps(faqs, indent=1, ensure_ascii=False)
+        (partial / tenant.name / "faqs.json").write_text(f"{text}\n", encoding="utf-8")
     partial.rename(output)
 
 
 def main() -> None:
-    """Trains and writes."""
+    """Train the adapters and write them."""
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     try:
         args, platform, teachers, students = prepare()
     except (ValueError, OSError) as error:
         raise SystemExit(f"demo_students.py: {str(error).splitlines()[0]}") from error
-    names = train_teachers(platform, teachers)
+    settings = faq_retrieval.Arguments(quick=args.quick, shots=args.shots, seed=args.seed)
+    names = demo_embeddings.train_teachers(platform, teachers, settings)
     for tenant in students:
-        distil(platform, tenant, names, args.shots)
+        distil(platform, tenant, names, settings)
     write(platform, [*teachers, *students], Path(args.output))
-    if args.quick:
-        print("\nA quick run trains too little to rank well; leave --quick out for that.")
-    print(f"\npython examples/serving/serve_tenants.py --students {args.output}")
+    print(f"python examples/serving/serve_tenants.py --students {args.output}")
 
 
 if __name__ == "__main__":

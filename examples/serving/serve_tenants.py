@@ -1,11 +1,11 @@
-"""Serve many tenants from one base model: an HTTP service that answers questions of different tenants in one batch.
+"""Serve many tenants from one encoder: an HTTP service that embeds questions of different tenants in one batch.
 
     python examples/serving/demo_students.py --quick
     python examples/serving/serve_tenants.py --students outputs/students
     curl -H "content-type: application/json" -d '{"tenant": "bank", "question": "lost my card"}' 127.0.0.1:8000/answer
 
 Open http://127.0.0.1:8000 for a page to ask. `--students` has a folder for each tenant, as `save_adapter` writes it,
-with the texts of its FAQs in `faqs.json`.
+with its FAQs in `faqs.json`. A question takes one pass through the encoder, whatever the number of FAQs.
 """
 
 import asyncio
@@ -33,16 +33,8 @@ except ModuleNotFoundError as error:
         f"serve_tenants.py: {error.name} is missing; pip install hf-adapter-distillation[serve]"
     ) from error
 
-from tenant_batches import (
-    Batcher,
-    BatchFailedError,
-    BusyError,
-    Question,
-    TenantModel,
-    UnreadableError,
-    is_unicode,
-    load_tenant_model,
-)
+from tenant_batches import Batcher, BatchFailedError, BusyError
+from tenant_model import Question, TenantModel, UnreadableError, is_unicode, load_tenant_model
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_CHARACTERS = 1000  # of a question; the model reads only the first tokens of a longer one
@@ -56,8 +48,8 @@ class Arguments:
     """The arguments of the service."""
 
     students: str = field(metadata={"help": "Folder with one folder for each tenant's student."})
-    model: str | None = field(default=None, metadata={"help": "Base model. Default: the packaged MiniLM."})
-    max_batch: int = field(default=96, metadata={"help": "Pairs of a question and an FAQ in a batch, at most."})
+    model: str | None = field(default=None, metadata={"help": "Encoder. Default: the packaged MiniLM."})
+    max_batch: int = field(default=32, metadata={"help": "Questions in a batch, at most."})
     wait_ms: float = field(default=5.0, metadata={"help": "Milliseconds that a question waits for others, at most."})
     max_waiting: int = field(default=256, metadata={"help": "Questions that wait, at most; more get a 503."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
@@ -80,7 +72,7 @@ class Asked(BaseModel):
 
 
 class RankedFaq(BaseModel):
-    """An FAQ with its score: the log-odds that it answers the question."""
+    """An FAQ with its score, the cosine of its embedding with the question's."""
 
     faq: str
     score: float
@@ -152,7 +144,7 @@ class BodyLimit:
 
 def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
     """Return the service, an application whose batches run while it lives."""
-    batcher = Batcher(tenants.score, args.max_batch, args.wait_ms / 1000, args.max_waiting)
+    batcher = Batcher(tenants.answer, args.max_batch, args.wait_ms / 1000, args.max_waiting)
     page = PAGE.read_text(encoding="utf-8")
 
     @asynccontextmanager
@@ -187,7 +179,7 @@ def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
         question = read_question(asked, tenants)
         faqs = tenants.faqs[asked.tenant]
         try:
-            scores, batched = await batcher.ask(question, len(faqs))
+            found, batched = await batcher.ask(question)
         except BusyError as error:
             headers = {"Retry-After": str(RETRY_AFTER)}
             raise HTTPException(503, "Too many questions wait; ask again in a moment.", headers) from error
@@ -195,10 +187,9 @@ def make_app(tenants: TenantModel, args: Arguments) -> FastAPI:
             raise HTTPException(422, UNREADABLE) from error
         except BatchFailedError as error:
             raise HTTPException(500, "The batch of this question failed; ask again.") from error
-        ranked = sorted(zip(faqs, scores, strict=True), key=lambda pair: -pair[1])
         return Answered(
             tenant=asked.tenant,
-            answers=[RankedFaq(faq=faq, score=score) for faq, score in ranked],
+            answers=[RankedFaq(faq=faqs[number], score=score) for number, score in found],
             milliseconds=1000 * (time.perf_counter() - start),
             batched=batched,
         )

@@ -41,6 +41,7 @@ class _WrappedTransformerMixin(DistillationMixin):
 
     training_args_class: Any
     loss: Any
+    accum_loss_components: dict[str, Any]
 
     def __init__(
         self,
@@ -72,6 +73,14 @@ class _WrappedTransformerMixin(DistillationMixin):
             settings = self.distillation.settings
             sequences = settings.sequences + len(inputs["attention_mask"])
             self.distillation.settings = replace(settings, sequences=sequences)
+
+    def _task_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        components = self.accum_loss_components  # to be logged, and not those before the first step
+        self.accum_loss_components = {mode: {} for mode in components}
+        try:
+            return super()._task_loss(inputs)
+        finally:
+            self.accum_loss_components = components
 
     def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
         return dataset, self.data_collator  # which reads columns of text

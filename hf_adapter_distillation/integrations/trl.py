@@ -1,10 +1,12 @@
 """Supervised fine-tuning of a causal language model with the `SFTTrainer` of trl, in both stages."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import torch
 from adapters import AdapterConfig, ConfigUnion, ModelWithFlexibleHeadsAdaptersMixin, ReftConfig
 from torch import nn
 from torch.utils.data import Dataset
@@ -76,6 +78,8 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
         ValueError: As for `DistillationMixin`, and if an argument does not go with distillation.
     """
 
+    _metrics: dict[str, Any]
+
     def __init__(
         self, model: nn.Module, args: SFTDistillationConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
@@ -101,6 +105,14 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
             arguments = (self.args, self.args.packing, self._formatting_func, "distillation")
             dataset = self._prepare_dataset(dataset, self.processing_class, *arguments)
         return super()._without_unused_columns(dataset)
+
+    def _task_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
+        metrics = self._metrics  # to be logged, and not those before the first step
+        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        try:
+            return super()._task_loss(inputs)
+        finally:
+            self._metrics = metrics
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)

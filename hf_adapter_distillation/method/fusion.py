@@ -22,11 +22,11 @@ class TeacherFusion(nn.Module):
         \mathrm{fused} = \sum_n a_n v_n
 
     with h the input of the layer's adapters, u_n the update of teacher n, and w_n its weight for the task, all equal
-    unless they were learned (`set_weights`). What is left of the weights is that of a null teacher, whose update is
-    zero. The key has no bias: it would add the
-    same number to each score and vanish in the softmax. The value starts at the identity, so the first fused output
-    is a convex combination of the updates. The size of the module does not depend on the number of teachers. It also
-    holds the layer's weights of the objective `task_specific`.
+    unless they were learned (`set_weights`). What is left of the weights belongs to a null teacher, whose update is
+    zero. The key has no bias: it would add the same number to each teacher's score and vanish in the softmax. The
+    value starts at the identity, so the first fused output is a convex combination of the updates. The size of the
+    module does not depend on the number of teachers. It also holds the layer's weights of the objective
+    `task_specific`.
 
     Sources: Wang et al., https://arxiv.org/abs/2312.16261 (Q_l, K_l, V_l of each layer); AdapterFusion,
     https://arxiv.org/abs/2005.00247 (the form of the attention).
@@ -61,13 +61,15 @@ class TeacherFusion(nn.Module):
         self.layer_weight = 1.0  # in the mean of the layers' losses
         self.task_specific: TaskSpecificLoss | None = None
         self.weighted_names: tuple[str, ...] = ()
-        self.register_buffer("log_weights", None)  # (n_teachers + 1,), the null teacher's last
+        # (n_teachers + 1,), the null teacher's last; it follows from `Distillation.weights`, which is saved.
+        self.register_buffer("log_weights", None, persistent=False)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Let the attention start at weights of the teachers that sum to 1 or less; the rest is the null teacher's."""
         self.weighted_names = tuple(weights)
         values = torch.tensor([*weights.values(), 1 - sum(weights.values())], dtype=torch.float64)
-        self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(self.value.weight)
+        weight = self.value.weight
+        self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(weight.device, at_least_float32(weight.dtype))
 
     def weights(self) -> dict[str, float]:
         """Return the weights of the teachers; empty where they are equal."""
@@ -78,7 +80,9 @@ class TeacherFusion(nn.Module):
     def weights_of(self, names: Sequence[str]) -> torch.Tensor:
         """Return the weights of adapters, (n,), which with the null teacher's sum to 1."""
         log_weights = self.log_weights_of(names)
-        return torch.full((len(names),), 1 / len(names)) if log_weights is None else log_weights.softmax(dim=0)[:-1]
+        if log_weights is None:
+            return torch.full((len(names),), 1 / len(names), dtype=at_least_float32(self.value.weight.dtype))
+        return log_weights.softmax(dim=0, dtype=at_least_float32(log_weights.dtype))[:-1]
 
     def log_weights_of(self, names: Sequence[str]) -> torch.Tensor | None:
         """Return the logarithms of the weights of adapters and of the null teacher, (n + 1,); None without weights.

@@ -30,7 +30,10 @@ class TeacherWeights(NamedTuple):
         ]
 
     def at(self, place: str, kept: Sequence[str]) -> dict[str, float]:
-        """Return the weights of some teachers at a place, which share what all teachers have there."""
-        row = self.by_place[place]
+        """Return the weights of some teachers at a place, or in a module there; they share what all teachers have.
+
+        The mean weights where the teachers were not weighed, as in a silent layer, or outside the layers.
+        """
+        row = next((row for name, row in self.by_place.items() if f"{place}.".startswith(f"{name}.")), self.mean())
         share = sum(row.values()) / max(sum(row[name] for name in kept), 1e-12)
         return {name: row[name] * share for name in kept}

@@ -104,15 +104,13 @@ def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weig
     kept = [name for name in block.teachers if name in weights.heavy()]
     if len(kept) < len(block.teachers):
         keep_teachers(model, block, kept)
-    fusions = fusions_of(model, student)
-    for fusion in fusions:
+    for fusion in fusions_of(model, student):
         fusion.set_weights(weights.at(fusion.location, kept))
     distillation_of(model, student).weights = weights
     if at_start:
-        means = {name: sum(fusion.weights()[name] for fusion in fusions) / len(fusions) for name in kept}
-        start_at_average(model, student, means)
+        start_at_average(model, student, lambda module: weights.at(module, kept))
         if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-            start_head(model, student, means)
+            start_head(model, student, weights.at("", kept))
 
 
 def train_again(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:

@@ -1,6 +1,7 @@
 """Start of a student: the weighted mean of its teachers' weights, then of their updates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
@@ -28,8 +29,8 @@ def _mean(modules: Sequence[nn.Module], shares: Sequence[float]) -> dict[str, to
         return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
 
     def mean(key: str) -> torch.Tensor:
-        values = torch.stack([state[key] for state in states])
-        return torch.tensordot(torch.tensor(shares).to(values), values, dims=1)
+        values = torch.stack([state[key] for state in states]).double()
+        return torch.tensordot(values.new_tensor(shares), values, dims=1)
 
     return {key: mean(key) for key in states[0]}
 
@@ -70,11 +71,13 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA], shares: Sequence[float
     student.lora_B[:, rank:] = 0
 
 
-def start_at_average(model: ModelAdaptersMixin, student: str, weights: Mapping[str, float] | None = None) -> None:
+def start_at_average(
+    model: ModelAdaptersMixin, student: str, weights: Callable[[str], Mapping[str, float]] | None = None
+) -> None:
     """Set the student to the mean of its teachers' weights, if there is one; `start_head` sets the head.
 
-    `weights` are those of the teachers for the task, whose sum may leave a share to the null teacher; by default all
-    are equal.
+    `weights` returns the weights of the teachers for the task in a module of the base model, by its name. Their sum
+    may leave a share to the null teacher. By default all are equal.
     """
     distillation = distillation_of(model, student)
     # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
@@ -96,13 +99,17 @@ def start_at_average(model: ModelAdaptersMixin, student: str, weights: Mapping[s
         )
         return
     modules_of_teachers = [model.get_adapter(name) for name in teachers]
-    total = 1.0 if weights is None else sum(weights.values())
+    names = {module: name for name, module in model.base_model.named_modules()}
+
+    def weights_of(module: nn.Module) -> Mapping[str, float] | None:
+        return None if weights is None else weights(names.get(module, ""))
+
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
             here = [name for name, teacher in zip(teachers, modules_of_teachers, strict=True) if place in teacher]
             if here:
-                of_teachers = [model.get_adapter(name)[place][location] for name in here]
-                _start_module(module, of_teachers, _shares(here, weights), total)
+                of_teachers = {name: model.get_adapter(name)[place][location] for name in here}
+                _start_module(module, of_teachers, weights_of)
     distillation.start_digests = rounded_digests(model, student)
 
 
@@ -115,14 +122,22 @@ def _has_factors(config: AdapterConfig, level: str) -> bool:
     return bool(config.get("phm_layer"))
 
 
-def _start_module(student: nn.Module, teachers: Sequence[nn.Module], shares: Sequence[float], total: float) -> None:
+def _start_module(
+    student: nn.Module, teachers: Mapping[str, Any], weights_of: Callable[[nn.Module], Mapping[str, float] | None]
+) -> None:
     if isinstance(student, nn.ModuleList):  # several projections with LoRA at one location
-        for modules in zip(student, *teachers, strict=True):
-            _start_module(modules[0], modules[1:], shares, total)
-    elif isinstance(student, LoRA):
-        average_lora(student, teachers, [total * share for share in shares])
+        for number, module in enumerate(student):
+            _start_module(module, {name: modules[number] for name, modules in teachers.items()}, weights_of)
+        return
+    weights = weights_of(student)
+    shares = _shares(list(teachers), weights)
+    if isinstance(student, LoRA):
+        if weights is not None:  # the null teacher takes its share of the mean
+            here, null = sum(weights[name] for name in teachers), 1 - sum(weights.values())
+            shares = [share * here / (here + null) for share in shares]
+        average_lora(student, list(teachers.values()), shares)
     else:
-        student.load_state_dict(_mean(teachers, shares))
+        student.load_state_dict(_mean(list(teachers.values()), shares))
 
 
 def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:

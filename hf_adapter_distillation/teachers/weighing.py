@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 from .._compat import heads_of
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
-from ..method.fusion import TeacherFusion, fusions_at
+from ..method.fusion import fusions_at
 from ..method.layer_pass import LayerPass, Place
+from ..method.losses import at_least_float32
+from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
 
@@ -56,7 +59,7 @@ class WeighingPass(LayerPass):
 
 def weigh_teachers(
     model: ModelAdaptersMixin,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     loss: Loss | None = None,
     *,
     steps: int = STEPS,
@@ -81,10 +84,15 @@ def weigh_teachers(
         per_layer: Whether each place of the model has weights of its own.
 
     Raises:
-        ValueError: If no distilled student is active, there are no batches, or the loss does not depend on the model.
+        ValueError: If no distilled student is active, there are no batches or steps, or the loss does not depend on
+            the teachers. Nothing on the model has changed then, too.
     """
-    block = active_block(model)
-    halves: list[Batches] = [lambda: batches[::2], lambda: batches[1::2] or batches]
+    block, read = active_block(model), list(batches)
+    if not read:
+        raise ValueError("There are no batches to weigh the teachers with; give at least one, with labels.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 2.")
+    halves: list[Batches] = [lambda: read[::2], lambda: read[1::2] or read]
     of_batch = loss or (lambda batch: model(**batch)["loss"])
     return learn_weights(model, block, of_batch, halves, steps=steps, per_layer=per_layer)
 
@@ -110,7 +118,7 @@ def learn_weights(
         loss_scale: The factor of the loss in backward passes, which keeps gradients in float16 above zero.
     """
     learners = [Learner(model, block, loss, per_layer, beside, reduce, loss_scale) for _ in halves]
-    with_teachers, without, total = 0.0, 0.0, torch.zeros(())
+    with_teachers, without, total = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
     for number, learner in enumerate(learners):
         other = halves[1 - number]
         with learner.running():
@@ -124,7 +132,8 @@ def learn_weights(
     weights = (total / len(learners)).tolist()
     places = learners[0].places
     by_place = {name: dict(zip(block.teachers, weights[row], strict=False)) for name, row in places.items()}
-    return TeacherWeights(by_place, 1 - with_teachers / without if without > 0 else 0.0)
+    gain = 1 - with_teachers / without if without > 0 else 0.0
+    return TeacherWeights(by_place, gain if isfinite(gain) else 0.0)
 
 
 class Learner:
@@ -144,15 +153,17 @@ class Learner:
         self.distillation = distillation_of(model, block.student)
         fusions = [fusions_at(m)[block.student] for m in model.base_model.modules() if block.student in fusions_at(m)]
         self.places = {fusion.location: number * per_layer for number, fusion in enumerate(fusions)}
-        device = _device(fusions)
-        self.scores = torch.zeros(max(self.places.values()) + 1, len(block.teachers) + 1, device=device)
-        self.scores.requires_grad_()
+        weight, size = fusions[0].value.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
+        dtype = at_least_float32(weight.dtype)
+        self.scores = torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=True)
         self.pass_ = WeighingPass(self.scores, self.places, block.teachers)
         heads = dict(heads_of(model).items())
         head = heads.get(block.student)
         self.head = [] if head is None else [p for p in head.parameters() if p.requires_grad]
         self.heads = _alike(head, [heads.get(name) for name in block.teachers])
-        self.trained = [*([] if self.heads else self.head), *beside]
+        roles = parameter_roles(model, block)
+        static = [p for name, p in model.named_parameters() if p.requires_grad and roles[name] == "head"]
+        self.trained = [*([] if self.heads else self.head), *static, *beside]
 
     def weights(self) -> torch.Tensor:
         """Return the weights, (n_places or 1, n_teachers + 1), detached."""
@@ -169,15 +180,20 @@ class Learner:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run the model with the weights, and put back all that was trained along."""
-        kept = [parameter.detach().clone() for parameter in (*self.head, *self.trained)]
+        """Run the model with the weights, and put back all that was trained along, and all gradients."""
+        values = [(parameter, parameter.detach().clone()) for parameter in (*self.head, *self.trained)]
+        with_gradients = [p for p in (*self.model.parameters(), *self.trained) if p.requires_grad]
+        gradients = [(parameter, parameter.grad) for parameter in with_gradients]
+        for parameter in with_gradients:
+            parameter.grad = None
         try:
             with without_dropout(self.model), self.distillation.inspected_by(self.pass_):
                 yield
         finally:
-            for parameter, value in zip((*self.head, *self.trained), kept, strict=True):
+            for parameter, value in values:
                 parameter.data.copy_(value)
-                parameter.grad = None
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def learn(self, batches: Batches, steps: int) -> None:
         """Train for some steps, over the batches again and again."""
@@ -187,22 +203,42 @@ class Learner:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
         passes = chain.from_iterable(batch() for batch in repeat(batches))
         for _, batch in zip(range(steps), passes, strict=False):
-            mixed = self._mix_heads()
-            (self.loss_scale * self.loss(batch)).backward()
-            if mixed:
-                torch.autograd.backward(mixed, [p.grad for p in self.head])
-            for parameter in (self.scores, *self.trained):
-                if parameter.grad is not None:
-                    parameter.grad = self.reduce(parameter.grad)
+            self._backward(batch)
+            gradients = []
+            for parameter in (self.scores, *self.trained):  # of every process, whatever its loss depends on
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.reduce(own)
+                gradients.append(parameter.grad)
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                optimizer.zero_grad()  # as a GradScaler leaves a step out
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+
+    def _backward(self, batch: Any) -> None:
+        """Compute the gradients of the loss of a batch."""
+        mixed, value = self._mix_heads(), self.loss(batch)
+        with_teachers = self.pass_.scores is not None
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            what = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"The loss of a batch is {what}; it must be a tensor with one number.")
+        if value.requires_grad:
+            (self.loss_scale * value).backward()
+            used = [(mean, p.grad) for mean, p in zip(mixed, self.head, strict=False) if p.grad is not None]
+            if used:
+                torch.autograd.backward([mean for mean, _ in used], [gradient for _, gradient in used])
+        if with_teachers and self.scores.grad is None:
+            raise ValueError(
+                "The loss of a batch does not depend on the teachers; compute it from the output of the model, with "
+                "gradients, and with the distilled student active."
+            )
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> float:
         """Return the mean loss over some batches."""
         self._mix_heads()
-        losses = [self.loss(batch).float() for batch in batches()]
+        losses = [self.loss(batch) for batch in batches()]
+        losses = [loss.to(at_least_float32(loss.dtype)) for loss in losses]
         return self.reduce(torch.stack(losses).mean()).item()
 
     def _mix_heads(self) -> list[torch.Tensor]:
@@ -216,10 +252,6 @@ class Learner:
             parameter.data.copy_(value)
             parameter.grad = None
         return mixed if mixed[0].requires_grad else []
-
-
-def _device(fusions: Sequence[TeacherFusion]) -> torch.device:
-    return fusions[0].value.weight.device
 
 
 def _alike(head: nn.Module | None, others: Sequence[nn.Module | None]) -> list[torch.Tensor]:

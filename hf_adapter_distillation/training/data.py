@@ -22,12 +22,15 @@ def number_of_examples(dataset: Any) -> int | None:
 
 
 def halves(dataset: Any, seed: int) -> tuple[Any, ...] | None:
-    """Split one or more data sets, by their names, into halves at random; None for a stream, or a single example."""
+    """Split one or more data sets, by their names, into halves at random; None for a stream, or a single example.
+
+    A data set with a single example among several is in both halves.
+    """
     if isinstance(dataset, dict):
         parts = {name: halves(part, seed) for name, part in dataset.items()}
-        if not parts or None in parts.values():
+        if not any(parts.values()):
             return None
-        return tuple({name: both[i] for name, both in parts.items() if both is not None} for i in range(2))
+        return tuple({name: (parts[name] or (dataset[name],) * 2)[i] for name in parts} for i in range(2))
     if dataset is None or number_of_examples(dataset) is None or isinstance(dataset, IterableDataset):
         return None
     if len(dataset) < 2:

@@ -19,6 +19,7 @@ from ..method.distillation import active_block, distillation_of
 from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
+from ..student.fusions import fusions_of
 from ..student.preparing import keep_teachers, start_at_weights, train_again
 from ..student.provenance import teacher_digests
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
@@ -153,8 +154,9 @@ def weigh(
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
     distillation = distillation_of(model, block.student)
-    if distillation.config.student_start != "weighted":
+    if distillation.config.student_start != "weighted" or not fusions_of(model, block.student):
         return block
+    distillation.weights = None  # of an earlier training
     with torch.random.fork_rng():  # the order of the training data stays the same
         labelled = examples.labelled(n_examples)
         if labelled is None:

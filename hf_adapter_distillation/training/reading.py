@@ -2,13 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import send_to_device
 from adapters import AdapterSetup, Stack
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .._compat import forward_arguments, heads_of
@@ -54,28 +56,44 @@ class ReadingTrainer(TwoStageTrainer):
         both = halves(drawn, self.args.seed)
         if both is None:
             return None
-        loaders, own = [], self.train_dataset
+        own = vars(self).copy()  # with the data, and perhaps its loader
         try:
+            loaders = []
             for half in both:
-                self.train_dataset = half
+                self.train_dataset = type(own["train_dataset"])(half) if isinstance(half, dict) else half
                 loaders.append(self.get_train_dataloader())
         finally:
-            self.train_dataset = own
-        n_batches = torch.tensor([len(loader) for loader in loaders], device=self.accelerator.device)
-        if not self.accelerator.gather(n_batches).all():  # so that no process waits alone
+            vars(self).update(own)
+        if any(_is_stream(loader) for loader in loaders):
+            return None
+        # The same number in each process, so that none waits alone.
+        n_batches = torch.tensor([[len(loader) for loader in loaders]], device=self.accelerator.device)
+        least = self.accelerator.gather(n_batches).reshape(-1, 2).amin(dim=0).tolist()
+        if not all(least):
             return None
         outside = {id(parameter) for parameter in self.model_with_adapters.parameters()}
-        modules = [self.model, *(part for part in vars(self).get("_losses", []))]
+        modules = [self.model, *self._losses]
         beside = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
         return Labelled(
-            [partial(iter, loader) for loader in loaders],
+            [partial(_first_batches, loader, number) for loader, number in zip(loaders, least, strict=True)],
             self._task_loss,
             [parameter for key, parameter in beside.items() if key not in outside],
         )
 
+    @property
+    def _losses(self) -> list[nn.Module]:
+        """The losses outside the model, which may have weights of their own."""
+        return []
+
     def _task_loss(self, inputs: dict[str, Any]) -> torch.Tensor:
-        with self._autocast():
-            return self.compute_loss(self.model, dict(self._prepare_inputs(inputs)))
+        self._check_labels(inputs)
+        inputs = dict(self._prepare_inputs(inputs))
+        n_items: Any = self._get_num_items_in_batch([inputs], self.args.device)
+        with ExitStack() as stack:
+            for module in (self.model, *self._losses):
+                stack.enter_context(without_dropout(module))
+            stack.enter_context(self._autocast())
+            return self.compute_loss(self.model, inputs, num_items_in_batch=n_items)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model
@@ -149,6 +167,11 @@ class ReadingTrainer(TwoStageTrainer):
         else:
             with AdapterSetup(Stack(*self.block.children), head_setup=head):
                 yield
+
+
+def _first_batches(loader: DataLoader, number: int) -> list[Any]:
+    """Read a new pass over a loader to its end, and return its first batches in main memory."""
+    return [send_to_device(batch, "cpu") for batch in loader][:number]
 
 
 def _is_stream(loader: Any) -> bool:

@@ -125,13 +125,17 @@ class TwoStageTrainer(StudentPushingTrainer):
         Raises:
             ValueError: If a training batch has no labels.
         """
+        if model.training:
+            self._check_labels(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _check_labels(self, inputs: dict[str, Any]) -> None:
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
-        if model.training and self.label_names and not has_labels and not self._computes_own_loss:
+        if self.label_names and not has_labels and not self._computes_own_loss:
             raise ValueError(
                 f"The training batches have no labels ({', '.join(self.label_names)}), only {', '.join(inputs)}; "
                 "add a column of labels to train_dataset, or name the columns that hold them in label_names."
             )
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None

@@ -167,7 +167,7 @@ def test_the_average_is_the_best_of_its_rank(rank):
     teachers = [module(3, 6), module(2, 1)]
     student = module(rank, 5)
     mean = sum(t.lora_B @ t.lora_A * t.lora_alpha / t.r for t in teachers) / 2
-    average_lora(student, teachers)
+    average_lora(student, teachers, [1 / len(teachers)] * len(teachers))
     left, sizes, right = torch.linalg.svd(mean.detach())
     best = left[:, :rank] * sizes[:rank] @ right[:rank]
     torch.testing.assert_close(student.lora_B @ student.lora_A * 5 / rank, best, rtol=1e-9, atol=1e-9)
@@ -192,7 +192,8 @@ def test_the_student_starts_at_the_mean_of_its_teachers_weight_changes(trainer_a
     model = make_model()
     model.add_adapter("bank", config=LoRAConfig(r=3, alpha=3))
     noisy(model, "bank")
-    model.add_adapter("insurance", config=LoRAConfig(r=4, alpha=4), distill_from=["bank"])
+    settings = had.DistillationConfig(["bank"], student_start="teachers")
+    model.add_adapter("insurance", config=LoRAConfig(r=4, alpha=4), distill_from=settings)
     model.add_classification_head("insurance")
     model.train_adapter("insurance")
     for student, teacher in zip(loras(model, "insurance"), loras(model, "bank"), strict=True):

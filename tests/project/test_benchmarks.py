@@ -8,10 +8,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from adapters import AutoAdapterModel
 from matplotlib.text import Text
 from paths import ROOT
-from transformers import AutoTokenizer, BertConfig
+from transformers import BertConfig
 
 from hf_adapter_distillation.training import preparation
 
@@ -29,6 +28,7 @@ import report  # noqa: E402
 import serving  # noqa: E402
 import stage2_step  # noqa: E402
 import streaming_tenants  # noqa: E402
+from faq_embeddings import EmbeddingPlatform  # noqa: E402
 from onboarding_cross_encoder import METHODS  # noqa: E402
 from onboarding_frozen import FROZEN_METHODS  # noqa: E402
 from tenant_jobs import Arguments  # noqa: E402
@@ -113,12 +113,12 @@ def test_adapter_memory(run):
 
 
 def test_serving(run, tmp_path, tiny_encoder):
-    short = "--tenants 1 3 --requests 6 --faqs 2 --max_batch 8 --rounds 2"
+    short = "--tenants 1 3 --requests 6 --max_batch 4 --rounds 2"
     results, out = run(serving, *f"{short} --model {tiny_encoder}".split())
     ways = [serving.MIXED, serving.COPIES, serving.FUSION]
     assert [(row["tenants"], row["method"]) for row in results["rows"]] == [(n, way) for n in (1, 3) for way in ways]
     rows = {row["method"]: row for row in results["rows"] if row["tenants"] == 3}
-    # 12 pairs of three tenants: 8 and 4 mixed, 4 of each tenant.
+    # Six questions of three tenants: four and two mixed, two of each tenant.
     assert [rows[way]["batches"] for way in ways] == [2, 3, 3]
     assert rows[serving.COPIES]["rate_ratio"] == 1
     for row in results["rows"]:
@@ -130,39 +130,37 @@ def test_serving(run, tmp_path, tiny_encoder):
     assert (tmp_path / "serving.png").stat().st_size > 10_000
     table = report.serving(results).splitlines()
     assert len(table) == 8
-    assert table[2].startswith("| 1 | one base model, mixed batches |")
+    assert table[2].startswith("| 1 | one encoder, mixed batches |")
     assert len({line.count("|") for line in table}) == 1
 
 
 def test_the_three_ways_to_serve_answer_alike_and_hold_what_they_say(tiny_encoder):
-    args = serving.Arguments(tenants=[3], requests=6, faqs=2, max_batch=8, model=tiny_encoder)
-    base, tokenizer = AutoAdapterModel.from_pretrained(tiny_encoder), AutoTokenizer.from_pretrained(tiny_encoder)
-    setting = serving.Setting(args, base, tokenizer, 3)
+    args = serving.Arguments(tenants=[3], requests=6, max_batch=4, model=tiny_encoder)
+    base = EmbeddingPlatform(tiny_encoder)
+    setting = serving.Setting(args, base, 3)
     asked = {way: sorted(sum(batches, [])) for way, batches in setting.batches_of.items()}
     assert asked[serving.MIXED] == asked[serving.COPIES] == asked[serving.FUSION]
     assert len(asked[serving.MIXED]) == 6
     tenants = [question.tenant for question in asked[serving.MIXED]]
     assert tenants == ["tenant0"] * 2 + ["tenant1"] * 2 + ["tenant2"] * 2
-    models = setting.ways[serving.COPIES].models
+    copies = [platform.encoder for platform in setting.ways[serving.COPIES].platforms.values()]
     seen = []
-    for model in [*models.values(), setting.ways[serving.MIXED].model]:
-        model.register_forward_hook(lambda module, args, output: seen.append(module))
+    for encoder in [*copies, setting.ways[serving.MIXED].encoder]:
+        encoder.register_forward_hook(lambda module, args, output: seen.append(module))
     setting.answer(serving.COPIES)
-    assert seen == list(models.values())
+    assert seen == copies
     del seen[:]
     setting.answer(serving.MIXED)
     assert len(seen) == 2
-    size = serving.bytes_of([base])
-    a_head = serving.bytes_of([models["tenant0"]]) - size
-    shared = setting.ways[serving.MIXED].model
+    size = serving.bytes_of([base.model])
+    shared = setting.ways[serving.MIXED].platform.model
     a_fusion = serving.bytes_of([layer for name, layer in shared.named_modules() if name.endswith("fusion_layer")])
-    adapters = serving.bytes_of([shared]) - size - a_fusion - 3 * a_head
-    assert a_head > 0
+    adapters = serving.bytes_of([shared]) - size - a_fusion
     assert adapters > 0
     assert a_fusion > 0
     memory = setting.memory()
-    assert memory[serving.COPIES] == 3 * (size + a_head)
-    assert memory[serving.MIXED] == size + adapters + 3 * a_head
+    assert memory[serving.COPIES] == 3 * size
+    assert memory[serving.MIXED] == size + adapters
     assert memory[serving.FUSION] == memory[serving.MIXED] + 3 * a_fusion
 
 

@@ -1,18 +1,23 @@
 """The bundled data, the retrieval metric, and the example on a tiny model."""
 
+import io
 import json
 import re
 import sys
 from itertools import combinations
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from faq_data import BUNDLED, hold_out, load_tenants, make_pairs  # noqa: E402
+import faq_table  # noqa: E402
+from embedding_rows import Rows  # noqa: E402
+from faq_data import BUNDLED, Faq, Tenant, hold_out, load_tenants, make_pairs  # noqa: E402
+from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
 from retrieval_metric import RetrievalMetric  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
@@ -164,39 +169,158 @@ def run_example(monkeypatch, *arguments):
     faq_retrieval.main()
 
 
-def test_example_runs_on_a_tiny_model(tiny_encoder, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    run_example(
-        monkeypatch, "--model", tiny_encoder, "--quick", "--output_dir", str(out), "--new_tenant", "bank",
-        "--test_queries", "1", "--shots", "1", "--ask", "my card is gone", "--carrier", "mixed",
-    )  # fmt: skip
-    printed = capsys.readouterr().out
-    for method in ("plain adapter", "AdapterFusion", "teachers' average", "AdapterDistillation"):
-        assert re.search(
-            rf"^{method} +0\.\d{{3}} +[01]\.\d{{3}} +0\.\d{{3}} +\d+\.\d +\d+\.\d\d +\d+\.\d$", printed, re.M
-        )
-    assert "Q: my card is gone" in printed
-    assert (out / "teacher_attention.png").stat().st_size > 10_000
-    assert (out / "adapters" / "AdapterDistillation" / "bank" / "adapter_config.json").is_file()
-    results = json.loads((out / "results.json").read_text())
-    assert set(results["rows"]) == {"plain adapter", "AdapterFusion", "teachers' average", "AdapterDistillation"}
+SHORT = [
+    "--quick",
+    "--new_tenant",
+    "bank",
+    "--test_queries",
+    "1",
+    "--shots",
+    "1",
+    "--steps",
+    "2",
+    "--teacher_steps",
+    "1",
+]
+CROSS_ENCODER = ["plain adapter", "AdapterFusion", "teachers' average", "AdapterDistillation"]
+EMBEDDINGS = [
+    "frozen encoder", "frozen centroid", "logistic regression", "plain adapter", "teachers' average", "AdapterFusion",
+    "AdapterDistillation, untrained", "AdapterDistillation",
+]  # fmt: skip
+
+
+def run_short(monkeypatch, capsys, model, out, *arguments):
+    """Runs the example with few steps; returns the printed rows, all that is printed, and the results."""
+    run_example(monkeypatch, "--model", model, "--output_dir", str(out), *SHORT, *arguments)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert not re.search(r"^$", captured.out.rstrip("\n"), flags=re.M), "no empty lines"
+    rows = re.findall(r"^(\S.*?)  +([\d. ]+)$", captured.out, flags=re.M)
+    return (
+        {method: cells.split() for method, cells in rows},
+        captured.out,
+        json.loads((out / "results.json").read_text()),
+    )
+
+
+def test_example_on_embeddings(tiny_encoder, tmp_path, monkeypatch, capsys):
+    asked = ["--ask", "my card is gone"]
+    rows, printed, results = run_short(monkeypatch, capsys, tiny_encoder, tmp_path, *asked)
+    assert list(rows) == list(results["rows"]) == EMBEDDINGS
+    for method, row in results["rows"].items():
+        keys = ("accuracy_at_1", "mrr", "auc", "queries_per_s", "MB", "onboard_s")
+        assert [float(cell) for cell in rows[method]] == pytest.approx([row[key] for key in keys], abs=0.5)
+        assert 0 <= row["accuracy_at_1"] <= row["mrr"] <= 1
+        assert row["onboard_s"] > 0
+        assert row["queries_per_s"] > 0
+    stored = {method: row["MB"] for method, row in results["rows"].items()}
+    assert max(stored, key=stored.get) == "AdapterFusion"
+    assert stored["frozen encoder"] < stored["plain adapter"] == pytest.approx(stored["teachers' average"], abs=1e-3)
+    assert list(results["weights"]) == ["airline", "mobile", "shop"]
+    assert sum(results["weights"].values()) == pytest.approx(1)
+    assert "  Q: my card is gone\n  -> " in printed
+    assert (tmp_path / "onboarding.png").stat().st_size > 10_000
+    assert (tmp_path / "adapters" / "AdapterDistillation" / "bank" / "adapter_config.json").is_file()
+
+
+def test_example_with_the_cross_encoder(tiny_encoder, tmp_path, monkeypatch, capsys):
+    arguments = ["--architecture", "cross-encoder", "--ask", "my card is gone"]
+    rows, printed, results = run_short(monkeypatch, capsys, tiny_encoder, tmp_path, *arguments)
+    assert list(rows) == list(results["rows"]) == CROSS_ENCODER
+    for method, row in results["rows"].items():
+        keys = ("accuracy_at_1", "mrr", "auc", "ms", "MB", "train_s")
+        assert [float(cell) for cell in rows[method]] == pytest.approx([row[key] for key in keys], abs=0.06)
+    assert "  Q: my card is gone\n  -> " in printed
+    assert (tmp_path / "teacher_attention.png").stat().st_size > 10_000
+    assert (tmp_path / "adapters" / "AdapterDistillation" / "bank" / "adapter_config.json").is_file()
+
+
+def test_rows_of_the_table_are_the_cosines_with_questions_and_centroids(tiny_encoder, tmp_path):
+    platform = EmbeddingPlatform(tiny_encoder)
+    tenant = Tenant(
+        "bank", [Faq("my card", train=["the train", "a card"], test=["card"]), Faq("pay", test=["pay it"])]
+    )
+    labelled, test = (labelled_queries(tenant, split, 2) for split in ("train", "test"))
+    table = Rows(platform, tenant, test, tmp_path)
+    table.add_cosine("titles", 1.0, None)
+    table.add_cosine("centroids", 2.0, labelled)
+    table.take_times()
+    embedded = {
+        text: torch.tensor(platform.encoder.encode(text)) for text in ("my card", "the train", "a card", "pay")
+    }
+    embedded = {text: embedding / embedding.norm() for text, embedding in embedded.items()}
+    card = embedded["my card"] + embedded["the train"] + embedded["a card"]
+    query = torch.tensor(platform.encoder.encode("card"))
+    for method, first in (("titles", embedded["my card"]), ("centroids", card)):
+        wanted = torch.stack([torch.cosine_similarity(query, faq, dim=0) for faq in (first, embedded["pay"])])
+        assert torch.allclose(table.ways[method].scores(["card"])[0], wanted, atol=1e-5)
+        assert table.rows[method]["MB"] == pytest.approx(2 * 16 * 4 / 1e6, abs=2e-4)
+    assert 1 < table.rows["titles"]["onboard_s"] < 2 < table.rows["centroids"]["onboard_s"]
+
+
+def test_quality_of_a_row_by_hand(tiny_encoder, tmp_path):
+    tenant = Tenant("bank", [Faq("a"), Faq("b")])
+    test = Dataset.from_dict({"query": ["x", "y"], "label": [1, 0]})
+    scores = torch.tensor([[0.1, 0.9], [0.2, 0.3]])  # the first query is right, the second has its FAQ second
+    quality = Rows(EmbeddingPlatform(tiny_encoder), tenant, test, tmp_path).quality(scores)
+    assert quality == {"accuracy_at_1": 0.5, "mrr": 0.75, "auc": 0.75}
+
+
+def test_labels_of_the_picture_cover_no_point_and_no_other_label():
+    points = {f"way number {n}": {"onboard_s": 10.0 + n % 2, "accuracy_at_1": 0.8 + 0.002 * n} for n in range(8)}
+    figure = faq_table.draw(points, {"bank": 0.75, "shop": 0.25}, "city")
+    figure.savefig(io.BytesIO())
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
+    assert len(boxes) == 8
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    places = axes.transData.transform([(row["onboard_s"], row["accuracy_at_1"]) for row in points.values()])
+    assert not any(box.contains(*place) for box in boxes for place in places)
+    lengths = [bar.get_width() for bar in figure.axes[1].patches]
+    assert lengths == pytest.approx([-0.25, 0.25]), "from the mean weight"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--new_tenant", "zoo"], "--new_tenant zoo is not in the data; choose one of bank, airline"),
-        (["--shots", "0"], "--shots 0 is out of range"),
+        (["--shots", "0"], "--shots 0 leaves nothing to train on and is out of range; it must be at least 1"),
         (["--shots", "99"], "99 training queries are too many: .* has 14 in all"),
         (["--data", "missing.json"], "--data missing.json does not exist"),
-        (["--carrier", "both"], "carrier='both' is not supported"),
+        (["--architecture", "bert"], "--architecture bert is unknown; choose one of embeddings, cross-encoder"),
+        (["--learning_rate", "0"], "--learning_rate 0.0 is out of range; it must be above 0"),
         (["--model", "no/such/model"], "no/such/model"),
     ],
 )
 def test_bad_arguments_cost_no_training(arguments, message, monkeypatch):
-    import faq_retrieval
-
-    monkeypatch.setattr(faq_retrieval, "train_teachers", None)
+    monkeypatch.setattr("demo_embeddings.train_teachers", None)
     with pytest.raises(SystemExit, match=message) as caught:
         run_example(monkeypatch, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+FAQ = {"question": "where", "queries": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("tenants", "message"),
+    [
+        ([("one", [FAQ, FAQ])], "has 1 tenants; at least two are needed"),
+        ([("one", [FAQ]), ("two", [])], "Tenant 'two' has no FAQs; give it some"),
+        ([("one", [FAQ]), ("two", [FAQ])], "Tenant 'two' has 1 FAQ; a ranking needs at least two"),
+        ([("one", [FAQ]), ("one", [FAQ, FAQ])], "Two tenants are named 'one'; rename one"),
+        ([("one", [FAQ]), ("a.b", [FAQ, FAQ])], "Tenant 'a.b' would be named 'a.b'; rename the tenant"),
+        ([(1, [FAQ]), ("two", [FAQ, FAQ])], "Tenant 1 is named 1; give it a name"),
+        ([("one", [FAQ]), ("two", [FAQ, FAQ | {"queries": []}])], "FAQ 'where' of tenant 'two' has no queries; give"),
+        ([("one", [FAQ | {"queries": ["a", " "]}]), ("two", [FAQ])], "FAQ 'where' of tenant 'one' has an empty query"),
+        ([("one", [FAQ | {"question": ""}]), ("two", [FAQ])], "FAQ 1 of tenant 'one' has the question ''; write one"),
+        ([("one", [{"question": "where"}]), ("two", [FAQ])], "Tenant 1, FAQ 1: 'queries' is missing"),
+    ],
+)
+def test_bad_tenants_cost_no_training(tenants, message, tmp_path, monkeypatch):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"tenants": [{"name": name, "faqs": faqs} for name, faqs in tenants]}))
+    monkeypatch.setattr("demo_embeddings.train_teachers", None)
+    with pytest.raises(SystemExit, match=message) as caught:
+        run_example(monkeypatch, "--data", str(path))
     assert "\n" not in str(caught.value)

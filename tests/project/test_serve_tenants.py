@@ -12,7 +12,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,25 +19,18 @@ from adapters import AdapterSetup, AutoAdapterModel, BatchSplit, Fuse
 from fastapi.testclient import TestClient
 from paths import ROOT
 from tiny_models import noisy
+from torch.nn.functional import normalize as normalized
 from transformers import AutoTokenizer, BertModel, set_seed
 
 EXAMPLES = ROOT / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "serving")]
 
 import demo_students  # noqa: E402
-import faq_retrieval  # noqa: E402
 import serve_tenants  # noqa: E402
-from tenant_batches import (  # noqa: E402
-    Batcher,
-    BatchFailedError,
-    BusyError,
-    Question,
-    TenantModel,
-    UnreadableError,
-    Waiting,
-    load_tenant_model,
-    take_batch,
-)
+from faq_data import Faq, Tenant  # noqa: E402
+from faq_embeddings import EmbeddingPlatform, tokenized  # noqa: E402
+from tenant_batches import Batcher, BatchFailedError, BusyError, Waiting, take_batch  # noqa: E402
+from tenant_model import Question, TenantModel, UnreadableError, load_tenant_model  # noqa: E402
 
 FAQS = {
     "bank": ["is my card gone", "what do i pay", "how is the card"],
@@ -54,20 +46,26 @@ QUESTIONS = [
 ]
 
 
-def make_students(encoder, configs, heads=2):
-    """A tiny model with an adapter and a head for each tenant, told apart by their weights."""
+LABELLED = {"bank": {1: ["pay the parcel", "pay"]}}  # queries of some FAQs
+
+
+def tenants_of(names):
+    return [Tenant(n, [Faq(f, train=LABELLED.get(n, {}).get(i, [])) for i, f in enumerate(FAQS[n])]) for n in names]
+
+
+def make_students(encoder, configs):
+    """A tiny embedding model with an adapter for each tenant, told apart by their weights."""
     set_seed(0)
-    model = AutoAdapterModel.from_pretrained(encoder)
+    platform = EmbeddingPlatform(encoder)
     for name, config in configs.items():
-        model.add_adapter(name, config=config)
-        noisy(model, name, 1.0)
-        model.add_classification_head(name, num_labels=heads)
-    return model
+        platform.model.add_adapter(name, config=config)
+        noisy(platform.model, name, 1.0)
+    return platform
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder, tmp_path_factory):
-    """The tiny BERT with weights that make its scores depend on the texts."""
+    """The tiny BERT with weights that make its embeddings depend on the texts."""
     folder = tmp_path_factory.mktemp("encoder")
     shutil.copytree(tiny_encoder, folder, dirs_exist_ok=True)
     set_seed(0)
@@ -81,19 +79,20 @@ def encoder(tiny_encoder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def students(encoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("students")
-    model = make_students(encoder, dict.fromkeys(FAQS, "double_seq_bn"))
-    for name, faqs in FAQS.items():
-        model.save_adapter(str(folder / name), name)
-        (folder / name / "faqs.json").write_text(json.dumps(faqs))
+    platform = make_students(encoder, dict.fromkeys(FAQS, "double_seq_bn"))
+    for tenant in tenants_of(FAQS):
+        platform.model.save_adapter(str(folder / tenant.name), tenant.name)
+        faqs = [{"question": faq.question, "queries": faq.train} for faq in tenant.faqs]
+        (folder / tenant.name / "faqs.json").write_text(json.dumps(faqs))
     return folder
 
 
 @pytest.fixture(scope="module")
 def tenants(students, encoder):
     """In float64, where rounding cannot hide a mistake."""
-    made = load_tenant_model(str(students), encoder)
-    made.model.double()
-    return made
+    loaded = load_tenant_model(str(students), encoder)
+    loaded.encoder.double()
+    return TenantModel(loaded.platform, tenants_of(FAQS))
 
 
 @contextmanager
@@ -107,35 +106,43 @@ def counted(model):
         handle.remove()
 
 
-def pair_by_pair(tenants, question):
-    """The scores of a question, each pair alone, without BatchSplit and padding."""
-    model, scores = tenants.model, []
-    model.set_active_adapters(question.tenant)
-    model.active_head = question.tenant
-    for faq in FAQS[question.tenant]:
-        logits = model(**tenants.tokenizer(question.text, faq, return_tensors="pt")).logits[0]
-        scores.append(float(logits[1] - logits[0]))
-    return scores
+def alone(tenants, question):
+    """The cosines of a question with the FAQs of its tenant, each text alone, without BatchSplit and padding."""
+    tenants.platform.model.set_active_adapters(question.tenant)
+    tokenizer, queries = tenants.encoder.tokenizer, LABELLED.get(question.tenant, {})
+
+    def embed(text):
+        return normalized(tenants.encoder(dict(tokenizer(text, return_tensors="pt")))["sentence_embedding"])[0]
+
+    texts = [[faq, *queries.get(number, [])] for number, faq in enumerate(FAQS[question.tenant])]
+    faqs = torch.stack([torch.stack([embed(text) for text in of_faq]).mean(0) for of_faq in texts])
+    return (normalized(faqs) @ embed(question.text)).tolist()
 
 
-def test_a_mixed_batch_gives_the_scores_of_each_pair_alone(tenants):
-    wanted = [pair_by_pair(tenants, question) for question in QUESTIONS]
+def by_faq(found):
+    """The scores of an answer in the order of the FAQs; they fall from the first to the last."""
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    return [one.score for one in sorted(found)]
+
+
+def test_a_mixed_batch_gives_the_scores_of_each_question_alone(tenants):
+    wanted = [alone(tenants, question) for question in QUESTIONS]
     assert all(min(abs(a - b) for a, b in combinations(scores, 2)) > 1e-6 for scores in wanted if len(scores) > 1)
-    with counted(tenants.model) as calls:
-        scores = tenants.score(QUESTIONS)
-    assert len(calls) == 1
-    for of_question, of_pairs in zip(scores, wanted, strict=True):
-        assert of_question == pytest.approx(of_pairs, abs=1e-10)
+    with counted(tenants.encoder) as calls:
+        found = tenants.answer(QUESTIONS)
+    assert len(calls) == 1, "one pass for all questions, and none for FAQs"
+    for of_question, scores in zip(found, wanted, strict=True):
+        assert by_faq(of_question) == pytest.approx(scores, abs=1e-10)
     for i in range(len(QUESTIONS)):  # whatever else is in the batch
         batch = QUESTIONS[i:] + QUESTIONS[: i // 2]
-        for question, of_question in zip(batch, tenants.score(batch), strict=True):
-            assert of_question == pytest.approx(wanted[QUESTIONS.index(question)], abs=1e-10)
+        for question, of_question in zip(batch, tenants.answer(batch), strict=True):
+            assert by_faq(of_question) == pytest.approx(wanted[QUESTIONS.index(question)], abs=1e-10)
 
 
 def test_each_tenant_stands_once_in_the_batchsplit(tenants):
-    tenants.score(QUESTIONS)
-    setup = tenants.model.active_adapters
-    assert (setup.children, setup.batch_sizes) == (["bank", "post", "rail"], [6, 1, 4])
+    tenants.answer(QUESTIONS)
+    setup = tenants.platform.model.active_adapters
+    assert (setup.children, setup.batch_sizes) == (["bank", "post", "rail"], [2, 1, 2])
 
 
 def test_the_batches_of_students_are_checked_when_they_are_loaded(students, encoder, monkeypatch):
@@ -145,34 +152,21 @@ def test_the_batches_of_students_are_checked_when_they_are_loaded(students, enco
     assert checked == [list(FAQS)]
 
 
-def test_loaded_students_score_as_the_saved_ones(tenants, encoder):
-    model = make_students(encoder, dict.fromkeys(FAQS, "double_seq_bn")).double()
-    saved = TenantModel(model, AutoTokenizer.from_pretrained(encoder), FAQS)
-    for of_saved, of_loaded in zip(saved.score(QUESTIONS), tenants.score(QUESTIONS), strict=True):
-        assert of_saved == pytest.approx(of_loaded, abs=1e-10)
-
-
-def test_the_head_of_a_tenant_is_its_own_though_another_name_begins_like_it(encoder, tmp_path):
-    """A file of the head "bank" holds that of "bank2", too, as it was when "bank" was saved."""
-    model = make_students(encoder, {"bank": "seq_bn", "bank2": "seq_bn"})
-    for name in ("bank", "bank2"):
-        model.save_adapter(str(tmp_path / f"of_{name}"), name)
-        if name == "bank":
-            model.heads["bank2"][1].weight.data += 1
-    (tmp_path / "of_bank").rename(tmp_path / "zoo")  # loaded after bank2
-    (tmp_path / "of_bank2").rename(tmp_path / "bank2")
-    for name in ("zoo", "bank2"):
-        (tmp_path / name / "faqs.json").write_text(json.dumps(FAQS["bank"]))
-    loaded = load_tenant_model(str(tmp_path), encoder)
-    assert torch.equal(loaded.model.heads["bank2"][1].weight, model.heads["bank2"][1].weight)
+def test_loaded_students_answer_as_the_saved_ones(students, encoder):
+    loaded = load_tenant_model(str(students), encoder)
+    saved = TenantModel(make_students(encoder, dict.fromkeys(FAQS, "double_seq_bn")), tenants_of(FAQS))
+    for of_saved, of_loaded in zip(saved.answer(QUESTIONS), loaded.answer(QUESTIONS), strict=True):
+        assert by_faq(of_saved) == pytest.approx(by_faq(of_loaded), abs=1e-6)
 
 
 # What BatchSplit of adapters 1.3.0 does not do: docs/how_to/serve.md
 
 
 def check(encoder, configs):
-    model = make_students(encoder, {f"student{n}": config for n, config in enumerate(configs)}).double()
-    TenantModel(model, AutoTokenizer.from_pretrained(encoder), dict.fromkeys(model.heads, FAQS["bank"])).check()
+    platform = make_students(encoder, {f"student{n}": config for n, config in enumerate(configs)})
+    platform.encoder.double()
+    faqs = [Faq(faq) for faq in FAQS["bank"]]
+    TenantModel(platform, [Tenant(f"student{n}", faqs) for n in range(len(configs))]).check()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +202,9 @@ def test_methods_that_share_a_batch(configs, encoder):
     ids=lambda configs: configs[0],
 )
 def test_students_that_would_change_each_others_scores_are_named(configs, encoder):
-    with pytest.raises(ValueError, match=r"^Student 'student\d' has other scores in a batch with others; serve stud"):
+    with pytest.raises(
+        ValueError, match=r"^Student 'student\d' has other embeddings in a batch with others; serve stud"
+    ):
         check(encoder, configs)
 
 
@@ -229,7 +225,13 @@ def test_students_in_other_places_say_why_they_share_no_batch(configs, encoder):
 
 
 def test_what_the_guide_says_of_batchsplit_is_so(encoder):
-    model = make_students(encoder, {"bank": "seq_bn", "rail": "seq_bn"}).double().eval()
+    set_seed(0)
+    model = AutoAdapterModel.from_pretrained(encoder)
+    for name in ("bank", "rail"):
+        model.add_adapter(name, config="seq_bn")
+        noisy(model, name, 1.0)
+        model.add_classification_head(name)
+    model.double().eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     texts = [faq for faqs in FAQS.values() for faq in faqs]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
@@ -269,32 +271,27 @@ def test_the_scripts_of_the_guide_exist():
     assert all((ROOT / script).is_file() for script in scripts)
 
 
-def test_scores_that_are_no_numbers_are_found_at_the_start(encoder):
-    model = make_students(encoder, {"bank": "seq_bn", "rail": "seq_bn"})
-    model.heads["rail"][1].bias.data[0] = float("nan")
-    tenants = TenantModel(model, AutoTokenizer.from_pretrained(encoder), {n: FAQS[n] for n in ("bank", "rail")})
-    with pytest.raises(ValueError, match="Student 'rail' gives scores that are no numbers"):
-        tenants.check()
+def test_embeddings_that_are_nan_are_found_at_the_start(encoder):
+    platform = make_students(encoder, {"bank": "seq_bn", "rail": "seq_bn"})
+    next(p for name, p in platform.model.named_parameters() if ".rail." in name).data[0] = float("nan")
+    with pytest.raises(ValueError, match="Student 'rail' gives embeddings that are NaN; train it anew"):
+        TenantModel(platform, tenants_of(["bank", "rail"])).check()
 
 
 # The queue
 
 
-def waiting(sizes):
-    return deque(Waiting(Question("t", str(n)), pairs, 0.0, None) for n, pairs in enumerate(sizes))
-
-
 def test_batches_are_full_and_in_the_order_of_arrival():
-    queue = waiting([2, 3, 4, 1, 9, 1])
+    queue = deque(Waiting(Question("t", str(n)), 0.0, None) for n in range(5))
     batches = []
     while queue:
-        batches.append([entry.pairs for entry in take_batch(queue, 5)])
-    assert batches == [[2, 3], [4, 1], [9], [1]]
+        batches.append([entry.question.text for entry in take_batch(queue, 2)])
+    assert batches == [["0", "1"], ["2", "3"], ["4"]]
 
 
 def with_batcher(score, use, **kwargs):
     """Runs a coroutine beside a batcher."""
-    settings = {"max_pairs": 4, "wait": 0.05, "max_waiting": 9, **kwargs}
+    settings = {"max_batch": 2, "wait": 0.05, "max_waiting": 9, **kwargs}
 
     async def main():
         batcher = Batcher(score, **settings)
@@ -320,21 +317,21 @@ def test_questions_are_answered_in_batches_each_with_its_own_answer():
     seen = []
 
     async def use(batcher):
-        return await asyncio.gather(*(batcher.ask(Question("t", str(n)), 2) for n in range(5)))
+        return await asyncio.gather(*(batcher.ask(Question("t", str(n))) for n in range(5)))
 
     answers = with_batcher(echo(seen), use)
-    assert [answer.scores for answer in answers] == [[float(n)] for n in range(5)]
+    assert [answer.found for answer in answers] == [[float(n)] for n in range(5)]
     assert seen == [["0", "1"], ["2", "3"], ["4"]]
     assert [answer.batched for answer in answers] == [2, 2, 2, 2, 1]
 
 
 def test_a_full_batch_waits_for_nobody_and_a_lone_question_not_for_long():
     async def full(batcher):
-        return await asyncio.gather(*(batcher.ask(Question("t", "1"), 2) for _ in range(2)))
+        return await asyncio.gather(*(batcher.ask(Question("t", "1")) for _ in range(2)))
 
     async def lone(batcher):
         start = asyncio.get_running_loop().time()
-        await batcher.ask(Question("t", "1"), 2)
+        await batcher.ask(Question("t", "1"))
         return asyncio.get_running_loop().time() - start
 
     with_batcher(echo([]), full, wait=3600.0)
@@ -345,9 +342,9 @@ def test_later_questions_join_the_first_ones_batch():
     seen = []
 
     async def use(batcher):
-        first = asyncio.create_task(batcher.ask(Question("t", "1"), 1))
+        first = asyncio.create_task(batcher.ask(Question("t", "1")))
         await asyncio.sleep(0.05)
-        await asyncio.gather(first, batcher.ask(Question("t", "2"), 1))
+        await asyncio.gather(first, batcher.ask(Question("t", "2")))
 
     with_batcher(echo(seen), use, wait=0.5)
     assert seen == [["1", "2"]]
@@ -361,24 +358,24 @@ def test_a_failed_batch_fails_only_the_question_that_fails_alone():
 
     async def use(batcher):
         texts = ["good", "bad", "good", "good"]
-        failed = await asyncio.gather(*(batcher.ask(Question("t", text), 2) for text in texts), return_exceptions=True)
-        return failed, await batcher.ask(Question("t", "good"), 2)
+        failed = await asyncio.gather(*(batcher.ask(Question("t", text)) for text in texts), return_exceptions=True)
+        return failed, await batcher.ask(Question("t", "good"))
 
     answers, later = with_batcher(score, use)
     assert [isinstance(answer, BatchFailedError) for answer in answers] == [False, True, False, False]
     assert [answer.batched for answer in answers if not isinstance(answer, Exception)] == [1, 2, 2]
-    assert later.scores == [1.0]
+    assert later.found == [1.0]
 
 
 def test_a_question_without_tokens_fails_alone_among_those_of_other_tenants(tenants):
     async def use(batcher):
         asked = [*QUESTIONS, Question("bank", "\ud800")]
-        return await asyncio.gather(*(batcher.ask(question, 1) for question in asked), return_exceptions=True)
+        return await asyncio.gather(*(batcher.ask(question) for question in asked), return_exceptions=True)
 
-    *answers, bad = with_batcher(tenants.score, use, max_pairs=6)
+    *answers, bad = with_batcher(tenants.answer, use, max_batch=6)
     assert isinstance(bad, UnreadableError)
     for answer, question in zip(answers, QUESTIONS, strict=True):
-        assert answer.scores == pytest.approx(pair_by_pair(tenants, question), abs=1e-10)
+        assert by_faq(answer.found) == pytest.approx(alone(tenants, question), abs=1e-10)
 
 
 def test_the_end_of_the_service_ends_the_second_try_of_a_batch():
@@ -394,7 +391,7 @@ def test_the_end_of_the_service_ends_the_second_try_of_a_batch():
     async def main():
         batcher = Batcher(score, 2, 3600.0, 9)
         task = asyncio.create_task(batcher.run())
-        asked = [asyncio.create_task(batcher.ask(Question("t", "1"), 1)) for _ in range(2)]
+        asked = [asyncio.create_task(batcher.ask(Question("t", "1"))) for _ in range(2)]
         await asyncio.to_thread(started.wait, 20)
         task.cancel()
         answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 5)
@@ -407,10 +404,10 @@ def test_who_has_gone_is_not_answered():
     seen = []
 
     async def use(batcher):
-        gone = asyncio.create_task(batcher.ask(Question("t", "1"), 1))
+        gone = asyncio.create_task(batcher.ask(Question("t", "1")))
         await asyncio.sleep(0)
         gone.cancel()
-        return await batcher.ask(Question("t", "2"), 1)
+        return await batcher.ask(Question("t", "2"))
 
     assert with_batcher(echo(seen), use).batched == 1
     assert seen == [["2"]]
@@ -418,7 +415,7 @@ def test_who_has_gone_is_not_answered():
 
 def test_more_questions_than_may_wait_are_told_so():
     async def use(batcher):
-        asked = [asyncio.create_task(batcher.ask(Question("t", "1"), 1)) for _ in range(3)]
+        asked = [asyncio.create_task(batcher.ask(Question("t", "1"))) for _ in range(3)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     answers = with_batcher(echo([]), use, max_waiting=2)
@@ -430,7 +427,7 @@ def test_the_end_of_the_service_leaves_nobody_waiting():
     async def main():
         batcher = Batcher(echo([]), 4, 3600.0, 9)
         task = asyncio.create_task(batcher.run())
-        asked = asyncio.create_task(batcher.ask(Question("t", "1"), 1))
+        asked = asyncio.create_task(batcher.ask(Question("t", "1")))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(BatchFailedError):
@@ -450,7 +447,7 @@ def test_a_batch_that_runs_at_the_end_of_the_service_is_told_so():
     async def main():
         batcher = Batcher(score, 4, 0.0, 9)
         task = asyncio.create_task(batcher.run())
-        asked = asyncio.create_task(batcher.ask(Question("t", "1"), 1))
+        asked = asyncio.create_task(batcher.ask(Question("t", "1")))
         await asyncio.to_thread(started.wait, 20)
         task.cancel()
         with pytest.raises(BatchFailedError):
@@ -475,12 +472,11 @@ def ask(client, question):
 
 
 def test_questions_of_three_tenants_are_answered_in_one_batch(tenants):
-    wanted = [pair_by_pair(tenants, question) for question in QUESTIONS]
-    pairs = sum(map(len, wanted))
+    wanted = [alone(tenants, question) for question in QUESTIONS]
     with (
-        make_client(tenants, max_batch=pairs, wait_ms=20_000) as client,
+        make_client(tenants, max_batch=len(QUESTIONS), wait_ms=20_000) as client,
         ThreadPoolExecutor(len(QUESTIONS)) as users,
-        counted(tenants.model) as calls,
+        counted(tenants.encoder) as calls,
     ):
         answers = [answer.json() for answer in users.map(lambda question: ask(client, question), QUESTIONS)]
     assert len(calls) == 1
@@ -527,16 +523,14 @@ def test_half_a_character_is_refused_before_it_waits(text, tenants, monkeypatch)
 
 
 def test_a_question_that_only_the_tokenizer_refuses_gets_a_422_and_the_others_an_answer(tenants, monkeypatch):
-    tokenizer = tenants.tokenizer
-
-    def refuse(texts, *args, **kwargs):
+    def refuse(encoder, texts):
         if "odd" in texts:
             raise Exception("WordLevel error: Missing [UNK] token from the vocabulary")  # as tokenizers does
-        return tokenizer(texts, *args, **kwargs)
+        return tokenized(encoder, texts)
 
-    monkeypatch.setattr(tenants, "tokenizer", refuse)
+    monkeypatch.setattr("tenant_model.tokenized", refuse)
     asked = [*QUESTIONS, Question("bank", "odd")]
-    with make_client(tenants, max_batch=14, wait_ms=20_000) as client, ThreadPoolExecutor(len(asked)) as users:
+    with make_client(tenants, max_batch=len(asked), wait_ms=20_000) as client, ThreadPoolExecutor(len(asked)) as users:
         *answers, bad = users.map(lambda question: ask(client, question), asked)
     assert [answer.status_code for answer in answers] == [200] * len(QUESTIONS)
     assert (bad.status_code, bad.json()) == (422, UNREADABLE)
@@ -594,11 +588,11 @@ def test_the_queue_is_that_of_the_arguments(tenants, monkeypatch):
     made = []
     monkeypatch.setattr(serve_tenants, "Batcher", lambda *args: made.append(args))
     make_client(tenants, max_batch=7, wait_ms=20.0, max_waiting=3)
-    assert made == [(tenants.score, 7, 0.02, 3)]
+    assert made == [(tenants.answer, 7, 0.02, 3)]
 
 
 def test_a_service_that_is_full_answers_so(tenants, monkeypatch):
-    async def ask_nothing(self, question, pairs):
+    async def ask_nothing(self, question):
         raise BusyError
 
     monkeypatch.setattr(Batcher, "ask", ask_nothing)
@@ -659,16 +653,8 @@ def of_another_model(key, value):
     return change
 
 
-def three_labels(folder):
-    path = folder / "rail" / "head_config.json"
-    head = json.loads(path.read_text())
-    head["config"] |= {"num_labels": 3}
-    path.write_text(json.dumps(head))
-
-
-def without_head(folder):
-    for path in (folder / "rail").glob("*head*"):
-        path.unlink()
+def with_head(folder):
+    (folder / "rail" / "head_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -676,17 +662,17 @@ def without_head(folder):
     [
         (shutil.rmtree, "--students .* is no folder; examples/serving/demo_students.py writes one"),
         (lambda folder: [shutil.rmtree(path) for path in folder.iterdir()], "--students .* holds no students; give"),
-        (lambda folder: (folder / "rail" / "faqs.json").unlink(), "rail holds no faqs.json; write the texts"),
-        (rewrite("faqs.json", "{"), r"rail/faqs.json is no JSON \(Expecting .*; write a list"),
-        (rewrite("faqs.json", "[]"), "rail/faqs.json is no list of texts; write a list"),
-        (rewrite("faqs.json", '["a", ""]'), "rail/faqs.json is no list of texts; write a list"),
-        (rewrite("faqs.json", '["a", "\\ud800"]'), r"rail/faqs.json holds '\\ud800', which is not valid Unicode; wri"),
-        (rewrite("faqs.json", '{"a": 1}'), "rail/faqs.json is no list of texts; write a list"),
+        (lambda folder: (folder / "rail" / "faqs.json").unlink(), "rail holds no faqs.json; write the tenant's FAQs"),
+        (rewrite("faqs.json", "{"), r"rail/faqs.json is no JSON \(Expecting .*; write a JSON list of"),
+        (rewrite("faqs.json", "[]"), "rail/faqs.json is no list of FAQs; write a JSON list of"),
+        (rewrite("faqs.json", '["a"]'), "rail/faqs.json is no list of FAQs; write"),
+        (rewrite("faqs.json", '[{"question": "", "queries": []}]'), "rail/faqs.json is no list of FAQs; write"),
+        (rewrite("faqs.json", '[{"question": "a", "queries": ["\\ud800"]}]'), r"holds '\\ud800', which is not valid"),
+        (rewrite("faqs.json", '{"a": 1}'), "rail/faqs.json is no list of FAQs; write"),
         (of_another_model("hidden_size", 384), "Student .*rail' was made for hidden_size 384, the model has 16; use"),
         (of_another_model("model_type", "gpt2"), "Student .*rail' was made for model_type 'gpt2', the model has 'ber"),
         (lambda folder: (folder / "rail" / "adapter_config.json").unlink(), "Student .*rail' holds no adapter_config"),
-        (three_labels, "Student .*rail' (cannot be loaded|has no classification head of two labels)"),
-        (without_head, "Student .*rail' has no classification head of two labels; train it with one"),
+        (with_head, "Student .*rail' has a head, as a cross-encoder's student; train it as an embedding model's"),
         (lambda folder: (folder / "rail").rename(folder / "a.b"), "would be named 'a.b'; rename the folder"),
     ],
 )  # fmt: skip
@@ -746,6 +732,7 @@ def test_the_demo_writes_students_that_are_served(data, encoder, tmp_path, monke
     (tmp_path / "outputs" / "students.partial" / "old").mkdir(parents=True)  # of a run that was killed
     arguments = ["--teachers", "2", "--students", "1", "--shots", "1", "--quick"]
     command = ["--data", data, "--model", encoder, "--output", output, *arguments]
+    monkeypatch.setitem(demo_students.faq_retrieval.QUICK, "embeddings", {"teacher_steps": 1, "steps": 2})
     run_main(monkeypatch, demo_students, *command)
     assert f"python examples/serving/serve_tenants.py --students {output}" in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["students"]
@@ -768,14 +755,8 @@ def test_the_demo_writes_students_that_are_served(data, encoder, tmp_path, monke
     ],
 )
 def test_wrong_arguments_of_the_demo_train_nothing(arguments, message, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_students, "train_teachers", None)
+    monkeypatch.setattr(demo_students.demo_embeddings, "train_teachers", None)
     with pytest.raises(SystemExit, match=f"^demo_students.py: {message}") as caught:
         run_main(monkeypatch, demo_students, "--data", data, "--output", tmp_path / "new", *arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
-
-
-def test_pairs_are_cut_where_those_of_the_training_are():
-    assert serve_tenants.TenantModel.score.__module__ == "tenant_batches"
-    source = Path(faq_retrieval.make_pairs.__code__.co_filename).read_text()
-    assert f"max_length={sys.modules['tenant_batches'].MAX_TOKENS})" in source

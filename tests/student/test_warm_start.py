@@ -11,6 +11,7 @@ from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_stu
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import trainer_for
 
+import hf_adapter_distillation as had
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.student import warm_start
 from hf_adapter_distillation.student.least_squares import UpProjectionFit
@@ -94,7 +95,8 @@ def test_all_layers_are_fitted_to_what_a_forward_pass_of_the_mean_sees(trainer_a
     for _, layer in adapter_layers(model, "bank"):
         for name in TEACHERS[1:]:
             layer.adapters[name].adapter_down.load_state_dict(layer.adapters["bank"].adapter_down.state_dict())
-    model.add_adapter("insurance", config="double_seq_bn", distill_from=TEACHERS, overwrite_ok=True)
+    settings = had.DistillationConfig(TEACHERS, student_start="teachers")
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=settings, overwrite_ok=True)
     model.double().train_adapter("insurance")
     average = snapshot(model)
     trainer = trainer_for(model, trainer_args())
@@ -237,7 +239,9 @@ def test_the_mean_update_is_the_mean_of_the_updates(dtype, trainer_args, monkeyp
             stacked = torch.stack(list(place.updates().values()))
             assert len(stacked) == len(TEACHERS)
             tolerance = 1e-3 if dtype == torch.float16 else 1e-6
-            torch.testing.assert_close(place.mean_update(), stacked.mean(dim=0), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                place.mix(place.fusion.weights_of), stacked.mean(dim=0), rtol=tolerance, atol=tolerance
+            )
             compared.append(place)
             return super().run_layer(place)
 

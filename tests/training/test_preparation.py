@@ -1,16 +1,12 @@
 """The choice of teachers and the calibration before a training."""
 
-import copy
-
 import pytest
 import torch
-from adapters import AdapterTrainer
-from datasets import Dataset
+from good_and_harmful import good_and_harmful, sequences
 from messages import exactly
 from model_state import changed, snapshot
 from tiny_models import (
     TEACHERS,
-    VOCABULARY,
     distillation_of,
     heard,
     make_batch,
@@ -22,7 +18,6 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy
 from trainings import trainer_for
-from transformers import TrainingArguments
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
@@ -30,49 +25,21 @@ from hf_adapter_distillation.student.preparing import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
 
 
-def sequences(n, seed, shuffled=False):
-    """Sequences, of which those are positive whose first token is in the lower half of the vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(3, VOCABULARY, (n, 8), generator=generator)
-    labels = (input_ids[:, 0] < VOCABULARY // 2).long()
-    if shuffled:
-        labels = labels[torch.randperm(n, generator=generator)]
-    return Dataset.from_dict({"input_ids": input_ids.tolist(), "labels": labels.tolist()})
-
-
-@pytest.fixture(scope="module")
-def good_and_harmful(tmp_path_factory):
-    """A model with a teacher of the task, one that has learnt shuffled labels, and one with random weights."""
-    model = make_model()
-    args = TrainingArguments(
-        str(tmp_path_factory.mktemp("teachers")), per_device_train_batch_size=16, num_train_epochs=6,
-        learning_rate=5e-3, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    for seed, name in enumerate(("shuffled", "good", "random")):
-        model.add_adapter(name, config="double_seq_bn")
-        model.add_classification_head(name)
-        if name == "random":
-            noisy(model, name)
-            continue
-        model.train_adapter(name)
-        AdapterTrainer(model, args, train_dataset=sequences(512, seed, shuffled=name == "shuffled")).train()
-    return model
-
-
-def distilled(model, teachers, trainer_args, **config):
-    model = copy.deepcopy(model)
+def distilled(teachers, trainer_args, **config):
+    model = good_and_harmful()
     torch.manual_seed(0)
-    model.add_adapter("insurance", config="double_seq_bn", distill_from=had.DistillationConfig(teachers, **config))
+    settings = had.DistillationConfig(teachers, **{"student_start": "teachers", **config})
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=settings)
     model.train_adapter("insurance")
     trainer = trainer_for(model, trainer_args(distillation_start=0.0), train_dataset=sequences(128, seed=7))
     trainer.train()
     return trainer
 
 
-def test_teachers_that_only_harm_get_no_attention(good_and_harmful, trainer_args):
+def test_teachers_that_only_harm_get_no_attention(trainer_args):
     """All three may be kept, and two are no better than chance: the rest is as if they had not been there."""
     teachers = ["shuffled", "good", "random"]
-    trainer = distilled(good_and_harmful, teachers, trainer_args, teacher_selection=3)
+    trainer = distilled(teachers, trainer_args, teacher_selection=3)
     assert list(trainer.distillation.ranking)[0] == "good"
     assert trainer.distillation.ranking["good"] > 0.9
     assert trainer.block.teachers == ("good",)
@@ -81,20 +48,20 @@ def test_teachers_that_only_harm_get_no_attention(good_and_harmful, trainer_args
     assert logs
     assert all(log["attention/good"] == pytest.approx(1) for log in logs)
     assert not any(f"attention/{name}" in log for log in logs for name in ("shuffled", "random"))
-    alone = distilled(good_and_harmful, ["good"], trainer_args)
+    alone = distilled(["good"], trainer_args)
     now = dict(trainer.model.named_parameters())
     for name, parameter in alone.model.named_parameters():
         assert torch.equal(now[name], parameter), name
     for name in teachers:  # they stay on the model
-        before, after = good_and_harmful.get_adapter(name), trainer.model.get_adapter(name)
+        before, after = good_and_harmful().get_adapter(name), trainer.model.get_adapter(name)
         for place, modules in before.items():
             for location, module in modules.items():
                 for key, value in module.state_dict().items():
                     assert torch.equal(after[place][location].state_dict()[key], value)
 
 
-def test_the_provenance_names_the_teachers_that_were_kept(good_and_harmful, trainer_args, tmp_path):
-    trainer = distilled(good_and_harmful, ["shuffled", "good", "random"], trainer_args, teacher_selection=1)
+def test_the_provenance_names_the_teachers_that_were_kept(trainer_args, tmp_path):
+    trainer = distilled(["shuffled", "good", "random"], trainer_args, teacher_selection=1)
     trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
     saved = read_provenance(str(tmp_path / "insurance"))
     assert [teacher.name for teacher in saved.teachers] == ["good"]

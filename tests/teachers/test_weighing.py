@@ -1,0 +1,326 @@
+"""Weights of the teachers: their mixture against plain references in float64, and what it finds and leaves alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from adapters import AdapterSetup, DoubleSeqBnConfig, LoRAConfig, SeqBnConfig, Stack
+from good_and_harmful import good_and_harmful, sequences
+from messages import exactly
+from model_state import everything
+from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, with_teachers_of_their_own_scores
+
+import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.teachers.weighing import Learner
+
+LORA = LoRAConfig(r=4, alpha=2, attn_matrices=["q", "v"], output_lora=True)
+KINDS = {  # the configs of three teachers, and that of the student
+    "bottlenecks": (["double_seq_bn"] * 3, "double_seq_bn"),
+    "lora": ([LORA] * 3, LORA),
+    "mixed widths": (["seq_bn[reduction_factor=4]", "seq_bn[reduction_factor=8]", "seq_bn"], "seq_bn"),
+    "a layer left out": ([SeqBnConfig(leave_out=[0]), "seq_bn", SeqBnConfig(leave_out=[0])], "seq_bn"),
+    "not stacked": ([DoubleSeqBnConfig(use_gating=True), "double_seq_bn", "double_seq_bn"], "double_seq_bn"),
+    "whole layers": (["prefix_tuning"] * 3, "prefix_tuning"),
+}
+
+
+def model_with(configs, student_config, kind="base"):
+    model = make_model(kind=kind, dtype=torch.float64)
+    for name, config in zip(TEACHERS, configs, strict=True):
+        model.add_adapter(name, config=config)
+        noisy(model, name)
+    settings = had.DistillationConfig(TEACHERS, student_start="random")
+    model.add_adapter("insurance", config=student_config, distill_from=settings)
+    noisy(model, "insurance")
+    model.double().train_adapter("insurance")
+    return model
+
+
+def learner_of(model, loss=None, per_layer=False, beside=()):
+    """A learner with random scores, and its loss."""
+    loss = loss or (lambda batch: model(**batch)["loss"])
+    learner = Learner(model, active_block(model), loss, per_layer, beside, lambda tensor: tensor, 1.0)
+    torch.manual_seed(3)
+    learner.scores.data.normal_()
+    return learner
+
+
+def states(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["last_hidden_state"]
+
+
+def loss_of(states):
+    return (states * torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states).sin()).sum()
+
+
+def shares(row, names):
+    """The weights at a place that has some of the teachers."""
+    scores = torch.stack([*(row[TEACHERS.index(name)] for name in names), row[-1]])
+    return dict(zip(names, (scores.exp() / scores.exp().sum())[:-1], strict=True))
+
+
+def mixed_states(model, rows, batch):
+    """The last states with hooks that put the weighted sum of the updates in the student's place."""
+    hooks = []
+    for number, (_, layer) in enumerate(adapter_layers(model, "insurance")):
+        modules = layer.adapter_modules
+        weights = shares(rows[number % len(rows)], [name for name in TEACHERS if name in modules])
+
+        def mix(module, inputs, kwargs, output, modules=modules, weights=weights):
+            is_lora = "residual_input" not in kwargs
+            h = inputs[1] if is_lora else inputs[0]
+            residual = 0.0 if is_lora else kwargs["residual_input"]
+            update = sum(weight * adapter_update(modules[name], h, residual) for name, weight in weights.items())
+            return residual + update, *output[1:]
+
+        hooks.append(modules["insurance"].register_forward_hook(mix, with_kwargs=True))
+    with AdapterSetup(Stack("insurance")):
+        result = states(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return result
+
+
+def mixed_states_of_whole_layers(model, rows, batch):
+    """The last states, layer by layer: each run in a model whose layer gets the states, and with each teacher."""
+    layers, h = model.encoder.layer, None
+    for number, layer in enumerate(layers):
+
+        def run(teacher, layer=layer, h=h):
+            seen = []
+            hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))]
+            if h is not None:
+                hooks.append(layer.register_forward_pre_hook(lambda module, inputs: (h, *inputs[1:])))
+            with AdapterSetup(Stack(teacher) if teacher else None):
+                states(model, batch)
+            for hook in hooks:
+                hook.remove()
+            return seen[0]
+
+        base, weights = run(None), shares(rows[number % len(rows)], TEACHERS)
+        h = base + sum(weight * (run(name) - base) for name, weight in weights.items())
+    return h
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["one weight", "per layer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mixture_equals_a_plain_sum(kind, per_layer):
+    model, batch = model_with(*KINDS[kind]), make_batch()
+    seen = []
+    learner = learner_of(model, lambda batch: loss_of(seen.append(states(model, batch)) or seen[-1]), per_layer)
+    rows = learner.scores.detach().clone().requires_grad_()
+    assert len(rows) == (len(learner.places) if per_layer else 1)
+    with learner.running():
+        learner._backward(batch)
+        gradient = learner.scores.grad
+    plain = mixed_states_of_whole_layers if kind == "whole layers" else mixed_states
+    expected = plain(model.eval(), rows, batch)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-10, atol=1e-10)
+    (expected_gradient,) = torch.autograd.grad(loss_of(expected), rows)
+    assert expected_gradient.abs().max() > 1e-3
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-10)
+    with learner.running(), learner.without_teachers(), torch.no_grad():
+        without = states(model, batch)
+    with AdapterSetup(None):
+        torch.testing.assert_close(without, states(model, batch), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_gradients_reach_the_scores_through_mixture_and_head(per_layer):
+    """Against central differences of the loss, with the teachers' heads mixed."""
+    model = with_teachers_of_their_own_scores(make_student(make_model(dtype=torch.float64)).double()).double()
+    batch = make_batch()
+    learner = learner_of(model, per_layer=per_layer)
+    assert len(learner.heads) == len(learner.head) == 4
+    assert not learner.trained
+    with learner.running():
+        learner._backward(batch)
+        gradient, learner.scores.grad = learner.scores.grad, None
+        flat, differences = learner.scores.data.view(-1), []
+        for number in range(len(flat)):
+            values = []
+            for step in (1e-5, -2e-5):
+                flat[number] += step
+                values.append(learner.evaluate(lambda: [batch]))
+            flat[number] += 1e-5
+            differences.append((values[0] - values[1]) / 2e-5)
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(gradient.flatten(), torch.tensor(differences).double(), rtol=1e-5, atol=1e-8)
+    with learner.running():
+        learner._mix_heads()
+        (row,) = learner.scores.mean(dim=0, keepdim=True).detach()
+        for key, value in model.heads["insurance"].state_dict().items():
+            of_teachers = torch.stack([model.heads[name].state_dict()[key] for name in TEACHERS])
+            expected = sum(w * v for w, v in zip(row[:-1].softmax(0), of_teachers, strict=True))
+            torch.testing.assert_close(value, expected)
+
+
+def batches_of(n, seed=7, size=16):
+    data = sequences(n, seed).with_format("torch")
+    return [data[i : i + size] for i in range(0, n, size)]
+
+
+def weigh(teachers, **kwargs):
+    model = good_and_harmful()
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=teachers)
+    model.train_adapter("insurance")
+    return had.weigh_teachers(model, batches_of(64), **kwargs)
+
+
+def test_the_teacher_of_the_task_gets_the_weight():
+    weights = weigh(["shuffled", "good", "random"])
+    mean = weights.mean()
+    assert mean["good"] > 0.8
+    assert sum(mean.values()) <= 1
+    assert weights.gain > 0.3
+    assert weights.heavy() == ["good"]
+    per_layer = weigh(["shuffled", "good", "random"], per_layer=True)
+    assert len(per_layer.by_place) == 4
+    assert len({row["good"] for row in per_layer.by_place.values()}) == 4
+    assert per_layer.mean()["good"] == max(per_layer.mean().values())
+    alone = weigh(["good"])
+    assert alone.mean()["good"] > 0.8
+    assert alone.heavy() == ["good"]
+
+
+def test_teachers_that_know_nothing_gain_nothing():
+    weights = weigh(["shuffled", "random"])
+    assert weights.gain < 0.1
+    assert 0 < sum(weights.mean().values()) < 1
+    assert weights.heavy()
+
+
+def whole_state(model):
+    values = {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    draws = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    return values, gradients, modes, draws, everything(model)
+
+
+def assert_unchanged(model, before):
+    values, gradients, modes, draws, others = whole_state(model)
+    assert values.keys() == before[0].keys()
+    assert all(torch.equal(value, before[0][name]) for name, value in values.items())
+    assert gradients.keys() == before[1].keys()
+    assert all(gradients[name] is before[1][name] for name in gradients)
+    assert (modes, others) == (before[2], before[4])
+    assert torch.equal(draws[0], before[3][0])
+    assert draws[1] == before[3][1]
+    assert (draws[2] == before[3][2]).all()
+
+
+@pytest.mark.parametrize("case", ["mixed heads", "new head", "static head", "a silent layer"])
+@pytest.mark.parametrize("fails_at", [None, 1, 4])
+def test_nothing_on_the_model_changes(case, fails_at):
+    """Parameters, buffers, gradients that were there, modes and random states, also when the loss raises."""
+    kind = "classification" if case == "static head" else "flex"
+    model = make_student(make_model(kind=kind, dropout=True))
+    if case == "new head":
+        model.delete_head("insurance")
+        model.add_classification_head("insurance", num_labels=2, layers=1)
+        model.train_adapter("insurance")
+    if case == "a silent layer":
+        for name in TEACHERS:
+            for parameter in adapter_layers(model, name)[0][1].adapters[name].adapter_up.parameters():
+                parameter.data.zero_()
+        model = make_silent(model)
+    model.train()
+    model(**make_batch()).loss.backward()
+    had.distillation_of(model).begin_step()
+    before, calls = whole_state(model), []
+
+    def loss(batch):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise RuntimeError("of the user")
+        assert not model.training
+        return model(**batch).loss
+
+    if fails_at is None:
+        weights = had.weigh_teachers(model, [make_batch(seed=seed) for seed in range(3)], loss, steps=4)
+        assert 0 < sum(weights.mean().values()) < 1
+    else:
+        with pytest.raises(RuntimeError, match="of the user"):
+            had.weigh_teachers(model, [make_batch(seed=seed) for seed in range(3)], loss, steps=4)
+    assert_unchanged(model, before)
+    assert had.distillation_of(model).inspection is None
+
+
+def make_silent(model):
+    """The same model with fusions for the layers that are not silent."""
+    model.delete_adapter("insurance")
+    model.add_adapter("insurance", config="seq_bn", distill_from=had.DistillationConfig(TEACHERS))
+    noisy(model, "insurance")
+    model.train_adapter("insurance")
+    assert sum("distillation_fusion.insurance.value" in name for name, _ in model.named_parameters()) == 1
+    return model
+
+
+@pytest.mark.parametrize("kind", ["flex", "classification"])
+def test_a_new_head_is_trained_along(kind):
+    """Of a flex model, and the static head of a model that has one for all."""
+    model = make_student(make_model(kind=kind))
+    if kind == "flex":
+        model.delete_head("insurance")
+        model.add_classification_head("insurance", num_labels=2, layers=1)
+        model.train_adapter("insurance")
+    head = model.heads["insurance"] if kind == "flex" else model.classifier
+    start, seen = head.state_dict()["weight" if kind != "flex" else "1.weight"].clone(), []
+
+    def loss(batch):
+        seen.append(head.state_dict()["weight" if kind != "flex" else "1.weight"].clone())
+        return model(**batch).loss
+
+    had.weigh_teachers(model, [make_batch(), make_batch(seed=1)], loss, steps=4)
+    # Of each half: two steps and one evaluation with the teachers, and the same without.
+    assert len(seen) == 12
+    assert [torch.equal(weight, start) for weight in seen] == [True, False, False] * 4
+
+
+def test_bad_batches_and_losses():
+    model, batch = make_student(make_model()), make_batch()
+    before = whole_state(model)
+    cases = [
+        (([],), {}, "There are no batches to weigh the teachers with; give at least one, with labels."),
+        (([batch],), {"steps": 1}, "steps=1 is out of range; it must be a number of steps, at least 2."),
+        (
+            ([batch], lambda batch: model(**batch).loss.detach()), {},
+            "The loss of a batch does not depend on the teachers; compute it from the output of the model, with "
+            "gradients, and with the distilled student active.",
+        ),
+        (
+            ([batch], lambda batch: model(**batch).logits), {},
+            "The loss of a batch is a tensor (4, 2); it must be a tensor with one number.",
+        ),
+        (
+            ([batch], lambda batch: model(**batch).loss.item()), {},
+            "The loss of a batch is a float; it must be a tensor with one number.",
+        ),
+    ]  # fmt: skip
+    for args, kwargs, message in cases:
+        with pytest.raises(ValueError, match=exactly(message)):
+            had.weigh_teachers(model, *args, **kwargs)
+        assert_unchanged(model, before)
+
+
+def test_losses_that_are_not_finite_weigh_nothing():
+    model = make_student(make_model())
+    weights = had.weigh_teachers(model, [make_batch()], lambda batch: model(**batch).loss * float("nan"), steps=4)
+    assert set(weights.mean().values()) == {0.25}
+    assert weights.gain == 0.0
+
+
+def test_one_batch_is_both_halves_and_a_loader_is_read_once():
+    model, reads = make_student(make_model()), []
+
+    def once():
+        reads.append(1)
+        yield make_batch()
+
+    weights = had.weigh_teachers(model, once(), steps=4)
+    assert weights == had.weigh_teachers(model, [make_batch()], steps=4)
+    assert reads == [1]
