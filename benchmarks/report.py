@@ -4,6 +4,7 @@ python benchmarks/report.py stage2_step benchmarks/results/stage2_step.json
 python benchmarks/report.py inference benchmarks/results/inference.json
 python benchmarks/report.py profile_training benchmarks/results/profile_training.json
 python benchmarks/report.py serving benchmarks/results/serving.json
+python benchmarks/report.py faq_retrieval benchmarks/results/faq_retrieval.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py training_data benchmarks/results/streaming_tenants_*.jsonl
@@ -20,6 +21,10 @@ import quality
 import quality_embeddings
 from tenant_jobs import whole_lines
 from transformers import PretrainedConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import faq_table  # noqa: E402
 
 
 def markdown(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -118,6 +123,12 @@ def adapter_memory(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def faq_retrieval(results: dict[str, Any]) -> str:
+    """Return the table of the example, a row per way to onboard the tenant."""
+    header, *rows = faq_table.cells(results["rows"])
+    return markdown(header, rows)
+
+
 def read(path: Path, *more: Path) -> Any:
     """Return the content of a result file: a dict, or for JSON lines a list of the dicts of all files."""
     if path.suffix != ".jsonl":
@@ -168,6 +179,7 @@ TABLES = {
         profile_training,
         serving,
         adapter_memory,
+        faq_retrieval,
         streaming_tenants,
         variants,
         objectives,

@@ -32,6 +32,7 @@ import hf_adapter_distillation as had
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "examples"))  # the tutorials append it as a relative path
 
+import faq_embeddings  # noqa: E402, F401
 import quality  # noqa: E402
 import report  # noqa: E402
 
@@ -73,7 +74,7 @@ def students_of_all_before(names_of_page, hub):
     numbers = [len(provenance["teachers"]) for provenance in provenances]  # light teachers are left out
     assert numbers[:2] == [0, 1]
     assert all(1 <= n <= before for before, n in enumerate(numbers) if before)
-    return len(provenances) == 4 and {"newcomer", "another"} <= set(names_of_page["fresh"].adapters_config)
+    return len(provenances) == 4 and {"newcomer", "another"} <= set(names_of_page["fresh"].model.adapters_config)
 
 
 def learnt_and_merged(names_of_page, hub):
@@ -132,7 +133,10 @@ LEFT_BEHIND = {
         list(names["model"][0].auto_model.adapters_config) == ["insurance"] and names["embeddings"].shape == (1, 16)
     ),
     "docs/how_to/own_trainer.md": has_files("own/checkpoint-2/trained_beside_the_student.safetensors"),
-    "docs/how_to/serve.md": lambda names, hub: [len(scores) for scores in names["scores"]] == [2, 1],
+    "docs/how_to/serve.md": lambda names, hub: (
+        {tenant: [len(found) for found in answers] for tenant, answers in names["answers"].items()}
+        == {"banking": [2, 2], "travel": [1]}
+    ),
     "docs/how_to/peft.md": exported_and_taken,
     "docs/how_to/trl.md": support_of_two_teachers,
     "docs/objectives.md": lambda names, hub: names["trainer"].state.global_step == 2,
@@ -179,6 +183,7 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
         sentence_transformers, "SentenceTransformer",
         lambda name: pretrained(name if Path(name).is_dir() else tiny_encoder, device="cpu"),
     )  # fmt: skip
+    monkeypatch.setattr("faq_embeddings.packaged_model", lambda: tiny_encoder)
     for auto in (AutoAdapterModel, AutoTokenizer):
         original = auto.from_pretrained
         monkeypatch.setattr(
@@ -257,17 +262,12 @@ def test_each_equation_stands_beside_its_function(name, n_equations):
         assert "{py:" in re.split(r"^#+ ", text, flags=re.M)[0], text[:200]
 
 
-def test_the_table_of_the_readme_matches_the_result_file():
-    results = json.loads((ROOT / "benchmarks" / "results" / "faq_retrieval.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert results["command"] in readme
-    assert results["rows"]
-    for method, row in results["rows"].items():
-        cells = (
-            f"{row['auc']:.3f}", f"{row['accuracy_at_1']:.3f}", f"{row['mrr']:.3f}", f"{row['ms']:.0f}",
-            f"{row['MB']:.2f}", f"{row['train_s']:.0f}",
-        )  # fmt: skip
-        assert f"| {method} | {' | '.join(cells)} |" in readme
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/tenants.md"])
+def test_the_table_of_the_demo_matches_the_result_file(page):
+    results = report.read(ROOT / "benchmarks" / "results" / "faq_retrieval.json")
+    (table,) = re.findall(r"<!-- table: faq_retrieval faq_retrieval.json -->\n\n((?:\|.*\n)+)", read(page))
+    assert table.strip() == report.faq_retrieval(results)
+    assert f"`{results['command']}`" in read(page)
 
 
 def test_the_costs_in_the_readme_match_the_result_files():
