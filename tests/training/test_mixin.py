@@ -80,14 +80,21 @@ def test_the_fusion_has_a_learning_rate_of_its_own(trainer_args):
 
 @needs_compiler
 @pytest.mark.timeout(900)  # which a busy machine may need to compile
-@pytest.mark.parametrize("carrier", ["student", pytest.param("mixed", marks=LONG)])
-def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, trainer_args):
+@pytest.mark.parametrize(
+    ("carrier", "start"),
+    [
+        ("student", "random"),
+        pytest.param("mixed", "random", marks=LONG),
+        pytest.param("student", "weighted", marks=LONG),
+    ],
+)
+def test_a_compiled_model_is_compiled_once_for_each_stage(carrier, start, trainer_args):
     losses = []
     for compiled in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         arguments = trainer_args(torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None)
-        trainer = trainer_for(make_student(make_model(), carrier=carrier, student_start="random"), arguments)
+        trainer = trainer_for(make_student(make_model(), carrier=carrier, student_start=start), arguments)
         losses.append(trainer.train().training_loss)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2
