@@ -396,19 +396,20 @@ def test_random_teachers_keep_the_norms_and_depend_on_the_key_alone():
 
 
 def test_a_run_after_others_in_a_process_is_the_same_as_alone(benchmark, distinct, tmp_path, monkeypatch):
-    evaluate, embeddings = embedding_runs.evaluate, []
+    evaluate, adapters = embedding_runs.evaluate, []
 
     def noting(run, onboarded, faqs, test):
-        embeddings.append(torch.cat(faqs))
+        parameters = pools.adapter_parameters(run.platform.model, embedding_runs.NEW)
+        adapters.append(torch.cat([parameter.detach().flatten() for parameter in parameters]))
         return evaluate(run, onboarded, faqs, test)
 
     monkeypatch.setattr(embedding_runs, "evaluate", noting)
 
     def run(*arguments):
-        del embeddings[:]
+        del adapters[:]
         fixed = ("--data", distinct, "--search_tenants", "0", "--pool", "random", "--tenants", "bank")
         lines, _ = benchmark(*EMBEDDINGS, *fixed, *arguments)
-        return {(line["method"], line["seed"]): found for line, found in zip(lines, embeddings, strict=True)}
+        return {(line["method"], line["seed"]): found for line, found in zip(lines, adapters, strict=True)}
 
     methods = ["plain adapter", "AdapterDistillation: weights alone"]
     after = run("--seeds", "1", "2", "--methods", "AdapterFusion", *methods)
