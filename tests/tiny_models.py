@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BartConfig,
     BertConfig,
     DistilBertConfig,
@@ -55,6 +56,7 @@ STATIC = {
     "classification": AutoModelForSequenceClassification,
     "causal_lm": AutoModelForCausalLM,
     "seq2seq_lm": AutoModelForSeq2SeqLM,
+    "tagging": AutoModelForTokenClassification,
     "base": AutoModel,
 }
 HEADS = {

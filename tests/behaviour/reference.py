@@ -4,12 +4,17 @@ A plain model of transformers runs with the student at its places, in float64. W
 model under test hold is read by the names of their parameters.
 """
 
+from math import log
+from typing import NamedTuple
+
 import torch
 from torch import nn
-from torch.nn.functional import gelu, relu, silu
+from torch.nn.functional import cross_entropy, gelu, relu, silu
+from transformers.pytorch_utils import Conv1D
 
 ACTIVATIONS = {"relu": relu, "gelu": gelu, "swish": silu}
-MINIMAL_VARIANCE, FLOOR = 1e-6, 0.1
+MINIMAL_VARIANCE, MINIMAL_WEIGHT, FLOOR = 1e-6, 1e-6, 0.1
+LAYERS = ("BertLayer", "GPT2Block")
 
 
 class Weights:
@@ -17,6 +22,11 @@ class Weights:
 
     def __init__(self, parameters, config):
         self.parameters, self.config = parameters, config
+
+    @property
+    def reads(self):
+        """Which of the states at a place the adapter reads."""
+        return "input" if self.config.get("is_parallel") else "output"
 
     def update(self, states):
         """The update of the states, (batch, seq_len, hidden), that the adapter reads."""
@@ -29,74 +39,121 @@ class Weights:
         return (features @ get("adapter_up.weight").T + get("adapter_up.bias")) * self.config["scaling"]
 
 
+class Terms(NamedTuple):
+    """The terms of a pass; the loss is that of the carrier `dual`, of both passes."""
+
+    logits: torch.Tensor
+    task_loss: torch.Tensor | float
+    distillation_loss: torch.Tensor
+    regularization: torch.Tensor
+
+
 class Reference:
-    """A plain copy of a model with a student, whose places are those of `carrier`.
+    """A plain copy of a model for the classes of tokens with a student, whose places are those of `carrier`.
 
     Args:
         model: The model under test.
-        plain: A model of transformers without adapters, of the same config.
+        plain: A model of transformers without adapters and without a head, of the same config.
         configs: The configs of the adapters by their names, the student's last.
-        carrier: "student", "fused", or "mixed" for the states of the student beside a match with the fused ones.
+        carrier: "student", "fused", "dual", or "mixed" for the states of the student beside a match with the fused
+            ones.
+        weights: The weights of the teachers by their names; None if they are equal and there is no null teacher.
     """
 
-    def __init__(self, model, plain, configs, carrier):
+    def __init__(self, model, plain, configs, carrier, weights=None):
+        self.prefix = f"{model.base_model_prefix}."
         self.parameters = {
             name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
         }
-        self.configs, self.carrier, self.layers, self.student = configs, carrier, [], list(configs)[-1]
+        self.configs, self.carrier, self.weights = configs, carrier, weights
+        *self.teachers, self.student = configs
+        self.layers, self.active = [], self.student
         self.plain = plain.double().eval()
-        self.plain.load_state_dict({name: self.parameters[name].detach() for name in self.plain.state_dict()})
+        frozen = {name: self.parameters.get(self.prefix + name, p).detach() for name, p in plain.state_dict().items()}
+        self.plain.load_state_dict(frozen)
         self.plain.requires_grad_(False)
-        self.place_student()
+        self.change_places()
 
     def at(self, place, container, name):
         """The parameters of an adapter, or of the fusion, at a place; empty where there is none."""
-        prefix = f"{place}.{container}.{name}."
+        prefix = f"{self.prefix}{place}.{container}.{name}."
         return {key[len(prefix) :]: p for key, p in self.parameters.items() if key.startswith(prefix)}
 
-    def run(self, place, container, states):
-        """Run student and teachers on the states that they read; return the update that is passed on."""
-        adapters = {}
-        for name, config in self.configs.items():
-            if parameters := self.at(place, container, name):
-                adapters[name] = Weights(parameters, config)
-        own = adapters.pop(self.student).update(states)
-        fusion = self.at(place, "distillation_fusion", self.student)
+    def adapter(self, place, container, name):
+        parameters = self.at(place, container, name)
+        return Weights(parameters, self.configs[name]) if parameters else None
+
+    def fuse(self, fusion, states, updates):
+        """Fuse updates by their names, read at the states, (batch, seq_len, hidden)."""
+        query = states @ fusion["query.weight"].T + fusion["query.bias"]
+        scores = [(query * (update @ fusion["key.weight"].T)).sum(dim=-1) for update in updates.values()]
+        if self.weights is not None:  # the null teacher has the score 0, and an update of zero
+            values = {name: max(weight, MINIMAL_WEIGHT) for name, weight in self.weights.items()}
+            values.setdefault(self.student, sum(values.values()) / len(values))
+            null = max(1 - sum(self.weights.values()), MINIMAL_WEIGHT)
+            scores = [score + log(values[name]) for name, score in zip(updates, scores, strict=True)]
+            scores.append(torch.full_like(scores[0], log(null)))
+        attention = torch.stack(scores, dim=-1).softmax(dim=-1)
+        return sum(
+            attention[..., n : n + 1] * (update @ fusion["value.weight"].T)
+            for n, update in enumerate(updates.values())
+        )
+
+    def match(self, fusion, states, own, updates):
+        """Fuse the updates, and note the student's and the fused one; return the fused one."""
+        fused = self.fuse(fusion, states, updates | ({self.student: own} if self.joins else {}))
+        self.layers.append((own, fused.detach() if self.joins else fused, states.detach()))
+        return fused
+
+    # Adapters inside the layers
+
+    def run(self, place, container, read):
+        """Run the adapters of a place on the states that they read; return the update that is passed on, or None."""
+        active = self.active and self.adapter(place, container, self.active)
+        if active is None:
+            return None
+        own, fusion = active.update(read[active.reads]), self.at(place, "distillation_fusion", self.student)
         if not fusion:
             return own
-        read = states.detach() if self.carrier == "student" else states
-        updates = [adapter.update(read) for adapter in adapters.values()]
-        if self.carrier != "student":
-            updates.append(Weights(self.at(place, container, self.student), self.configs[self.student]).update(read))
-        query = read @ fusion["query.weight"].T + fusion["query.bias"]
-        scores = [(query * (update @ fusion["key.weight"].T)).sum(dim=-1) for update in updates]
-        attention = torch.stack(scores, dim=-1).softmax(dim=-1)
-        fused = sum(
-            attention[..., n : n + 1] * (update @ fusion["value.weight"].T) for n, update in enumerate(updates)
-        )
-        self.layers.append((own, fused if self.carrier == "student" else fused.detach(), states.detach()))
-        return fused if self.carrier == "fused" else own
+        if not self.joins:
+            read = {kind: states.detach() for kind, states in read.items()}
+        teachers = {name: self.adapter(place, container, name) for name in self.teachers}
+        updates = {name: teacher.update(read[teacher.reads]) for name, teacher in teachers.items() if teacher}
+        # The update that is fused reads what the teachers read.
+        fused = self.match(fusion, read[active.reads], own, updates)
+        return fused if self.passes_fused else own
 
-    def place_student(self):
+    def change_places(self):
         for name, module in list(self.plain.named_modules()):
-            if type(module).__name__ == "BertOutput":
-                if self.at(name, "adapters", self.student):
-                    module.forward = self.of_bert_output(name, module)
-            elif type(module).__name__ == "GPT2Block":
-                if self.at(f"{name}.output_adapters", "adapters", self.student):
-                    self.change_gpt2_block(f"{name}.output_adapters", module)
-            elif isinstance(module, nn.Linear) and self.at(name, "loras", self.student):
+            kind = type(module).__name__
+            if kind == "BertOutput":
+                module.forward = self.of_bert_output(name, module)
+            if kind == "GPT2Block":
+                self.change_gpt2_block(f"{name}.output_adapters", module)
+            if isinstance(module, nn.Linear | Conv1D):
                 module.forward = self.of_projection(name, module)
+            if kind in LAYERS and self.at(name, "distillation_fusion", self.student):
+                module.forward = self.of_layer(name, module)
 
     def of_projection(self, name, linear):
         project = linear.forward
-        return lambda states: project(states) + self.run(name, "loras", states)
+
+        def forward(states):
+            output = project(states)
+            if self.active and self.configs[self.active].get("composition_mode") == "scale":
+                factors = self.at(name, "loras", self.active)
+                return output * factors["lora_B"].flatten() if factors else output
+            update = self.run(name, "loras", {"output": states})
+            return output if update is None else output + update
+
+        return forward
 
     def of_bert_output(self, name, output):
         def forward(hidden_states, input_tensor):
             states = output.dense(hidden_states)
-            update = self.run(name, "adapters", output.LayerNorm(states + input_tensor))
-            return output.LayerNorm(states + update + input_tensor)
+            read = {"output": output.LayerNorm(states + input_tensor), "input": input_tensor}
+            update = self.run(name, "adapters", read)
+            return output.LayerNorm(states + (0.0 if update is None else update) + input_tensor)
 
         return forward
 
@@ -105,27 +162,80 @@ class Reference:
         block.ln_2.register_forward_pre_hook(lambda module, args: residual.append(args[0]))
 
         def forward(hidden_states):
-            states = mlp(hidden_states)
-            return states + self.run(name, "adapters", states + residual.pop())
+            states, before = mlp(hidden_states), residual.pop()
+            update = self.run(name, "adapters", {"output": states + before, "input": before})
+            return states if update is None else states + update
 
         block.mlp.forward = forward
 
+    # Whole layers
+
+    def of_layer(self, name, layer):
+        run, fusion = layer.forward, self.at(name, "distillation_fusion", self.student)
+        inside = f"{self.prefix}{name}."
+        held = [
+            teacher
+            for teacher in self.teachers
+            if any(f".{teacher}." in key and key.startswith(inside) for key in self.parameters)
+        ]
+
+        def forward(states, *args, **kwargs):
+            def output(adapter, states):
+                self.active = adapter
+                output = run(states, *args, **kwargs)
+                self.active = self.student
+                return output if isinstance(output, torch.Tensor) else output[0]
+
+            passed_on, read = output(self.student, states), states if self.joins else states.detach()
+            base = output(None, read)
+            updates = {teacher: output(teacher, read) - base for teacher in held}
+            fused = self.match(fusion, read, output(self.student, read) - base, updates)
+            return (base + fused if self.passes_fused else passed_on,)
+
+        return forward
+
+    # Passes
+
+    def one_pass(self, inputs, joins, passes_fused):
+        """Run the model; return the logits, the task loss, and the layers."""
+        self.layers, self.joins, self.passes_fused = [], joins, passes_fused
+        labels = inputs["labels"]
+        states = self.plain(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **self.without_cache
+        ).last_hidden_state
+        logits = states @ self.parameters["classifier.weight"].T + self.parameters["classifier.bias"]
+        return logits, cross_entropy(logits.flatten(0, 1), labels.flatten()), self.layers
+
+    @property
+    def without_cache(self):
+        return {"use_cache": False} if self.prefix == "transformer." else {}
+
     def forward(self, inputs):
-        """The last hidden states, the distillation loss and the regularisation of the value matrices."""
-        self.layers.clear()
-        output = self.plain(**inputs).last_hidden_state
+        """The terms of a pass: logits, task loss, distillation loss, and the regularisation of the value matrices."""
         mask = inputs["attention_mask"].bool()
+        if self.carrier == "dual":
+            fused_logits, fused_loss, fused_layers = self.one_pass(inputs, joins=True, passes_fused=True)
+            logits, loss, layers = self.one_pass(inputs, joins=True, passes_fused=False)
+            layers = [(own, fused, read) for (own, _, read), (_, fused, _) in zip(layers, fused_layers, strict=True)]
+            loss = loss + fused_loss
+            differences = (logits - fused_logits.detach()).square().mean(dim=-1)
+            between = [row[tokens].mean() for row, tokens in zip(differences, mask, strict=True) if tokens.any()]
+            of_logits = sum(between) / len(mask)
+        else:
+            joins = self.carrier != "student"
+            logits, loss, layers = self.one_pass(inputs, joins=joins, passes_fused=self.carrier == "fused")
+            of_logits = 0.0
         losses = []
-        for b in range(len(mask)):
-            layers = [[part[b][mask[b]] for part in layer] for layer in self.layers]
-            losses.append(sum(self.of_sequence(layers)) / len(layers) if mask[b].any() else output.new_zeros(()))
+        for b, tokens in enumerate(mask):
+            parts = [[part[b][tokens] for part in layer] for layer in layers]
+            losses.append(sum(self.of_sequence(parts)) / len(parts) if tokens.any() else logits.new_zeros(()))
         values = [
             p
             for name, p in self.parameters.items()
             if name.endswith("value.weight") and ".distillation_fusion." in name
         ]
         regularization = sum(((value - torch.eye(len(value))) ** 2).sum() for value in values)
-        return output, sum(losses) / len(losses), regularization
+        return Terms(logits, loss, sum(losses) / len(losses) + of_logits, regularization)
 
     @staticmethod
     def of_sequence(layers):
