@@ -1,5 +1,5 @@
 """Train a student in two stages.
 
-Reading order: `trainers`, `trainer`, `preparation`, `optimizer`, `steps`, `reading`, `writing`, `data`, `checkpoint`,
-`callbacks`, `checks`, `loss_log`.
+Reading order: `arguments`, `trainers`, `trainer`, `preparation`, `optimizer`, `steps`, `reading`, `writing`, `data`,
+`checkpoint`, `callbacks`, `checks`, `loss_log`.
 """
