@@ -11,7 +11,9 @@ Source: Wang et al., "AdapterDistillation: Non-Destructive Task Composition with
 Industry, https://arxiv.org/abs/2312.16261.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .analysis.plots import (
@@ -20,23 +22,19 @@ from .analysis.plots import (
     plot_teacher_attention,
     plot_teacher_weights,
 )
-from .composition import AdapterDistillation
-from .configuration import (
-    DistillationArgumentsMixin,
-    DistillationConfig,
-    DistillationTrainingArguments,
-    Seq2SeqDistillationTrainingArguments,
-)
-from .method.distillation import StageSettings, distillation_of
-from .method.fusion import TeacherFusion
+from .configuration import DistillationArgumentsMixin, DistillationConfig
 from .method.weights import TeacherWeights
-from .registration import register, unregister
-from .teachers.weighing import weigh_teachers
 
 if TYPE_CHECKING:
     from .analysis.observe import leave_one_teacher_out, student_distance, teacher_attention, write_analysis
+    from .composition import AdapterDistillation
+    from .method.distillation import StageSettings, distillation_of
+    from .method.fusion import TeacherFusion
+    from .registration import register, unregister
     from .student.peft_export import save_adapter_as_peft
     from .teachers.peft_model import from_peft
+    from .teachers.weighing import weigh_teachers
+    from .training.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
     from .training.mixin import DistillationMixin
     from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
@@ -71,12 +69,19 @@ __all__ = [
     "write_analysis",
 ]
 
-# Imported once they are asked for: they load the Trainer of transformers and datasets, which models do not need.
+# Imported once they are asked for: the Trainer of transformers and datasets, which models do not need, and torch and
+# adapters, which parts of the command line do not need.
 _LAZY = {
+    "AdapterDistillation": "composition",
     "DistillationMixin": "training.mixin",
+    "TeacherFusion": "method.fusion",
     "from_peft": "teachers.peft_model",
     "save_adapter_as_peft": "student.peft_export",
+    "weigh_teachers": "teachers.weighing",
 }
+_LAZY |= dict.fromkeys(("register", "unregister"), "registration")
+_LAZY |= dict.fromkeys(("StageSettings", "distillation_of"), "method.distillation")
+_LAZY |= dict.fromkeys(("DistillationTrainingArguments", "Seq2SeqDistillationTrainingArguments"), "training.arguments")
 _LAZY |= dict.fromkeys(
     ("AdapterDistillationTrainer", "DistillationTrainer", "Seq2SeqDistillationTrainer"), "training.trainers"
 )
@@ -96,4 +101,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for one that is there
         return sorted(globals() | _LAZY)
 
 
-register()
+# The command line registers the package for the commands that run a model; its help is there at once. While Python
+# looks for `-m hf_adapter_distillation.cli`, the first argument is "-m".
+if Path(sys.argv[0] if sys.argv else "").stem not in ("adapter-distill", "-m"):
+    import_module(".registration", __name__).register()

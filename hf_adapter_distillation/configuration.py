@@ -1,4 +1,7 @@
-"""Settings of the distillation (`DistillationConfig`) and of the training (`DistillationArgumentsMixin`)."""
+"""Settings of the distillation (`DistillationConfig`) and of the training (`DistillationArgumentsMixin`).
+
+The module imports neither torch nor transformers, so that `adapter-distill --help` is there at once.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -6,12 +9,9 @@ from math import inf
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import torch
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
-
-from ._compat import COMPILES
-
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     _Arguments: TypeAlias = TrainingArguments
 else:
     _Arguments = object  # the fields and defaults of the other base of a class must win
@@ -223,6 +223,11 @@ class DistillationArgumentsMixin(_Arguments):
     )
 
     def __post_init__(self) -> None:
+        import torch
+        from transformers import TrainingArguments
+
+        from ._compat import COMPILES
+
         if not isinstance(self, TrainingArguments):
             raise TypeError(
                 f"{type(self).__name__} needs training arguments as its second base, for instance "
@@ -244,19 +249,3 @@ class DistillationArgumentsMixin(_Arguments):
         for name in ("keep_fusion", "analysis", "stop_on_nan", "save_on_sigterm"):
             if not isinstance(value := vars(self)[name], bool):
                 raise _out_of_range(name, value, "True or False")
-
-
-@dataclass
-class DistillationTrainingArguments(DistillationArgumentsMixin, TrainingArguments):
-    """Training arguments of transformers, extended by the arguments of the two stages.
-
-    `num_train_epochs` (or `max_steps`) counts both stages together.
-    """
-
-
-@dataclass
-class Seq2SeqDistillationTrainingArguments(DistillationArgumentsMixin, Seq2SeqTrainingArguments):
-    """Arguments of `Seq2SeqTrainer`, `predict_with_generate` and others, extended by the arguments of the two stages.
-
-    `num_train_epochs` (or `max_steps`) counts both stages together.
-    """

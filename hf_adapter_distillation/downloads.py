@@ -1,13 +1,17 @@
-"""Hub ids, downloads of saved adapters, and messages of one line for what goes wrong."""
+"""Hub ids, downloads and configs of saved adapters, and messages of one line for what goes wrong."""
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import requests
 from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import validate_repo_id
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"  # of `adapters.utils`, whose import takes seconds
 
 STATUS = {
     401: "the token is missing or wrong; log in with `hf auth login`, or pass another token",
@@ -63,6 +67,22 @@ def locate_saved(source: str, files: Sequence[str]) -> Path:
         return download(source, files)
     except OSError as error:
         raise OSError(f"{source!r} is no local folder, and the Hub did not give it: {hub_reason(error)}.") from error
+
+
+def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[str, Any]:
+    """Read the `adapter_config.json` of a folder; `label` (by default the folder) is the adapter in messages."""
+    path = Path(folder) / ADAPTER_CONFIG_NAME
+    if not path.is_file():
+        nested = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
+        hint = f"did you mean {nested[0].parent}?" if nested else "give a folder made by save_adapter."
+        raise ValueError(f"{label or folder} holds no {ADAPTER_CONFIG_NAME}; {hint}")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter again.") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is no adapter config (it holds no object); save the adapter again.")
+    return saved
 
 
 def hub_reason(error: Exception) -> str:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-from hf_adapter_distillation import DistillationArgumentsMixin, DistillationConfig, DistillationTrainingArguments
+from hf_adapter_distillation import DistillationArgumentsMixin, DistillationConfig
+from hf_adapter_distillation.training.arguments import DistillationTrainingArguments
 
 
 def test_defaults():
@@ -93,7 +94,7 @@ def test_bad_arguments(kwargs, message, tmp_path):
 
 @pytest.mark.parametrize("kwargs", [{"torch_compile": True}, {"torch_compile_mode": "default"}])
 def test_a_torch_that_cannot_compile_adapters_is_refused(kwargs, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_adapter_distillation.configuration.COMPILES", False)
+    monkeypatch.setattr("hf_adapter_distillation._compat.COMPILES", False)
     message = f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out."
     with pytest.raises(ValueError, match=re.escape(message)):
         DistillationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **kwargs)

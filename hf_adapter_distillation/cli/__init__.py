@@ -1,6 +1,6 @@
-"""The command line `adapter-distill`, which distils, evaluates and shares adapters for text classification.
+"""The command line `adapter-distill`, which distils, evaluates, runs and shares adapters for labelled texts.
 
-Reading order: `main`, `train`, `evaluate`, `data`, `saved`, `export`.
+Reading order: `main`, `parser`, `options`, `train`, `evaluate`, `predict`, `tasks`, `data`, `saved`, `export`.
 """
 
 from .main import main

@@ -1,46 +1,38 @@
-"""Load texts with labels from a file, a folder or the Hub, check them, and encode them."""
+"""Load texts from a file, a folder or the Hub, find their columns, and check them."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from transformers import PreTrainedTokenizerBase
 
-from ..configuration import option
 from ..downloads import hub_reason, is_repo_id, one_line, suggestion
+from .options import DataArguments, TextArguments
 
 Labels = list[int] | list[str]  # the classes of a head: the numbers from 0 on, or names
-READERS = {  # load_dataset("csv") would call the Hub's download counter for a local file
+Arguments = TypeVar("Arguments", bound=TextArguments)
+READERS: dict[str, Any] = {  # load_dataset("csv") would call the Hub's download counter for a local file
     ".csv": Dataset.from_csv,
+    ".tsv": Dataset.from_csv,
     ".json": Dataset.from_json,
     ".jsonl": Dataset.from_json,
     ".parquet": Dataset.from_parquet,
 }
 
 
-@dataclass(kw_only=True)
-class DataArguments:
-    """Dataset, columns and base model."""
-
-    dataset: str = option("Hub id, a csv, json, jsonl or parquet file, or a folder made with save_to_disk.")
-    model: str = option("Base model of the adapters: a folder or a Hub id.")
-    dataset_config: str | None = option("Configuration of a Hub dataset.", None)
-    text_column: str = option("Column of the text.", "text")
-    text_pair_column: str | None = option("Column of the second text, for pairs of texts.", None)
-    label_column: str = option("Column of the label: names or whole numbers.", "label")
-    max_length: int = option("Maximum number of tokens per example.", 128)
-
-    def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length} is out of range; it must be at least 1.")
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"))
+TEXTS = ("text", "sentence", "query", "question", "utterance", "review", "document", "content", "tokens", "words")
+LABELS = ("label", "labels", "category", "intent", "class", "target", "tags", "ner_tags", "pos_tags", "score")
 
 
-def load(dataset: str, config: str | None = None) -> DatasetDict:
+def load(dataset: str, args: TextArguments) -> DatasetDict:
     """Load all splits of a file, a saved folder or a Hub id; a file is the split `train`."""
-    reader = READERS.get(Path(dataset).suffix.lower())
+    suffix, config = Path(dataset).suffix.lower(), args.dataset_config
+    reader = READERS.get(suffix)
+    if args.sep is not None and suffix not in (".csv", ".tsv"):
+        raise ValueError(f"sep={args.sep!r} is for .csv and .tsv files, not for {dataset}; leave it out.")
     if reader is None and not os.path.exists(dataset):
         return _load_from_hub(dataset, config)
     if config is not None:
@@ -49,11 +41,24 @@ def load(dataset: str, config: str | None = None) -> DatasetDict:
     if reader is not None and not os.path.isfile(dataset):
         raise ValueError(f"The dataset {dataset} does not exist; {give}")
     try:
-        loaded = reader(dataset) if reader else load_from_disk(dataset)
+        loaded = reader(dataset, **_form(suffix, args)) if reader else load_from_disk(dataset)
     except Exception as error:  # on a damaged file, the libraries that read it can raise anything
-        reason = one_line(error.__cause__ or error).rstrip(".")
-        raise ValueError(f"The dataset {dataset} cannot be read ({reason}); {give}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeError):
+            wrong = f"encoding={args.encoding!r} does not fit {dataset} ({one_line(cause).rstrip('.')})"
+            raise ValueError(f"{wrong}; pass another --encoding, such as latin-1.") from error
+        raise ValueError(f"The dataset {dataset} cannot be read ({one_line(cause).rstrip('.')}); {give}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+
+
+def _form(suffix: str, args: TextArguments) -> dict[str, str]:
+    """Return how a file is to be read."""
+    if suffix == ".parquet":
+        return {}
+    form = {"encoding": args.encoding}
+    if suffix in (".csv", ".tsv"):
+        form["sep"] = (args.sep or ("\t" if suffix == ".tsv" else ",")).replace("\\t", "\t")
+    return form
 
 
 def _load_from_hub(dataset: str, config: str | None) -> DatasetDict:
@@ -76,20 +81,69 @@ def split_of(data: Mapping[str, Dataset], name: str | None, dataset: str) -> Dat
     return data[name]
 
 
-def check_columns(dataset: Dataset, args: DataArguments) -> None:
-    """Check that the columns exist and have no gaps, and that text columns hold strings."""
+def with_columns(dataset: Dataset, args: Arguments) -> Arguments:
+    """Return the arguments with the columns of text and label, which are found by their names if they are not given.
+
+    Raises:
+        ValueError: If a given column does not exist, or several columns could be meant.
+    """
+    columns = dataset.column_names
+    found: dict[str, Any] = {}
     for name in ("text_column", "text_pair_column", "label_column"):
-        column, columns = vars(args)[name], dataset.column_names
-        if column is None:  # no second text
-            continue
-        if column not in columns:
+        column = vars(args).get(name)
+        if column is not None and column not in columns:
             hint = suggestion(column, columns) or "choose one of them."
             raise ValueError(f"{name}={column!r} is not one of the columns {', '.join(map(repr, columns))}; {hint}")
+    label = vars(args).get("label_column")
+    if args.text_column is None and args.text_pair_column is None:
+        for first, second in PAIRS:
+            if {first, second} <= {*columns}:
+                found = {"text_column": first, "text_pair_column": second}
+    if args.text_column is None and not found:
+        texts = [
+            name for name in columns if name not in (label, args.text_pair_column) and _holds_texts(dataset, name)
+        ]
+        others = [name for name in texts if name not in LABELS]
+        found["text_column"] = _only("text_column", columns, [name for name in TEXTS if name in texts], others)
+    if isinstance(args, DataArguments) and label is None:
+        taken = {args.text_column, args.text_pair_column, *found.values()}
+        others = [name for name in columns if name not in taken]
+        found["label_column"] = _only("label_column", columns, [name for name in LABELS if name in others], others)
+    return replace(args, **found)
+
+
+def _only(option: str, columns: Sequence[str], usual: Sequence[str], others: Sequence[str]) -> str:
+    """Return the column with the first of the usual names, or the only other one; `text` and `label` need no doubt."""
+    if usual and (len(usual) == 1 or usual[0] in ("text", "label")):
+        return usual[0]
+    if not usual and len(others) == 1:
+        return others[0]
+    names = ", ".join(map(repr, columns))
+    raise ValueError(f"The columns {names} do not say which one is the {option}; pass --{option}.")
+
+
+def _holds_texts(dataset: Dataset, column: str) -> bool:
+    return _type_of(dataset, column) in ("string", "large_string") or is_list(dataset, column)
+
+
+def is_list(dataset: Dataset, column: str) -> bool:
+    """Return whether a column holds a list in each row."""
+    return type(dataset.features[column]).__name__ in ("List", "LargeList", "Sequence")
+
+
+def check_columns(dataset: Dataset, args: TextArguments) -> None:
+    """Check that the columns have no gaps, and that text columns hold strings, or words for labels of tokens."""
+    for name in ("text_column", "text_pair_column", "label_column"):
+        column = vars(args).get(name)
+        if column is None:  # no second text, or no label
+            continue
+        if column not in dataset.column_names:  # of another file
+            raise ValueError(f"{name}={column!r} is not one of the columns {', '.join(dataset.column_names)}.")
         for row, value in enumerate(dataset[column], start=1):
-            if value is None or value == "":
+            if value is None or value == "" or value == []:
                 raise ValueError(f"Column {column!r} is empty in row {row}; fill it, or leave the row out.")
         kind = _type_of(dataset, column)
-        if name != "label_column" and kind not in ("string", "large_string"):
+        if name != "label_column" and not _holds_texts(dataset, column):
             raise ValueError(f"{name}={column!r} holds {kind}, not text; choose a text column.")
 
 
@@ -107,7 +161,7 @@ def labels_of(dataset: Dataset, column: str) -> Labels:
     values = sorted(dataset.unique(column)) if isinstance(feature, Value) else []
     if not values or not isinstance(values[0], str | int):
         kind = f"{_type_of(dataset, column)}, not names or whole numbers"
-        raise ValueError(f"label_column={column!r} holds {kind}; train other tasks with DistillationTrainer.")
+        raise ValueError(f"label_column={column!r} holds {kind}; pass --task regression to predict numbers.")
     if len(values) == 1:
         raise ValueError(f"label_column={column!r} holds only one label, {values[0]!r}; a head needs at least two.")
     is_numbered = type(values[0]) is int and values == list(range(len(values)))
@@ -136,13 +190,3 @@ def label_ids(dataset: Dataset, column: str, labels: Labels, source: str) -> lis
             raise ValueError(f"Column {column!r} has {name!r} in row {row}, not a label of {source}: {names}.")
         numbers.append(ids[name])
     return numbers
-
-
-def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, ids: list[int]) -> Dataset:
-    """Return the tokens of the texts, with `ids` as `labels`."""
-    columns = [column for column in (args.text_column, args.text_pair_column) if column is not None]
-
-    def tokens(batch: dict[str, list]) -> Mapping[str, Any]:
-        return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=args.max_length)
-
-    return dataset.map(tokens, batched=True, remove_columns=dataset.column_names).add_column("labels", ids)

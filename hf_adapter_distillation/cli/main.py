@@ -1,27 +1,23 @@
 """Options, config files, errors and exit codes of `adapter-distill`."""
 
-import argparse
 import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
-from ..configuration import DistillationTrainingArguments
-from ..downloads import one_line, suggestion
-from .evaluate import EvalArguments, evaluate
-from .export import export
-from .saved import inspect, plot, push
-from .train import TrainArguments, train
+from ..downloads import one_line
+from .parser import CONFIG_HELP, OPTIONS, Parser, describe_options, full_parser
 
 PROGRAM = "adapter-distill"
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+RUN_A_MODEL = {*OPTIONS, "export", "push"}
 SOURCE = "folder or Hub id, optionally with @revision"
 
 EXAMPLES = {
@@ -30,8 +26,11 @@ EXAMPLES = {
       --student insurance --dataset data/train.csv --eval_split 0.2 --output_dir outputs/insurance --analysis
   adapter-distill train --config train.yaml --learning_rate 1e-3 --overwrite_output_dir""",
     "eval": """
-  adapter-distill eval --model bert-base-uncased --adapter outputs/insurance/insurance --dataset data/test.csv
+  adapter-distill eval --adapter outputs/insurance/insurance --dataset data/test.tsv --label_column intent
   adapter-distill eval --model bert-base-uncased --adapter me/faq-insurance --dataset test.csv --output result.json""",
+    "predict": """
+  adapter-distill predict --adapter outputs/insurance/insurance --text "my card is gone" "what do i pay"
+  adapter-distill predict --adapter me/faq-insurance --dataset texts.csv --format csv --output predictions.csv""",
     "inspect": """
   adapter-distill inspect outputs/insurance/insurance
   adapter-distill inspect me/faq-insurance@main --json""",
@@ -47,73 +46,43 @@ EXAMPLES = {
 }
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Formatter that shows defaults, and keeps the line breaks of the examples."""
-
-
-class Parser(HfArgumentParser):
-    """Parser that raises its errors and takes no abbreviations."""
-
-    def __init__(self, dataclass_types: Any = (), **kwargs: Any) -> None:
-        super().__init__(dataclass_types, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message that argparse would print below the usage."""
-        raise ValueError(f"{message}; see {self.prog} --help.")
-
-    @property
-    def flags(self) -> dict[str, argparse.Action]:
-        """The options by flag, such as `--learning_rate` and `--learning-rate`."""
-        return self._option_string_actions  # argparse has no public list of them
-
-    def hint(self, name: str) -> str:
-        """Return a hint at the option that an unknown name may mean."""
-        hint = suggestion(name, {action.dest for action in self.flags.values()} - {"config", "help"})
-        return f", {hint}" if hint else ""
-
-
-CONFIG = Parser(prog=PROGRAM, add_help=False)
-CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by name; the command line wins")
-
-
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser of the program, and the parsers of its commands by name."""
+    """Return the parser of the program, and the parsers of its commands by name.
+
+    Those of the commands in `OPTIONS` are for the help alone.
+    """
     parser = Parser(
         prog=PROGRAM,
-        description="Distil adapters into an adapter for a new task; evaluate, inspect, plot, export and push it.",
+        description="Distil adapters into an adapter for a new task; evaluate, run, inspect, plot, export, push it.",
         epilog="Exit codes: 0 done, 1 the run failed, 2 wrong input, 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=version("hf-adapter-distillation"))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error; allowed anywhere")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
 
-    def add(name: str, run: Callable[..., str], description: str, *dataclasses: type) -> Parser:
+    def add(name: str, description: str) -> Parser:
         command = commands.add_parser(
-            name,
-            dataclass_types=dataclasses,
-            parents=[CONFIG] if dataclasses else [],
-            help=description,
-            description=description,
-            epilog=f"examples:{EXAMPLES[name]}",
+            name, help=description, description=description, epilog=f"examples:{EXAMPLES[name]}"
         )
-        command.set_defaults(run=run)
+        if name in OPTIONS:
+            describe_options(command, name)
         return command
 
-    description = "Distil teachers into a student for text classification, and save it to OUTPUT_DIR/STUDENT."
-    add("train", train, description, TrainArguments, DistillationTrainingArguments)
-    add("eval", evaluate, "Evaluate a saved adapter for text classification, distilled or not.", EvalArguments)
-    command = add("inspect", inspect, "Show the teachers, settings and results of a saved student.")
+    add("train", "Distil teachers into a student for labelled texts, and save it to OUTPUT_DIR/STUDENT.")
+    add("eval", "Evaluate a saved adapter on labelled texts, distilled or not.")
+    add("predict", "Predict labels, numbers or tags for texts with a saved adapter.")
+    command = add("inspect", "Show the teachers, settings and results of a saved student.")
     command.add_argument("source", help=SOURCE)
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    command = add("plot", plot, "Draw the attention of a saved student over its teachers, layer by layer.")
+    command = add("plot", "Draw the attention of a saved student over its teachers, layer by layer.")
     command.add_argument("source", help=SOURCE)
     command.add_argument("-o", "--output", metavar="FILE", required=True, help="image; the extension sets the format")
-    command = add("export", export, "Save a LoRA with its head as PEFT does, for programs that know PEFT alone.")
+    command = add("export", "Save a LoRA with its head as PEFT does, for programs that know PEFT alone.")
     command.add_argument("source", help=SOURCE)
     command.add_argument("output", help="folder for the files")
     command.add_argument("--model", help="base model, by default the one that the adapter names")
     command.add_argument("--no_head", action="store_true", help="leave the head out")
-    command = add("push", push, "Push a saved student with its card to the Hub, without loading the base model.")
+    command = add("push", "Push a saved student with its card to the Hub, without loading the base model.")
     command.add_argument("folder", help="folder of the student")
     command.add_argument("repo", help="repository, created if it is missing")
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
@@ -154,18 +123,48 @@ def read_config(path: str, parser: Parser) -> list[str]:
 def parse(argv: Sequence[str]) -> tuple[Callable[..., str], Sequence[Any]]:
     """Return the function of the command, and its arguments."""
     parser, commands = make_parser()
-    argv = list(argv)
-    if argv and (command := commands.get(argv[0])):
-        for flag in (argument.partition("=")[0] for argument in argv):  # argparse names missing options first
-            if flag.startswith("--") and flag not in command.flags:
-                command.error(f"unknown option {flag}{command.hint(flag)}")
-        path = CONFIG.parse_known_args(argv)[0].config
-        argv[1:1] = read_config(path, command) if path else []  # the last value of an option wins
+    name = argv[0] if argv else ""
+    if name in RUN_A_MODEL and not {"-h", "--help"} & {*argv}:
+        import_module("..registration", __package__).register()
+    if name in OPTIONS and not {"-h", "--help"} & {*argv}:
+        return command_function(name), parse_options(name, list(argv[1:]), commands[name].prog)
+    if name in commands:
+        reject_unknown(argv, commands[name])
     given, rest = parser.parse_known_args(argv)
-    command = commands[given.command]
     if rest:
-        command.error(f"unknown argument {rest[0]!r}")
-    return given.run, command.parse_dict(vars(given), allow_extra_keys=True) or [given]
+        commands[given.command].error(f"unknown argument {rest[0]!r}")
+    return command_function(given.command), [given]
+
+
+def parse_options(name: str, argv: list[str], prog: str) -> Sequence[Any]:
+    """Return the dataclasses of a command that runs a model, from its arguments and its config file."""
+    parser = full_parser(name, prog)
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    reject_unknown(argv, parser)
+    config = Parser(prog=prog, add_help=False)
+    config.add_argument("--config", help=CONFIG_HELP)
+    path = config.parse_known_args(argv)[0].config
+    argv = [*(read_config(path, parser) if path else []), *argv]  # the last value of an option wins
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error(f"unknown argument {rest[0]!r}")
+    return parser.parse_dict(vars(given), allow_extra_keys=True)
+
+
+def reject_unknown(argv: Sequence[str], command: Parser) -> None:
+    """Raise an error for an unknown option: argparse names missing ones first."""
+    for flag in (argument.partition("=")[0] for argument in argv):
+        if flag.startswith("--") and flag not in command.flags:
+            command.error(f"unknown option {flag}{command.hint(flag)}")
+
+
+def command_function(name: str) -> Callable[..., str]:
+    """Import the function of a command."""
+    function = {"eval": "evaluate"}.get(name, name)
+    module = "saved" if name in ("inspect", "plot", "push") else function
+    return getattr(import_module(f".{module}", __package__), function)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
-from .._compat import ADAPTER_CONFIG_NAME
 from ..analysis.plots import plot_teacher_attention
-from ..downloads import locate_saved
-from ..hub.push import push_saved
+from ..downloads import ADAPTER_CONFIG_NAME, locate_saved
 from ..student.provenance import provenance_of, read_saved
 
 
@@ -83,6 +81,8 @@ def plot(args: Namespace) -> str:
 
 def push(args: Namespace) -> str:
     """Push a saved student, and return the address of the commit or pull request."""
+    from ..hub.push import push_saved  # imports torch
+
     if not Path(args.folder).is_dir():
         raise ValueError(f"{args.folder!r} is not a folder; give the folder of a saved student.")
     options = ("private", "revision", "create_pr", "token", "commit_message")

@@ -1,70 +1,26 @@
-"""The command `train`: distil teachers into a student on texts with labels."""
+"""The command `train`: distil teachers into a student on labelled texts."""
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from adapters import AutoAdapterModel, ModelAdaptersMixin
 from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from .._compat import ADAPTER_CONFIG_NAME
-from ..configuration import Carrier, DistillationConfig, DistillationTrainingArguments, Level, StudentStart, option
-from ..downloads import is_repo_id, one_line
-from ..hub.push import STUDENT_FILES
+from ..downloads import ADAPTER_CONFIG_NAME, is_repo_id, one_line
+from ..hub.push import STUDENT_FILES, write_all_formats
 from ..student.training_run import finite_metrics
+from ..training.arguments import DistillationTrainingArguments
 from ..training.trainers import DistillationTrainer
-from .data import DataArguments, check_columns, encode, label_ids, labels_of, load, split_of
+from .data import check_columns, load, split_of, with_columns
+from .options import TrainArguments, parse_value
 from .saved import table
-
-
-@dataclass(kw_only=True)
-class TrainArguments(DataArguments):
-    """Teachers, student and data of a training."""
-
-    teachers: list[str] = option("Folders or Hub ids (with @revision) of saved adapters.")
-    student: str = option("Name of the new adapter, and of its folder in output_dir.")
-    adapter_config: str = option("Method of the student, such as seq_bn[reduction_factor=8] or lora.", "seq_bn")
-    train_split: str = option("Split to train on; a file has only `train`.", "train")
-    eval_split: str | None = option(
-        "Split to evaluate on, or a fraction of train_split such as 0.2. Default: `validation`, if there is one.", None
-    )
-    eval_file: str | None = option("File or folder to evaluate on, instead of a split.", None)
-    carrier: Carrier = option("Output that a layer passes on in stage 2.", "student")
-    student_start: StudentStart = option("Initial weights of the student.", "teachers")
-    level: Level = option("Place of the fusion and of the matching: adapters, or whole layers.", "auto")
-    objective: str = option("Objective by name, or weights by name as in {features: 1, logits: 0.5}.", "features")
-    layer_weights: list[float] | None = option("One weight per layer, for objectives of layers.", None)
-    temperature: float = option("Temperature of the objectives logits and cross_task.", 2.0)
-    teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if os.sep in self.student:
-            raise ValueError(f"student={self.student!r} is not a folder name; leave out {os.sep!r}.")
-        if self.eval_file is not None and self.eval_split is not None:
-            raise ValueError("eval_split and eval_file exclude each other; leave one of them out.")
-        self.distillation()
-
-    def distillation(self) -> DistillationConfig:
-        """Return the config of the distillation, which checks its values."""
-        values = {field.name: vars(self)[field.name] for field in fields(DistillationConfig)}
-        for name in ("objective", "teacher_selection"):
-            values[name] = parse_value(name, values[name])
-        return DistillationConfig(**values)
-
-
-def parse_value(name: str, text: str) -> Any:
-    """Return the name, number or mapping that a text stands for."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}={text!r} is neither a name nor a mapping such as {{name: 1.0}}.") from error
+from .tasks import add_head, collator, compute_metrics, encode, labels_of_task, targets, task_of_data
 
 
 def train(args: TrainArguments, training_args: DistillationTrainingArguments) -> str:
@@ -74,27 +30,27 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     if not (training_args.overwrite_output_dir or resume):
         check_unused(folder)
-    data = load_splits(args, training_args.seed)
-    labels = labels_of(data["train"], args.label_column)
-    ids = {name: label_ids(part, args.label_column, labels, "the training data") for name, part in data.items()}
+    args, data = load_splits(args, training_args.seed)
+    column, task = str(args.label_column), task_of_data(data["train"], args)
+    labels = labels_of_task(data["train"], column, task)
+    wanted = {name: targets(part, column, task, labels, "the training data") for name, part in data.items()}
 
     set_seed(training_args.seed)
     model, tokenizer = load_base(args.model, args.max_length)
     config = parse_value("adapter_config", args.adapter_config)
     model.add_adapter(args.student, config=config, distill_from=args.distillation())
-    id2label = dict(enumerate(labels)) if isinstance(labels[0], str) else None
-    model.add_classification_head(args.student, num_labels=len(labels), id2label=id2label)
+    add_head(model, args.student, task, labels)
     model.train_adapter(args.student)
 
-    encoded = {name: encode(part, tokenizer, args, ids[name]) for name, part in data.items()}
+    encoded = {name: encode(part, tokenizer, args, task, wanted[name]) for name, part in data.items()}
     trainer = DistillationTrainer(
         model,
         training_args,
         train_dataset=encoded["train"],
         eval_dataset=encoded.get("eval"),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator(task, tokenizer),
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=compute_metrics,
     )
     metrics = {"train_loss": trainer.train(resume_from_checkpoint=resume).training_loss}
     if "eval" in data:
@@ -105,9 +61,19 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return ""
+    write_all_formats(folder, folder, args.student)
     examples = {f"{name} examples": len(part) for name, part in data.items()}
     results = finite_metrics(metrics) | examples | {"teachers": ", ".join(trainer.block.teachers)}
-    return f"{table(results.items())}\n\n{args.student!r} is saved in {folder}"
+    return f"{table(results.items())}\n\n{how_to_load(args.model, folder)}"
+
+
+def how_to_load(model: str, folder: Path) -> str:
+    """Return where a student is saved, and the lines that load it without this package."""
+    return (
+        f"saved in {folder}; without this package, adapters loads it by\n"
+        f"  model = AutoAdapterModel.from_pretrained({model!r})\n"
+        f"  model.load_adapter({str(folder)!r}, set_active=True)"
+    )
 
 
 def check_unused(folder: Path) -> None:
@@ -119,25 +85,26 @@ def check_unused(folder: Path) -> None:
         raise ValueError(f"{folder.parent} holds checkpoints of an earlier training; {hint}")
 
 
-def load_splits(args: TrainArguments, seed: int) -> dict[str, Dataset]:
-    """Load and check the examples for `train`, and for `eval` if there are any."""
-    data = load(args.dataset, args.dataset_config)
+def load_splits(args: TrainArguments, seed: int) -> tuple[TrainArguments, dict[str, Dataset]]:
+    """Load and check the examples for `train`, and for `eval` if there are any; return them with their columns."""
+    data = load(args.dataset, args)
     parts = {"train": split_of(data, args.train_split, args.dataset)}
     fraction = None
     with suppress(ValueError):  # from the name of a split
         fraction = float(args.eval_split or "")
     if args.eval_file is not None:
-        parts["eval"] = split_of(load(args.eval_file), None, args.eval_file)
+        parts["eval"] = split_of(load(args.eval_file, replace(args, dataset_config=None)), None, args.eval_file)
     elif fraction is None and (args.eval_split is not None or "validation" in data):
         parts["eval"] = split_of(data, args.eval_split or "validation", args.dataset)
+    args = with_columns(parts["train"], args)
     for part in parts.values():
         check_columns(part, args)
     if fraction is None:
-        return parts
+        return args, parts
     if not 0 < fraction < 1:
         raise ValueError(f"eval_split={args.eval_split} is out of range; a fraction lies between 0 and 1.")
     halves = parts["train"].train_test_split(fraction, seed=seed)
-    return {"train": halves["train"], "eval": halves["test"]}
+    return args, {"train": halves["train"], "eval": halves["test"]}
 
 
 def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
@@ -163,10 +130,3 @@ def load_pretrained(name: str, *classes: Any) -> list[Any]:
         return [each.from_pretrained(name) for each in classes]
     except Exception as error:  # tokenizers raises a plain Exception on damaged files
         raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the fraction of correct predictions."""
-    logits: Any = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits  # some models return more outputs
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}

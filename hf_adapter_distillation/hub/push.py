@@ -59,7 +59,7 @@ def student_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: 
     with TemporaryDirectory() as name:
         folder = Path(name)
         save_weights(model, student, name)
-        _write_weights(folder, folder, student)
+        write_all_formats(folder, folder, student)
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
         write_card(CardFacts.of_model(model, student), folder, repo_id, card)
         yield folder
@@ -91,7 +91,7 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
         for file in (HEAD_CONFIG_NAME, ATTENTION_NAME, ADAPTER_CONFIG_NAME, CARD_NAME):
             if (path := Path(saved) / file).is_file():
                 copyfile(path, folder / file)
-        _write_weights(Path(saved), folder, config["name"])
+        write_all_formats(Path(saved), folder, config["name"])
         if not (folder / ADAPTER_WEIGHTS[1]).exists():
             raise ValueError(f"{saved} holds no weights of an adapter; save the student again.")
         _drop_folders(folder / ADAPTER_CONFIG_NAME)
@@ -100,7 +100,7 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
         yield folder
 
 
-def _write_weights(saved: Path, folder: Path, student: str) -> None:
+def write_all_formats(saved: Path, folder: Path, student: str) -> None:
     """Write the saved weights without other heads, as a pickle, which adapters reads by default, and as they were."""
     for safe_name, pickled_name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS):
         is_safe = (saved / safe_name).is_file()

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..composition import AdapterDistillation, block_of
-from ..configuration import DistillationConfig, DistillationTrainingArguments
+from ..configuration import DistillationArgumentsMixin, DistillationConfig
 from .embeddings import Pool, mean_pooling
 from .layer_pass import LayerPass
 from .predictions import PredictionCache
@@ -46,7 +46,7 @@ class StageSettings:
 
     enabled: bool = True
     weight: float = 1.0
-    regularization: float = DistillationTrainingArguments.fusion_regularization
+    regularization: float = DistillationArgumentsMixin.fusion_regularization
     scale: float | torch.Tensor | None = None
     sequences: int = 0
     fused_probability: float | torch.Tensor = 1.0

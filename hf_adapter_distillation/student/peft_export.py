@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .._compat import ADAPTER_CONFIG_NAME, LoRAMergedLinear
-from ..downloads import suggestion
+from ..downloads import read_adapter_config, suggestion
 from ..method.distillation import distillations
-from ..teachers.loading import read_adapter_config
 from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, is_peft, projections_of
 from .peft_heads import modules_of_head, plain_with_head
 from .provenance import Provenance

@@ -1,22 +1,24 @@
-"""Provenance of a student: its teachers, settings and training, on a model and in `adapter_config.json`."""
+"""Provenance of a student: its teachers, settings and training, on a model and in `adapter_config.json`.
 
-import hashlib
+The module imports no torch, so that `adapter-distill inspect` is there at once.
+"""
+
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from adapters import ModelAdaptersMixin
-
-from .._compat import ADAPTER_CONFIG_NAME
-from ..method.distillation import Distillation
-from ..teachers.loading import read_adapter_config as read_saved
+from ..downloads import ADAPTER_CONFIG_NAME
+from ..downloads import read_adapter_config as read_saved
 from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, typed
 
+if TYPE_CHECKING:
+    from adapters import ModelAdaptersMixin
+
+    from ..method.distillation import Distillation
+
 METHOD = "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)"
-CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 PACKAGES = ("hf-adapter-distillation", "adapters", "transformers", "torch")
 
 
@@ -37,8 +39,10 @@ class Provenance:
     method: str = METHOD
 
     @classmethod
-    def of(cls, model: ModelAdaptersMixin, distillation: Distillation) -> "Provenance":
+    def of(cls, model: "ModelAdaptersMixin", distillation: "Distillation") -> "Provenance":
         """Return the provenance of a student on a model."""
+        from .digests import teacher_digests  # imports torch
+
         run: TrainingRun = distillation.run or TrainingRun(
             teacher_sources(distillation, teacher_digests(model, distillation.config.teachers))
         )
@@ -78,7 +82,7 @@ def read_provenance(folder: str | Path) -> Provenance:
     return provenance_of(read_saved(folder), folder)
 
 
-def note_loaded(distillation: Distillation, source: str) -> None:
+def note_loaded(distillation: "Distillation", source: str) -> None:
     """Note that the weights of a student come from a source: with its training if it is a folder of this student.
 
     Until its next `train_adapter` the student is saved like the plain adapter that was loaded.
@@ -110,54 +114,7 @@ def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
         raise ValueError(f'"distillation" in the {file} is damaged; save the student again.') from error
 
 
-def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
-    """Return the SHA-256 digest of the weights of an adapter: their places in the base model, types, shapes, values.
-
-    The digest, 64 hexadecimal digits, is the same for an adapter under another name, on another copy of the base
-    model, with or without heads.
-    """
-    digest = hashlib.sha256()
-    for place, tensor in _weights(model, name):
-        digest.update(f"{place} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def rounded_digests(model: ModelAdaptersMixin, name: str) -> frozenset[str]:
-    """Return digests of an adapter's weights as they are, and rounded to each data type to which a model is cast.
-
-    A cast of the model, also there and back, leaves the `value_digest` of the adapter among them.
-    """
-    return frozenset(value_digest(model, name, dtype) for dtype in (None, *CAST_TYPES))
-
-
-def value_digest(model: ModelAdaptersMixin, name: str, rounding: torch.dtype | None = None) -> str:
-    """Return the SHA-256 digest of the values of an adapter, whatever their data type, rounded to one if given."""
-    digest = hashlib.sha256()
-    for place, tensor in _weights(model, name):
-        digest.update(f"{place} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor.to(rounding).double()))
-    return digest.hexdigest()
-
-
-def _weights(model: ModelAdaptersMixin, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights and buffers of an adapter with their places in the base model, in a fixed order."""
-    for place, modules in sorted(model.get_adapter(name).items()):
-        for location, module in sorted(modules.items()):
-            for key, tensor in sorted(module.state_dict().items()):
-                yield f"{place}.{location}.{key}", tensor
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def teacher_digests(model: ModelAdaptersMixin, teachers: Sequence[str]) -> dict[str, str]:
-    """Return the `adapter_digest` of each teacher by its name."""
-    return {name: adapter_digest(model, name) for name in teachers}
-
-
-def teacher_sources(distillation: Distillation, digests: Mapping[str, str]) -> list[TeacherSource]:
+def teacher_sources(distillation: "Distillation", digests: Mapping[str, str]) -> list[TeacherSource]:
     """Return the teachers of a student, with the digests of their weights."""
     teachers = []
     for name in distillation.config.teachers:
@@ -165,10 +122,3 @@ def teacher_sources(distillation: Distillation, digests: Mapping[str, str]) -> l
         digest, conversion = digests[name], source.get("conversion")
         teachers.append(TeacherSource(name, str(source["source"]), source["revision"], digest, conversion))
     return teachers
-
-
-def check_teachers_unchanged(model: ModelAdaptersMixin, digests: Mapping[str, str]) -> None:
-    """Compare the teachers' weights with their digests before the training; raise RuntimeError if they differ."""
-    for name, digest in digests.items():
-        if adapter_digest(model, name) != digest:
-            raise RuntimeError(f"The weights of teacher {name!r} changed in training; reload it before you use it.")

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
 from numbers import Real
 from types import UnionType
-from typing import Any
-
-from transformers import TrainerState
+from typing import TYPE_CHECKING, Any
 
 from ..configuration import DistillationArgumentsMixin
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 RUN_SETTINGS = (
     "distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed",
@@ -76,7 +77,7 @@ class TrainingRun:
     def of(
         cls,
         args: DistillationArgumentsMixin,
-        state: TrainerState,
+        state: "TrainerState",
         dataset: Any,
         teachers: Sequence[TeacherSource],
         derived: Mapping[str, Any],

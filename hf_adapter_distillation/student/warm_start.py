@@ -15,8 +15,8 @@ from ..method.layers import AdapterPlace, adapter_layers
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
+from .digests import rounded_digests, value_digest
 from .least_squares import UpProjectionFit
-from .provenance import rounded_digests, value_digest
 
 logger = logging.get_logger(__name__)
 

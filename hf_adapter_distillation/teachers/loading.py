@@ -1,6 +1,5 @@
 """Adapters from local folders and the Hub: locate them, check them, load them."""
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -12,7 +11,7 @@ from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAd
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
-from ..downloads import download, hub_reason, is_hub_id, one_line, suggestion
+from ..downloads import download, hub_reason, is_hub_id, one_line, read_adapter_config, suggestion
 from .peft_conversion import lora_by_peft
 from .peft_lora import PEFT_WEIGHTS_NAME, PeftLoRA, add_peft_lora, convert_peft_lora, is_peft, read_peft_weights
 
@@ -88,22 +87,6 @@ def name_from_folder(folder: str | Path, label: str) -> str:
     name = os.path.basename(os.path.abspath(folder))  # a symbolic link keeps its own name
     check_name(name, label, "rename the folder")
     return name
-
-
-def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[str, Any]:
-    """Read the `adapter_config.json` of a folder; `label` (by default the folder) is the adapter in messages."""
-    path = Path(folder) / ADAPTER_CONFIG_NAME
-    if not path.is_file():
-        nested = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
-        hint = f"did you mean {nested[0].parent}?" if nested else "give a folder made by save_adapter."
-        raise ValueError(f"{label or folder} holds no {ADAPTER_CONFIG_NAME}; {hint}")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter again.") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path} is no adapter config (it holds no object); save the adapter again.")
-    return saved
 
 
 def load_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, name: str, label: str | None = None) -> None:

@@ -19,7 +19,8 @@ from ..composition import AdapterDistillation
 from ..method.distillation import distillation_of
 from ..method.parameters import is_fusion
 from ..method.weights import TeacherWeights
-from ..student.provenance import read_provenance, teacher_digests
+from ..student.digests import teacher_digests
+from ..student.provenance import read_provenance
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights
 
 logger = logging.get_logger(__name__)

@@ -19,8 +19,9 @@ from ..method.distillation import StageSettings, active_block
 from ..method.heads import label_names
 from ..method.parameters import check_trainable, parameter_table
 from ..method.wrappers import model_with_adapters
+from ..student.digests import check_teachers_unchanged
 from ..student.fusions import drop_fusion
-from ..student.provenance import check_teachers_unchanged, teacher_sources
+from ..student.provenance import teacher_sources
 from ..student.training_run import TrainingRun, finite_metrics
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback

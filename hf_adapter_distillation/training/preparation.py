@@ -19,9 +19,9 @@ from ..method.distillation import active_block, distillation_of
 from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
+from ..student.digests import teacher_digests
 from ..student.fusions import fusions_of
 from ..student.preparing import keep_teachers, start_at_weights, train_again
-from ..student.provenance import teacher_digests
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights

@@ -5,11 +5,8 @@ from typing import Any
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from ..configuration import (
-    DistillationArgumentsMixin,
-    DistillationTrainingArguments,
-    Seq2SeqDistillationTrainingArguments,
-)
+from ..configuration import DistillationArgumentsMixin
+from .arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
 from .mixin import DistillationMixin
 
 

@@ -1,6 +1,7 @@
 """The command line: what it does, what it refuses in one line, and that its documentation runs."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -25,10 +26,12 @@ from tiny_models import noisy
 from transformers import AutoModel
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from hf_adapter_distillation import downloads
+from hf_adapter_distillation._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from hf_adapter_distillation.cli import export, predict
 from hf_adapter_distillation.cli import train as cli_training
-from hf_adapter_distillation.cli.main import EXAMPLES, main, make_parser, parse
-from hf_adapter_distillation.cli.train import TrainArguments
+from hf_adapter_distillation.cli.main import EXAMPLES, command_function, main, make_parser, parse
+from hf_adapter_distillation.cli.options import USUAL, TrainArguments
 from hf_adapter_distillation.hub import push as pushing
 from hf_adapter_distillation.hub.card import CardOptions
 from hf_adapter_distillation.hub.push import push_saved, student_folder
@@ -38,7 +41,7 @@ TEXTS = ["my card is gone", "when does the train leave", "what do i pay", "how i
 LABELS = ["card", "train", "card", "train"]
 QUICK = [
     "--use_cpu", "--report_to=none", "--max_steps=2", "--save_strategy=no", "--per_device_train_batch_size=4",
-    "--dataloader_pin_memory=false",
+    "--dataloader_pin_memory=false", "--weighing_steps=2",
 ]  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def all_say_why(capsys, cases):
 def test_a_trained_student_is_a_plain_adapter_with_its_head_and_names(world, tiny_encoder):
     saved = world / "outputs" / "insurance"
     model = AutoAdapterModel.from_pretrained(tiny_encoder)
-    model.load_adapter(str(saved), set_active=True, use_safetensors=True)
+    model.load_adapter(str(saved), set_active=True)
     assert model.heads["insurance"].config["label2id"] == {"card": 0, "train": 1}
     assert (world / "outputs" / "tokenizer.json").is_file()
     assert (world / "outputs" / "analysis").is_dir()
@@ -144,7 +147,9 @@ def test_train_prints_results_alone_and_can_be_repeated(here, capsys):
     assert lines["teachers"] == "banking, travel"
     assert re.search(r"^train examples +15$", out, flags=re.M)
     assert re.search(r"^eval examples +5$", out, flags=re.M)
-    assert out.endswith("\n\n'insurance' is saved in again/insurance\n")
+    load = "  model.load_adapter('again/insurance', set_active=True)\n"
+    model = "  model = AutoAdapterModel.from_pretrained('bert-base-uncased')\n"
+    assert out.endswith(f"\n\nsaved in again/insurance; without this package, adapters loads it by\n{model}{load}")
     assert "{" not in out
     first, second = (load_file(f"{folder}/insurance/adapter.safetensors") for folder in ("outputs", "again"))
     assert first.keys() == second.keys()
@@ -179,15 +184,92 @@ def test_eval_prints_and_writes_what_a_stock_adapter_reaches(here, capsys):
     assert code == 0
     result = json.loads(Path("result.json").read_text())
     assert result["examples"] == 4
-    assert result.keys() == {"adapter", "dataset", "examples", "accuracy", "loss"}
-    assert [line.split() for line in out.splitlines()] == [[key, str(value)] for key, value in result.items()]
+    assert result.keys() == {"adapter", "dataset", "examples", "accuracy", "macro_f1", "loss", "classes"}
+    assert f"\naccuracy  {result['accuracy']:.4f}\n" in out
     model, tokenizer = cli_training.load_base("bert-base-uncased", 8)
     model.load_adapter("outputs/insurance", set_active=True, use_safetensors=True)
     labels = torch.tensor([0, 1, 0, 1])
     with torch.no_grad():
         output = model.eval()(**tokenizer(TEXTS, padding=True, return_tensors="pt"), labels=labels)
     assert result["loss"] == pytest.approx(output.loss.item(), abs=1e-5)
-    assert result["accuracy"] == (output.logits.argmax(-1) == labels).float().mean().item()
+    predicted = output.logits.argmax(-1)
+    assert result["accuracy"] == (predicted == labels).float().mean().item()
+    f1s = []
+    for number, name in enumerate(("card", "train")):
+        right = int(((predicted == number) & (labels == number)).sum())
+        of_both = int((predicted == number).sum() + (labels == number).sum())
+        f1s.append(2 * right / of_both)
+        assert result["classes"][name]["f1"] == pytest.approx(f1s[-1], abs=1e-4)
+        assert re.search(rf"^{name} +[\d.]+ +[\d.]+ +{f1s[-1]:.4f} +2$", out, re.M)
+    assert result["macro_f1"] == pytest.approx(sum(f1s) / 2, abs=1e-5)
+
+
+def test_predict_prints_what_a_stock_adapter_says(here, capsys, monkeypatch):
+    model, tokenizer = cli_training.load_base("bert-base-uncased", 8)
+    model.load_adapter("outputs/insurance", set_active=True)
+    with torch.no_grad():
+        shares = model.eval()(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.softmax(-1)
+    adapter = ["predict", "--adapter=outputs/insurance"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n\n"))
+    found = [run(capsys, *adapter, *argv) for argv in (["--text", *TEXTS], ["--dataset=data/test.csv"], [])]
+    assert len({out for _, out, _ in found}) == 1
+    for line, text, (card, train) in zip(found[0][1].splitlines(), TEXTS, shares.tolist(), strict=True):
+        row = json.loads(line)
+        assert row["text"] == text
+        assert row["label"] == ("card" if card > train else "train")
+        assert row["scores"] == {"card": pytest.approx(card, abs=1e-4), "train": pytest.approx(train, abs=1e-4)}
+        assert row["score"] == max(row["scores"].values())
+    assert run(capsys, *adapter, "--text", "a,b", "--format=csv", "--output=p.csv")[1] == (
+        "1 predictions are written to p.csv\n"
+    )
+    assert Path("p.csv").read_text().startswith('text,label,score,score_card,score_train\n"a,b",')
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    says_why(
+        capsys, 2, "The standard input has no lines; write one text a line, or pass --text or --dataset.", *adapter
+    )
+
+
+def test_other_tasks_from_the_files_of_other_programs(here, capsys):
+    """Regression on pairs in a .tsv file of another encoding, and tags of words in JSON lines."""
+    train = [*TRAIN, "--max_steps=1", "--eval_split=0.5"]
+    rows = "".join(f"{text} \xe9\t{text}\t{score}\n" for text in TEXTS for score in (0.5, 1.5))
+    Path("pairs.tsv").write_bytes(f"sentence1\tsentence2\tscore\n{rows}".encode("latin-1"))
+    pairs = ["--dataset=pairs.tsv", "--encoding=latin-1"]
+    code, out, _ = run(capsys, *train, *pairs, "--task=regression", "--output_dir=r")
+    assert code == 0
+    assert "mean_squared_error" in out
+    assert "accuracy" not in out
+    assert run(capsys, "eval", "--adapter=r/insurance", *pairs)[0] == 0
+    (line, *_) = run(capsys, "predict", "--adapter=r/insurance", *pairs)[1].splitlines()
+    assert json.loads(line).keys() == {"sentence1", "sentence2", "score"}
+    assert "\xe9" in line
+    words = [text.split() for text in TEXTS]
+    Dataset.from_dict({"words": words, "tags": [["O"] * (len(w) - 1) + ["END"] for w in words]}).to_json("t.jsonl")
+    code, out, _ = run(capsys, *train, "--dataset=t.jsonl", "--output_dir=t")
+    assert code == 0
+    code, out, _ = run(capsys, "eval", "--adapter=t/insurance", "--dataset=t.jsonl")
+    assert re.search(r"^END +[\d.]+ +[\d.]+ +[\d.]+ +4$", out, re.M)
+    row = json.loads(run(capsys, "predict", "--adapter=t/insurance", "--text", TEXTS[0])[1])
+    assert row["words"] == words[0]
+    assert {*row["labels"]} <= {"O", "END"}
+    assert len(row["labels"]) == len(words[0])
+
+
+def test_help_and_inspect_import_no_torch(world):
+    """In processes of their own: this one has imported everything."""
+    heavy = {"torch", "transformers", "adapters", "datasets", "matplotlib"}
+    for argv in (["train", "--help"], ["inspect", "outputs/insurance"]):
+        code = (
+            f"import sys; sys.argv = ['adapter-distill', *{argv}]\n"
+            "from hf_adapter_distillation.cli import main\n"
+            f"try: main()\nfinally: print('imported', {heavy} & sys.modules.keys())"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code]
+        out = subprocess.check_output(command, cwd=world, env=environment, text=True)
+        assert out.endswith("imported set()\n"), out
+    assert USUAL.keys() <= {field.name for field in fields(had.DistillationTrainingArguments)}
+    assert ADAPTER_CONFIG_NAME == downloads.ADAPTER_CONFIG_NAME
 
 
 def test_datasets_of_all_kinds_and_labels(here, capsys):
@@ -247,7 +329,7 @@ def test_an_output_folder_is_kept_unless_it_is_to_be_replaced_or_gone_on_with(he
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     Path("new/insurance/pytorch_adapter.bin").write_bytes(b"of another student")
     assert run(capsys, *TRAIN, "--overwrite_output_dir", "--output_dir=new")[0] == 0
-    assert not Path("new/insurance/pytorch_adapter.bin").exists()
+    assert Path("new/insurance/pytorch_adapter.bin").read_bytes() != b"of another student"
 
 
 def test_inspect_reads_the_config_alone(here, capsys, hub, monkeypatch):
@@ -379,7 +461,7 @@ def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
     save_file(own, tmp_path / safe)
     place = "hf_adapter_distillation.student.saving.load_file"
     monkeypatch.setattr(place, lambda path: own)  # as older safetensors reads it
-    pushing._write_weights(tmp_path, tmp_path, "a")
+    pushing.write_all_formats(tmp_path, tmp_path, "a")
     weights = torch.load(tmp_path / pickled, weights_only=True)
     assert all(torch.equal(weights[key], own[key]) for key in own)
     assert all(value.untyped_storage().nbytes() == 4 * value.numel() for value in weights.values())
@@ -439,6 +521,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         "number": [0, 1, "", 0],
     }  # fmt: skip
     write_csv(Path("data.csv"), columns)
+    write_csv(Path("guess.csv"), {"frage": TEXTS, "antwort": TEXTS, "thema": LABELS})
     Path("broken.parquet").write_text("text,label")
     Path("empty.csv").write_text("text,label\n")
     Path("folder").mkdir()
@@ -448,7 +531,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     unlabelled = rows.map(lambda row: {"label": -1})
     DatasetDict({"train": rows, "validation": unlabelled}).save_to_disk("glue")
     write_csv(Path("other.csv"), {"text": TEXTS, "label": ["card", "boat"] * 2})
-    give = "give a .csv, .json, .jsonl, .parquet file, a folder made with save_to_disk, or a Hub id."
+    give = "give a .csv, .tsv, .json, .jsonl, .parquet file, a folder made with save_to_disk, or a Hub id."
     cases = [
         (["--dataset=no.csv"], f"The dataset no.csv does not exist; {give}"),
         (["--dataset=./no"], "The dataset './no' is not a file, a folder or a Hub id."),
@@ -467,7 +550,14 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--label_column=gaps"], "Column 'gaps' is empty in row 2; fill it, or leave the row out."),
         (["--label_column=number"], "Column 'number' is empty in row 3; fill it, or leave the row out."),
         (["--label_column=same"], "label_column='same' holds only one label, 'a'; a head needs at least two."),
-        (["--label_column=score"], "label_column='score' holds float64, not names or whole numbers; *"),
+        (["--label_column=score"], "label_column='score' holds float64, *; pass --task regression to *"),
+        (["--sep=;", "--dataset=glue"], "sep=';' is for .csv and .tsv files, not for glue; leave it out."),
+        (["--encoding=x"], "encoding='x' is unknown; give one such as utf-8 or latin-1."),
+        (["--encoding=utf-16"], "encoding='utf-16' does not fit data.csv (*); pass another --encoding, such as *"),
+        (["--task=tokens"], "task='tokens' does not fit label_column='label', which holds one label a row."),
+        (["--dataset=guess.csv"], "The columns 'frage', 'antwort', 'thema' do not say which one is the text_*"),
+        (["--dataset=guess.csv", "--text_column=frage"], "* do not say which one is the label_column; pass *"),
+        (["--task=regression"], "Column 'label' holds no number: could not convert string to float: 'card'; leave *"),
         (["--dataset=glue"], "Column 'label' has no label in row 1; choose a split that has labels."),
         (["--eval_file=other.csv"], "Column 'label' has 'boat' in row 2, not a label of the training data: *"),
     ]  # fmt: skip
@@ -549,7 +639,8 @@ def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):
         says_why(capsys, 2, "Repo id must use alphanumeric chars*", "push", "outputs/insurance", "a b")
         damaged = "outputs/insurance/adapter.safetensors is damaged; save the student again."
         says_why(capsys, 2, damaged, "push", "outputs/insurance", "me/faq")
-        Path("outputs/insurance/adapter.safetensors").unlink()
+        for file in ADAPTER_WEIGHTS:
+            Path("outputs/insurance", file).unlink()
         no_weights = "outputs/insurance holds no weights of an adapter; save the student again."
         says_why(capsys, 2, no_weights, "push", "outputs/insurance", "me/faq")
         monkeypatch.delenv("HF_TOKEN")
@@ -626,6 +717,7 @@ def test_help_ends_with_examples_that_are_right(here, capsys, monkeypatch):
     Path("train.yaml").write_text("model: m\nteachers: [a]\nstudent: s\ndataset: d\n")
     _, parsers = make_parser()
     assert parsers.keys() == EXAMPLES.keys()
+    assert [command_function(name) for name in ("export", "predict")] == [export.export, predict.predict]
     for name, examples in EXAMPLES.items():
         with pytest.raises(SystemExit) as stopped:
             main([name, "--help"])
@@ -650,7 +742,8 @@ def test_the_page_about_the_command_line_runs(here, capsys, hub):
     shutil.rmtree("outputs")
     blocks = re.findall(r"^```bash\n(.*?)^```$", page, flags=re.M | re.S)
     found = [argv for block in blocks for argv in commands(block)]
-    assert [argv[0] for argv in found] == ["train", "train", "eval", "inspect", "inspect", "plot", "push"]
+    names = ["train", "train", "eval", "predict", "predict", "inspect", "inspect", "plot", "push"]
+    assert [argv[0] for argv in found] == names
     for argv in found:
         assert run(capsys, *argv, *(QUICK if argv[0] == "train" else ()))[0] == 0, argv
     assert Path("attention.png").is_file()

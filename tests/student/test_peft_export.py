@@ -15,7 +15,7 @@ from transformers import set_seed
 from without_package import run_without_package
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.student import peft_export, provenance
+from hf_adapter_distillation.student import digests, peft_export
 from hf_adapter_distillation.teachers.loading import load_saved_adapter
 
 READ = """
@@ -177,7 +177,7 @@ def test_a_student_keeps_its_provenance_its_type_and_any_scaling(tmp_path, train
     assert [teacher["name"] for teacher in saved["teachers"]] == ["bank", "travel", "work"]
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_alpha"] == 1.3
     load_saved_adapter(model, tmp_path / "peft", "again")
-    assert provenance.value_digest(model, "again") == provenance.value_digest(model, "insurance")
+    assert digests.value_digest(model, "again") == digests.value_digest(model, "insurance")
     model.add_adapter("plain", config="lora")
     had.save_adapter_as_peft(model, "plain", tmp_path / "peft")
     assert not (tmp_path / "peft" / "distillation.json").exists()

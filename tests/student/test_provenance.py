@@ -10,9 +10,9 @@ from tiny_models import TEACHERS, make_model, make_student, noisy
 from trainings import trainer_for
 
 from hf_adapter_distillation.method.distillation import distillation_of
+from hf_adapter_distillation.student.digests import adapter_digest
 from hf_adapter_distillation.student.provenance import (
     Provenance,
-    adapter_digest,
     check_teachers_unchanged,
     read_provenance,
 )

@@ -1,0 +1,165 @@
+"""The options of the commands that run a model: `train`, `eval` and `predict`.
+
+The module imports neither torch nor transformers, so that the help is there at once.
+"""
+
+import codecs
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import yaml
+
+from ..configuration import Carrier, DistillationConfig, Level, StudentStart, option
+from .saved import check_writable
+
+Task = Literal["auto", "classification", "regression", "tokens"]
+Format = Literal["jsonl", "csv"]
+
+# The options of transformers.TrainingArguments that most trainings need; `train --help_all` lists the others.
+USUAL = {
+    "output_dir": "Folder for the student, in its own folder STUDENT, for checkpoints and for the tokenizer.",
+    "num_train_epochs": "Epochs, both stages together.",
+    "max_steps": "Steps, both stages together, instead of epochs.",
+    "learning_rate": "Peak learning rate of the student and its head.",
+    "per_device_train_batch_size": "Examples per step and device.",
+    "gradient_accumulation_steps": "Micro-batches per step.",
+    "eval_strategy": "Time of the evaluations: no, steps or epoch. At the end there is always one.",
+    "save_strategy": "Time of the checkpoints: no, steps, epoch or best.",
+    "logging_steps": "Steps between two lines of the log.",
+    "seed": "Seed of the head, the data order and a fraction as eval_split.",
+    "bf16": "Train in bfloat16.",
+    "use_cpu": "Train on the CPU, even if there is a GPU.",
+    "report_to": "Programs that get the log, such as tensorboard, wandb or none.",
+    "resume_from_checkpoint": "`true` goes on from the last whole checkpoint.",
+    "overwrite_output_dir": "Replace an earlier student.",
+    "push_to_hub": "Push the student to the Hub.",
+}
+
+
+@dataclass(kw_only=True)
+class TextArguments:
+    """Texts."""
+
+    dataset_config: str | None = option("Configuration of a Hub dataset.", None)
+    sep: str | None = option("Separator of a .csv or .tsv file. Default: a comma, or a tab in a .tsv file.", None)
+    encoding: str = option("Encoding of a .csv, .tsv, .json or .jsonl file, such as latin-1.", "utf-8")
+    text_column: str | None = option(
+        "Column of the text, or of the words for labels of tokens. Default: the only column that can be it.", None
+    )
+    text_pair_column: str | None = option(
+        "Column of the second text. Default: the second of a usual pair, such as premise and hypothesis.", None
+    )
+    max_length: int = option("Maximum number of tokens per example.", 128)
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} is out of range; it must be at least 1.")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError as error:
+            raise ValueError(f"encoding={self.encoding!r} is unknown; give one such as utf-8 or latin-1.") from error
+
+
+@dataclass(kw_only=True)
+class DataArguments(TextArguments):
+    """Texts with labels."""
+
+    dataset: str = option("A csv, tsv, json, jsonl or parquet file, a folder made with save_to_disk, or a Hub id.")
+    label_column: str | None = option(
+        "Column of the label: names, whole numbers, numbers for a regression, or lists of tags. Default: the only "
+        "column that can be it.",
+        None,
+    )
+
+
+@dataclass(kw_only=True)
+class TrainArguments(DataArguments):
+    """Teachers and student."""
+
+    model: str = option("Base model of the adapters: a folder or a Hub id.")
+    teachers: list[str] = option("Folders or Hub ids (with @revision) of saved adapters.")
+    student: str = option("Name of the new adapter, and of its folder in output_dir.")
+    task: Task = option("Kind of the labels; auto: tokens for lists of tags, else classification.", "auto")
+    adapter_config: str = option("Method of the student, such as seq_bn[reduction_factor=8] or lora.", "seq_bn")
+    train_split: str = option("Split to train on; a file has only `train`.", "train")
+    eval_split: str | None = option(
+        "Split to evaluate on, or a fraction of train_split such as 0.2. Default: `validation`, if there is one.", None
+    )
+    eval_file: str | None = option("File or folder to evaluate on, instead of a split.", None)
+    carrier: Carrier = option("Output that a layer passes on in stage 2.", "student")
+    student_start: StudentStart = option("Initial weights of the student.", "weighted")
+    level: Level = option("Place of the fusion and of the matching: adapters, or whole layers.", "auto")
+    objective: str = option("Objective by name, or weights by name as in {features: 1, logits: 0.5}.", "features")
+    layer_weights: list[float] | None = option("One weight per layer, for objectives of layers.", None)
+    temperature: float = option("Temperature of the objectives of the output.", 2.0)
+    weights_per_layer: bool = option("Learn weights of the teachers for each layer (student_start=weighted).", False)
+    teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if os.sep in self.student:
+            raise ValueError(f"student={self.student!r} is not a folder name; leave out {os.sep!r}.")
+        if self.eval_file is not None and self.eval_split is not None:
+            raise ValueError("eval_split and eval_file exclude each other; leave one of them out.")
+        self.distillation()
+
+    def distillation(self) -> DistillationConfig:
+        """Return the config of the distillation, which checks its values."""
+        values = {field.name: vars(self)[field.name] for field in fields(DistillationConfig)}
+        for name in ("objective", "teacher_selection"):
+            values[name] = parse_value(name, values[name])
+        return DistillationConfig(**values)
+
+
+@dataclass(kw_only=True)
+class EvalArguments(DataArguments):
+    """Adapter and evaluation."""
+
+    adapter: str = option("Folder or Hub id (with @revision) of a saved adapter with its head.")
+    model: str | None = option("Base model. Default: the one that the adapter names.", None)
+    split: str | None = option("Split to evaluate on. Default: `test`, or the only one.", None)
+    batch_size: int = option("Examples per batch.", 32)
+    output: str | None = option("JSON file for the results.", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_run(self.batch_size, self.output)
+
+
+@dataclass(kw_only=True)
+class PredictArguments(TextArguments):
+    """Adapter and predictions."""
+
+    adapter: str = option("Folder or Hub id (with @revision) of a saved adapter with its head.")
+    model: str | None = option("Base model. Default: the one that the adapter names.", None)
+    text: list[str] | None = option(
+        "One or more texts. Without it and --dataset: the lines of the standard input.", None
+    )
+    dataset: str | None = option("A file, folder or Hub id of texts, as for eval, without labels.", None)
+    split: str | None = option("Split to predict. Default: `test`, or the only one.", None)
+    format: Format = option("jsonl: one JSON object a line; csv: one column per label.", "jsonl")
+    batch_size: int = option("Examples per batch.", 32)
+    output: str | None = option("File for the predictions, instead of the standard output.", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_run(self.batch_size, self.output)
+        if self.text is not None and self.dataset is not None:
+            raise ValueError("text and dataset exclude each other; leave one of them out.")
+
+
+def check_run(batch_size: int, output: str | None) -> None:
+    """Check the batch size and the file of a run."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is out of range; it must be at least 1.")
+    if output is not None:
+        check_writable(output)
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Return the name, number or mapping that a text stands for."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}={text!r} is neither a name nor a mapping such as {{name: 1.0}}.") from error
