@@ -267,7 +267,8 @@ def test_quality_of_a_row_by_hand(tiny_encoder, tmp_path):
 
 
 def test_labels_of_the_picture_cover_no_point_and_no_other_label():
-    points = {f"way number {n}": {"onboard_s": 10.0 + n % 2, "accuracy_at_1": 0.8 + 0.002 * n} for n in range(8)}
+    points = {f"way number {n}": {"onboard_s": 10.0 + n % 3, "accuracy_at_1": 0.8 + 0.001 * n} for n in range(7)}
+    points["no training"] = {"onboard_s": 0.1, "accuracy_at_1": 0.5}
     figure = faq_table.draw(points, {"bank": 0.75, "shop": 0.25}, "city")
     figure.savefig(io.BytesIO())
     axes, renderer = figure.axes[0], figure.canvas.get_renderer()
