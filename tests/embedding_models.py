@@ -18,7 +18,8 @@ SCORED = PAIRS.add_column("score", [(i % 5) / 4 for i in range(16)])
 
 
 def with_student(model, seed=0, dtype=torch.float32, teachers=TEACHERS, **config):
-    """Gives the transformer of a model teachers and a student."""
+    """Gives the transformer of a model teachers and a student, by default with equal weights."""
+    config.setdefault("student_start", "teachers")
     set_seed(seed)
     adapters.init(model)
     for name in teachers:

@@ -21,7 +21,6 @@ COVERED_BY = {
     "cli/tasks": "cli/test_main.py",
     "cli/train": "cli/test_main.py",
     "method/layer_pass": "method/test_layers.py",
-    "method/weights": "teachers/test_weighing.py",
     "method/training_pass": "method/test_forward.py",
     "student/digests": "student/test_provenance.py",
     "student/peft_heads": "student/test_peft_export.py",
