@@ -145,3 +145,28 @@ def test_a_stream_that_cannot_be_read_twice_is_refused(config, trainer_args):
     with pytest.raises(ValueError, match=exactly(message)):
         trainer.train()
     assert distillation_of(model).ranking is None
+
+
+# Teachers without weights
+
+
+@pytest.mark.parametrize("config", ["lora", "seq_bn"])
+def test_teachers_that_add_nothing_anywhere_are_named_once(config, trainer_args, caplog):
+    def warnings_of(silent):
+        model = make_student(make_model(), config=config, student_start="random")
+        for name in silent:
+            for place in model.get_adapter(name).values():
+                for module in place.values():
+                    for key, parameter in module.named_parameters():
+                        if "lora_B" in key or "adapter_up" in key:
+                            parameter.data.zero_()
+        caplog.clear()
+        trainer_for(model, trainer_args(max_steps=2)).train()
+        return [record.message for record in caplog.records if "add nothing anywhere" in record.message]
+
+    (message,) = warnings_of(TEACHERS[:2])
+    assert message == (
+        "The teachers 'bank', 'travel' of 'insurance' add nothing anywhere (all weights of their up-projections are "
+        "zero), and the distillation pulls the student there; train them first, or leave them out."
+    )
+    assert warnings_of([]) == []
