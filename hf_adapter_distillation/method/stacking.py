@@ -67,6 +67,8 @@ def ends_in_up_projection(adapter: Adapter | LoRA) -> bool:
 def says_nothing(adapter: Adapter | LoRA) -> bool:
     """Return whether the update of an adapter is zero for all inputs, as that of LoRA before its training."""
     if isinstance(adapter, LoRA):
+        if adapter.use_dora:  # the weights of the projection are scaled too
+            return False
         weights = [adapter.lora_B]
     elif adapter.add_layer_norm_after or not isinstance(adapter.adapter_up, nn.Linear):
         return False

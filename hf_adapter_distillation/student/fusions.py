@@ -7,7 +7,7 @@ from adapters import ModelAdaptersMixin
 from torch import nn
 from transformers import EncoderDecoderModel
 
-from .._compat import LoRALinear
+from .._compat import Adapter, LoRA, LoRALinear
 from ..composition import AdapterDistillation
 from ..method.calls import begin_call, end_call
 from ..method.distillation import Distillation, distillation_of, distillations
@@ -112,6 +112,18 @@ def _reads_encoder(name: str, layer: nn.Module) -> bool:
 def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
     """Return all fusions of a student."""
     return [fusions_at(m)[student] for m in model.base_model.modules() if student in fusions_at(m)]
+
+
+def silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> list[str]:
+    """Return the teachers whose update is zero in all layers."""
+
+    def is_silent(name: str) -> bool:
+        held = [module for place in model.get_adapter(name).values() for module in place.values()]
+        lists = [module if isinstance(module, nn.ModuleList) else [module] for module in held]  # projections in lists
+        modules = [module for modules in lists for module in modules]
+        return all(isinstance(module, Adapter | LoRA) and says_nothing(module) for module in modules)
+
+    return [name for name in block.teachers if is_silent(name)]
 
 
 def _add_hooks(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:

@@ -20,7 +20,7 @@ from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.digests import teacher_digests
-from ..student.fusions import fusions_of
+from ..student.fusions import fusions_of, silent_teachers
 from ..student.preparing import keep_teachers, start_at_weights, train_again
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
@@ -84,6 +84,7 @@ def prepare_training(
         n_examples = weighing_steps * batch_size
         block = weigh(model, block, examples, accelerator, weighing_steps, n_examples, show)
     check_trainable(model, block)
+    warn_of_silent_teachers(model, block)
     places = (place for name in block.teachers for place in model.get_adapter(name).values())
     teacher_modules = [module for place in places for module in place.values()]
     digests = teacher_digests(model, block.teachers)
@@ -93,6 +94,16 @@ def prepare_training(
     predictions = predict(model, block, examples, accelerator, n_read)
     _show(parameter_table(model, block), show)
     return Preparation(block, teacher_modules, digests, calibration, predictions)
+
+
+def warn_of_silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Name the teachers whose update is zero in all layers, to which the match would pull the student."""
+    if silent := silent_teachers(model, block):
+        names = ", ".join(map(repr, silent))
+        logger.warning(
+            f"The teachers {names} of {block.student!r} add nothing anywhere (all weights of their up-projections are "
+            "zero), and the distillation pulls the student there; train them first, or leave them out."
+        )
 
 
 def _show(table: str, show: bool) -> None:

@@ -281,3 +281,28 @@ def test_a_loss_that_counts_items_is_given_their_number(trainer_args):
         weights.append(trainer.distillation.weights)
     assert weights[0].mean() == pytest.approx(weights[1].mean(), rel=1e-5)
     assert weights[0].gain == pytest.approx(weights[1].gain, rel=1e-4)
+
+
+# Teachers without weights
+
+
+@pytest.mark.parametrize("config", ["lora", "seq_bn"])
+def test_teachers_that_add_nothing_anywhere_are_named_once(config, trainer_args, caplog):
+    def warnings_of(silent):
+        model = make_student(make_model(), config=config, student_start="random")
+        for name in silent:
+            for place in model.get_adapter(name).values():
+                for module in place.values():
+                    for key, parameter in module.named_parameters():
+                        if "lora_B" in key or "adapter_up" in key:
+                            parameter.data.zero_()
+        caplog.clear()
+        trainer_for(model, trainer_args(max_steps=2)).train()
+        return [record.message for record in caplog.records if "add nothing anywhere" in record.message]
+
+    (message,) = warnings_of(TEACHERS[:2])
+    assert message == (
+        "The teachers 'bank', 'travel' of 'insurance' add nothing anywhere (all weights of their up-projections are "
+        "zero), and the distillation pulls the student there; train them first, or leave them out."
+    )
+    assert warnings_of([]) == []
