@@ -225,21 +225,31 @@ def draw_training_data(lines: Lines) -> Figure:
 
 
 def draw_cost(lines: Lines) -> Figure:
-    """Draw the accuracy@1 of each method that ran for all tenants, with its interval, and the time of a query."""
+    """Draw the paired differences in accuracy@1 to the plain adapter, with their intervals, and the time of a query.
+
+    The methods are those that ran for all tenants. Without a plain adapter the first method is the reference.
+    """
     accuracy, times = runs_of(lines, "accuracy_at_1"), runs_of(lines, "ms_ratio")
     tenants_of = {method: {tenant for tenant, _ in runs} for method, runs in accuracy.items()}
     everywhere = set().union(*tenants_of.values())
     names = [method for method in accuracy if ":" not in method and tenants_of[method] == everywhere]
-    figure = Figure(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained", dpi=150)
+    reference = PLAIN if PLAIN in names else names[0]
+    figure = Figure(figsize=(8, 1.4 + 0.45 * len(names)), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     for row, method in enumerate(names):
-        mean, low, high = interval(accuracy[method].values())
-        axes.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=f"C{row}")
+        paired = differences(accuracy[method], accuracy[reference]).values()
+        if not paired:
+            continue
+        mean, low, high = (100 * value for value in interval(paired))
+        error = None if method == reference else [[mean - low], [high - mean]]
+        axes.errorbar(mean, row, xerr=error, fmt="o", capsize=3, color="gray" if method == reference else "#4c72b0")
     labels = [f"{method} ({median(times[method], 2)})" if method in times else method for method in names]
     axes.set_yticks(range(len(names)), labels)
     axes.invert_yaxis()
+    axes.axvline(0, color="gray", linestyle="--", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
-    axes.set(xlabel="accuracy@1, 95% interval", title="Quality, and in brackets the time of a query / plain adapter")
+    label = f"points of accuracy@1 above the {reference}\n(mean and 95% interval of the paired differences)"
+    axes.set(xlabel=label, title="Quality, and in brackets the time of a query / plain adapter")
     return figure
 
 

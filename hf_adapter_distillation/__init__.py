@@ -101,7 +101,12 @@ if not TYPE_CHECKING:  # type checkers would take any name for one that is there
         return sorted(globals() | _LAZY)
 
 
-# The command line registers the package for the commands that run a model; its help is there at once. While Python
-# looks for `-m hf_adapter_distillation.cli`, the first argument is "-m".
-if Path(sys.argv[0] if sys.argv else "").stem not in ("adapter-distill", "-m"):
+def _starts_command_line() -> bool:
+    """Return whether Python is about to run `adapter-distill`, or to find `-m hf_adapter_distillation.cli`."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).stem == "adapter-distill" or (program == "-m" and f"{__name__}.cli" in sys.orig_argv)
+
+
+# The command line registers the package for the commands that run a model, and its help is there at once.
+if not _starts_command_line():
     import_module(".registration", __name__).register()

@@ -1,7 +1,7 @@
 """Draw the results of `observe` with matplotlib, for few teachers and layers or for many."""
 
 from collections.abc import Mapping
-from math import nan
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def plot_teacher_attention(
 ) -> "Figure":
     """Draw a table of `teacher_attention`, estimates or numbers, as a heat map, layers from bottom to top.
 
-    Up to 16 teachers the cells show their numbers. The scale begins at 0; a red mark on it is the equal share.
+    White is the equal share of the teachers, red more and blue less. Attention that is nearly even stays pale: the
+    scale reaches from half the equal share, or less, to one and a half, or more. Up to 16 teachers the cells show
+    their numbers.
 
     Returns:
         A matplotlib figure; `figure.savefig(path)` writes it.
@@ -42,19 +44,27 @@ def plot_teacher_attention(
     numbered = len(teachers) <= NUMBERED
     figure, axes = _axes(3.2 + len(teachers) * (0.8 if numbered else 0.24), 1.6 + 0.42 * len(layers))
     weights = [[float(table[layer][teacher]) for teacher in teachers] for layer in layers]
-    highest = max(map(max, weights))
-    image = axes.imshow(weights, origin="lower", aspect="auto", cmap="viridis", vmin=0)
+    from matplotlib.colors import TwoSlopeNorm
+
+    share = 1 / len(teachers)
+    spread = max(share / 2, *(abs(weight - share) for row in weights for weight in row))
+    norm = TwoSlopeNorm(share, vmin=max(0, share - spread), vmax=share + spread)
+    image = axes.imshow(weights, origin="lower", aspect="auto", cmap="RdBu_r", norm=norm)
+    axes.set_xticks([x - 0.5 for x in range(1, len(teachers))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(layers))], minor=True)
+    axes.grid(which="minor", color="lightgray", linewidth=0.5)
+    axes.tick_params(which="minor", length=0)
     if numbered:
         for y, row in enumerate(weights):
             for x, weight in enumerate(row):
-                color = "white" if weight < highest / 2 else "black"
+                color = "black" if 0.15 < norm(weight) < 0.85 else "white"
                 axes.text(x, y, f"{weight:.2f}", ha="center", va="center", color=color)
     rotation: dict[str, Any] = {"rotation": 30, "ha": "right"} if numbered else {"rotation": 90, "fontsize": 8}
     axes.set_xticks(range(len(teachers)), teachers, **rotation)
     axes.set_yticks(range(len(layers)), layers)
     axes.set(title=title, xlabel="teacher", ylabel="layer")
-    bar = figure.colorbar(image, ax=axes, label="mean attention (red: the equal share)")
-    bar.ax.axhline(1 / len(teachers), color="red", linewidth=2)
+    bar = figure.colorbar(image, ax=axes, label=f"mean attention (white: the equal share, {share:.3g})")
+    bar.ax.axhline(share, color="gray", linewidth=2)
     return figure
 
 
@@ -83,6 +93,8 @@ def plot_student_distance(
 ) -> "Figure":
     """Draw the result of `student_distance` as bars with one standard error, layers from bottom to top.
 
+    A line marks 1, the distance of a student that adds nothing. Where all are below a third, the scale ends earlier.
+
     Raises:
         ValueError: If there are no distances.
         ImportError: If matplotlib is not installed.
@@ -90,6 +102,13 @@ def plot_student_distance(
     if not distances:
         raise ValueError("There are no distances; find them with student_distance(model, dataset).")
     figure, axes = _bars(distances, title, "layer", "squared distance / variance of the fused update")
+    longest = max(
+        each.mean + (0 if isnan(each.standard_error) else each.standard_error) for each in distances.values()
+    )
+    if 0 < longest < 1 / 3:
+        axes.set_xlim(0, 1.1 * longest)
+        axes.set_xlabel(f"{axes.get_xlabel()}\n(a student that adds nothing is at 1, outside this scale)")
+        return figure
     axes.axvline(1, color="gray", linestyle="--", linewidth=1, label="a student that adds nothing")
     axes.legend(loc="lower right", fontsize=8)
     axes.set_xlim(left=0)

@@ -1,6 +1,7 @@
 """The command line `adapter-distill`, which distils, evaluates, runs and shares adapters for labelled texts.
 
-Reading order: `main`, `parser`, `options`, `train`, `evaluate`, `predict`, `tasks`, `data`, `saved`, `export`.
+Reading order: `main`, `parser`, `options`, `train`, `progress`, `evaluate`, `predict`, `tasks`, `data`, `saved`,
+`export`.
 """
 
 from .main import main

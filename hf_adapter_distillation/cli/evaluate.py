@@ -17,6 +17,7 @@ from ..student.training_run import finite_metrics
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter
 from .data import Labels, check_columns, load, names_in, split_of, with_columns
 from .options import EvalArguments, PredictArguments
+from .progress import without_noise
 from .saved import table
 from .tasks import KnownTask, class_rows, collator, compute_metrics, encode, tags_of, targets, task_of_head
 from .train import load_base
@@ -56,6 +57,7 @@ def run_model(loaded: Loaded, encoded: Dataset, batch_size: int) -> PredictionOu
         return trainer.predict(encoded, metric_key_prefix="eval")
 
 
+@without_noise()
 def evaluate(args: EvalArguments) -> str:
     """Evaluate a saved adapter without its teachers, and return tables of the results, also of each class."""
     examples = split_of(load(args.dataset, args), args.split, args.dataset)

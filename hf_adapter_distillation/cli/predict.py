@@ -14,9 +14,11 @@ from datasets import Dataset
 from .data import check_columns, load, split_of, with_columns
 from .evaluate import labels_of_head, load_adapter, run_model
 from .options import PredictArguments
+from .progress import without_noise
 from .tasks import IGNORED, encode, words_of
 
 
+@without_noise()
 def predict(args: PredictArguments) -> str:
     """Predict texts, and return one JSON object or one row of CSV for each."""
     examples = read_texts(args)

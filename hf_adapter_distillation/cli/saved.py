@@ -54,9 +54,14 @@ def inspect(args: Namespace) -> str:
     parts = [
         table([(f"{saved['name']!r}, distilled from {len(rows)} teachers",)]),
         table(rows, ["teacher", "source", "revision", "digest", "attention"]) if rows else "",
-        table(fact for fact in facts.items() if fact[1] is not None),
+        table((name, _as_text(value)) for name, value in facts.items() if value is not None),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _as_text(value: object) -> object:
+    """Return a mapping as a list of its items, and anything else as it is."""
+    return ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else value
 
 
 def plot(args: Namespace) -> str:

@@ -14,17 +14,28 @@ from transformers.utils import CONFIG_NAME
 
 from ..downloads import ADAPTER_CONFIG_NAME, is_repo_id, one_line
 from ..hub.push import STUDENT_FILES, write_all_formats
-from ..student.training_run import finite_metrics
+from ..student.summary import as_table, summary_rows
 from ..training.arguments import DistillationTrainingArguments
 from ..training.trainers import DistillationTrainer
 from .data import check_columns, load, split_of, with_columns
 from .options import TrainArguments, parse_value
-from .saved import table
+from .progress import shorten, without_noise
 from .tasks import add_head, collator, compute_metrics, encode, labels_of_task, targets, task_of_data
 
 
+class SilentTrainer(DistillationTrainer):
+    """Trainer whose summary is printed once, with the evaluation and the folder of the student."""
+
+    def _show_summary(self) -> None:
+        pass
+
+
+@without_noise()
 def train(args: TrainArguments, training_args: DistillationTrainingArguments) -> str:
-    """Train, evaluate and save a student, and return a table of the results; nothing on processes but the first."""
+    """Train, evaluate and save a student, and return a table of the results.
+
+    It is empty on processes but the first.
+    """
     folder = Path(training_args.output_dir or "") / args.student
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
@@ -43,7 +54,7 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     model.train_adapter(args.student)
 
     encoded = {name: encode(part, tokenizer, args, task, wanted[name]) for name, part in data.items()}
-    trainer = DistillationTrainer(
+    trainer = SilentTrainer(
         model,
         training_args,
         train_dataset=encoded["train"],
@@ -52,9 +63,10 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
-    metrics = {"train_loss": trainer.train(resume_from_checkpoint=resume).training_loss}
+    shorten(trainer)
+    loss = trainer.train(resume_from_checkpoint=resume).training_loss
     if "eval" in data:
-        metrics |= trainer.evaluate()
+        trainer.evaluate()
     if trainer.is_world_process_zero():
         for file in STUDENT_FILES:  # files of an earlier student would be loaded with this one
             (folder / file).unlink(missing_ok=True)
@@ -62,18 +74,15 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     if not trainer.is_world_process_zero():
         return ""
     write_all_formats(folder, folder, args.student)
-    examples = {f"{name} examples": len(part) for name, part in data.items()}
-    results = finite_metrics(metrics) | examples | {"teachers": ", ".join(trainer.block.teachers)}
-    return f"{table(results.items())}\n\n{how_to_load(args.model, folder)}"
-
-
-def how_to_load(model: str, folder: Path) -> str:
-    """Return where a student is saved, and the lines that load it without this package."""
-    return (
-        f"saved in {folder}; without this package, adapters loads it by\n"
-        f"  model = AutoAdapterModel.from_pretrained({model!r})\n"
-        f"  model.load_adapter({str(folder)!r}, set_active=True)"
-    )
+    assert (run := trainer.distillation.run) is not None
+    rows = summary_rows(args.student, run)
+    rows += [("train_loss", f"{loss:.4g}"), *((f"{name} examples", str(len(part))) for name, part in data.items())]
+    rows += [
+        ("saved in", str(folder)),
+        ("loaded by", f"model = AutoAdapterModel.from_pretrained({args.model!r})"),
+        ("", f"model.load_adapter({str(folder)!r}, set_active=True)"),
+    ]
+    return as_table(rows)
 
 
 def check_unused(folder: Path) -> None:

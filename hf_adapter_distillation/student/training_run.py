@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 RUN_SETTINGS = (
     "distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed",
-    "fusion_learning_rate", "ranking", "teacher_weights", "teacher_gain", "steps", "first_distillation_step", "epochs",
-    "batch_size",
+    "fusion_learning_rate", "ranking", "start_explained", "teacher_weights", "teacher_gain", "steps",
+    "first_distillation_step", "epochs", "batch_size",
 )  # fmt: skip
 RUN_RESULTS = ("dataset", "losses", "evaluation", "attention")
 LOSSES = ("loss", "task_loss", "distillation_loss", "fusion_regularization", "fused_task_loss")
@@ -86,7 +86,7 @@ class TrainingRun:
 
         `derived` holds the settings that do not follow from the arguments and the state alone: `distillation_start`,
         `distillation_weight`, `first_distillation_step`, `batch_size`, and the `ranking`, the `teacher_weights` and
-        their `teacher_gain` if there were any.
+        their `teacher_gain`, and `start_explained` if there were any.
         """
         settings = {
             **derived,

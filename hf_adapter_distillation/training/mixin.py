@@ -9,6 +9,7 @@ import torch
 from adapters import Stack
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -22,6 +23,7 @@ from ..method.wrappers import model_with_adapters
 from ..student.digests import check_teachers_unchanged
 from ..student.fusions import drop_fusion
 from ..student.provenance import teacher_sources
+from ..student.summary import as_table, summary_rows
 from ..student.training_run import TrainingRun, finite_metrics
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
@@ -157,6 +159,8 @@ class DistillationMixin(WritingTrainer):
         finally:
             self.distillation.settings = StageSettings()
         self._note_training()
+        if not self.args.disable_tqdm and self.is_world_process_zero():
+            self._show_summary()
         if not self.args.keep_fusion:
             drop_fusion(self.model_with_adapters, self.block.student)
         config = self.model_with_adapters.adapters_config
@@ -235,6 +239,8 @@ class DistillationMixin(WritingTrainer):
             "distillation_weight": self.distillation_weight,
             "first_distillation_step": self.first_distillation_step,
         }
+        if self._prepared.explained is not None:
+            derived["start_explained"] = round(self._prepared.explained, 4)
         if distillation.ranking is not None:
             derived["ranking"] = distillation.ranking
         if (weights := distillation.weights) is not None:
@@ -244,6 +250,11 @@ class DistillationMixin(WritingTrainer):
         distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
         if args.push_to_hub or args.analysis:
             distillation.run.attention = self._observe_attention()
+
+    def _show_summary(self) -> None:
+        """Print a short table of the training."""
+        assert self.distillation.run is not None
+        tqdm.write(as_table(summary_rows(self.block.student, self.distillation.run)))
 
     def _observe_attention(self) -> dict[str, dict[str, float]]:
         """Measure the attention over the teachers, by layer, on evaluation data if possible; write the analysis."""

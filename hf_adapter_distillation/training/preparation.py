@@ -43,6 +43,7 @@ class Preparation(NamedTuple):
     digests: dict[str, str]  # of the teachers' weights
     calibration: torch.Tensor | None  # slope and offset of each teacher's scores, (n_teachers, 2), for `cross_task`
     predictions: PredictionCache | None
+    explained: float | None = None  # the share of the teachers' mean update that the student starts with
 
 
 def prepare_training(
@@ -89,11 +90,11 @@ def prepare_training(
     teacher_modules = [module for place in places for module in place.values()]
     digests = teacher_digests(model, block.teachers)
     distillation_of(model, block.student).run = None  # the record of an earlier training
-    fit_student(model, block.student, examples, accelerator)
+    explained = fit_student(model, block.student, examples, accelerator)
     calibration = calibrate(model, block, examples, accelerator)
     predictions = predict(model, block, examples, accelerator, n_read)
     _show(parameter_table(model, block), show)
-    return Preparation(block, teacher_modules, digests, calibration, predictions)
+    return Preparation(block, teacher_modules, digests, calibration, predictions, explained)
 
 
 def warn_of_silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
@@ -205,20 +206,24 @@ def weigh_again(model: ModelAdaptersMixin, block: AdapterDistillation, checkpoin
     return active_block(model)
 
 
-def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, accelerator: Accelerator) -> None:
-    """Move a student that was neither trained nor loaded from its teachers' mean weights to their mean update."""
+def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, accelerator: Accelerator) -> float | None:
+    """Move a student that was neither trained nor loaded from its teachers' mean weights to their mean update.
+
+    Returns:
+        The share of the mean update that the student then explains; None if it was not moved.
+    """
     distillation = distillation_of(model, student)
     if distillation.config.student_start not in ("weighted", "teachers"):
-        return
+        return None
     if not is_at_average(model, student) or not can_be_fitted(model, student):
-        return
+        return None
     drawn = examples.draw(START_EXAMPLES)
     if drawn is None:
         logger.warning(
             f"{student!r} starts at the average of its teachers' weights: a stream of examples is not read twice. "
             "Pass DistillationConfig(student_start='average') to silence this."
         )
-        return
+        return None
 
     def forward_passes() -> None:
         for inputs in drawn():
@@ -228,6 +233,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
     with torch.random.fork_rng():  # the order of the training data stays the same
         explained = fit_start(model, student, forward_passes, partial(accelerator.reduce, reduction="mean"))
     logger.info(f"{student!r} starts at the teachers' mean update, {explained:.1%} of which it explains.")
+    return explained
 
 
 def calibrate(

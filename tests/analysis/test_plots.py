@@ -30,8 +30,23 @@ def test_heat_map(tmp_path):
     assert axes.images[0].get_array().tolist() == [[0.25, 0.75], [0.5, 0.5]]
     assert [text.get_text() for text in axes.texts] == ["0.25", "0.75", "0.50", "0.50"]
     assert bar.lines[-1].get_ydata()[0] == 0.5
+    colors = axes.images[0].to_rgba([[0.25, 0.5, 0.75]])[0]
+    assert colors[0][2] > colors[0][0] + 0.2, "less than the equal share is blue"
+    assert min(colors[1][:3]) > 0.95, "the equal share is white"
+    assert colors[2][0] > colors[2][2] + 0.2, "more is red"
     figure.savefig(tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_even_attention_is_pale_and_small_distances_fill_their_frame():
+    even = {f"layer.{i}": {"bank": 0.34, "travel": 0.33, "work": 0.33} for i in range(3)}
+    image = had.plot_teacher_attention(even).axes[0].images[0]
+    assert image.to_rgba(image.get_array())[..., :3].min() > 0.9
+    for distance, right in ((0.02, 0.022), (0.9, 1)):
+        axes = had.plot_student_distance({"layer.0": Estimate(distance, float("nan"))}).axes[0]
+        assert distance <= axes.get_xlim()[1]
+        assert axes.get_xlim()[1] == pytest.approx(right, rel=0.1)
+        assert ("at 1, outside" in axes.get_xlabel()) == (distance < 0.1)
 
 
 @pytest.mark.parametrize("n_teachers", [2, 64])

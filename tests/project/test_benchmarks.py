@@ -559,7 +559,10 @@ def test_no_table_needs_costs_or_the_other_methods(method):
     lines = of_embeddings(method, [0.6, 0.6, 0.7, 0.6]) + of_embeddings("frozen encoder", [0.5, 0.5, 0.7, 0.7])
     for name in ("streaming_tenants", "variants", "objectives", "training_costs", "tenants", "training_data"):
         assert report.TABLES[name](lines).splitlines()[2:] or ":" in method or method == "plain adapter", name
-    assert quality.draw_cost(lines).axes[0].get_yticklabels()[-1].get_text() in (method, "frozen encoder")
+    axes = quality.draw_cost(lines).axes[0]
+    assert axes.get_yticklabels()[-1].get_text() in (method, "frozen encoder")
+    places = [bar[0].get_xdata()[0] for bar in axes.containers]
+    assert places == pytest.approx({"plain adapter": [0, -2.5], "AdapterDistillation": [0, -2.5]}.get(method, [0]))
 
 
 def test_the_plots_of_embeddings(tmp_path, monkeypatch, capsys):

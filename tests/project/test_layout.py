@@ -17,6 +17,7 @@ COVERED_BY = {
     "cli/options": "cli/test_main.py",
     "cli/parser": "cli/test_main.py",
     "cli/predict": "cli/test_main.py",
+    "cli/progress": "cli/test_main.py",
     "cli/saved": "cli/test_main.py",
     "cli/tasks": "cli/test_main.py",
     "cli/train": "cli/test_main.py",

@@ -10,12 +10,8 @@ from tiny_models import TEACHERS, make_model, make_student, noisy
 from trainings import trainer_for
 
 from hf_adapter_distillation.method.distillation import distillation_of
-from hf_adapter_distillation.student.digests import adapter_digest
-from hf_adapter_distillation.student.provenance import (
-    Provenance,
-    check_teachers_unchanged,
-    read_provenance,
-)
+from hf_adapter_distillation.student.digests import adapter_digest, check_teachers_unchanged
+from hf_adapter_distillation.student.provenance import Provenance, read_provenance
 
 
 def test_digest_follows_the_weights_and_nothing_else(tmp_path):

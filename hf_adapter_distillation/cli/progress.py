@@ -1,0 +1,79 @@
+"""The progress of a command: a training in short lines, and nothing that a user cannot act on."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+SHOWN = {
+    "loss": "loss",
+    "task_loss": "task loss",
+    "distillation_loss": "distance",
+    "learning_rate": "learning rate",
+}
+
+
+def log_line(logs: Mapping[str, Any], step: int) -> str:
+    """Return a line of the log with four digits for each number; empty for a log of speed alone."""
+    shown = {SHOWN[name]: value for name, value in logs.items() if name in SHOWN}
+    is_speed = ("_runtime", "_per_second", "_preparation_time")
+    shown |= {k: v for k, v in logs.items() if k.startswith("eval_") and not k.endswith(is_speed)}
+    facts = [f"{name} {value:.4g}" for name, value in shown.items() if isinstance(value, int | float)]
+    stage = [f"stage {logs['stage']}"] if "stage" in logs else []
+    return "  ".join([f"step {step}", *stage, *facts]) if facts else ""
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Silence the warnings of adapters and of the loader of transformers, and the progress of `datasets`.
+
+    They tell of unused heads of base models and of our own passes without an adapter.
+    """
+    loggers = [logging.getLogger(name) for name in ("adapters", "transformers.modeling_utils")]
+    levels, had_bars = [logger.level for logger in loggers], not are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            enable_progress_bars()
+
+
+class ShortProgress(ProgressCallback):
+    """Progress bar of Trainer with short lines."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Write a line above the bar."""
+        if (
+            state.is_world_process_zero
+            and self.training_bar is not None
+            and (line := log_line(logs, state.global_step))
+        ):
+            self.training_bar.write(line)
+
+
+class ShortPrinter(PrinterCallback):
+    """Log of Trainer without a progress bar, in short lines."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Write a line."""
+        if state.is_local_process_zero and (line := log_line(logs, state.global_step)):
+            print(line, flush=True)  # noqa: T201  (the standard output is redirected)
+
+
+def shorten(trainer: Trainer) -> None:
+    """Let a trainer write short lines."""
+    for cls, short in ((ProgressCallback, ShortProgress), (PrinterCallback, ShortPrinter)):
+        if trainer.pop_callback(cls) is not None:
+            trainer.add_callback(short)
