@@ -102,7 +102,8 @@ class PredictionCache:
 def example_keys(inputs: dict[str, Any]) -> list[bytes]:
     """Return one digest for each example of a batch, independent of its labels and of padding on its right.
 
-    Inputs without tensors have none.
+    Padding on the left counts: it moves learned positions, and heads of adapters find their token by its place.
+    Inputs without tensors have no digests.
     """
     tensors = {name: v.cpu() for name, v in sorted(inputs.items()) if isinstance(v, torch.Tensor) and name != "labels"}
     if not tensors:

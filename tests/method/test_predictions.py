@@ -187,6 +187,33 @@ def test_a_key_stands_for_what_the_model_is_given():
     assert not set(example_keys(for_all)) & set(keys)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_teachers_predict_beside_batches_padded_on_the_left_in_another_way(family, trainer_args, beside, monkeypatch):
+    """BERT counts positions from the left, and the heads of adapters find their token by its place.
+
+    In six of nine batches each example is padded as it was when the teachers predicted it.
+    """
+
+    def collator(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name):
+            return torch.tensor([[0] * (longest - len(row[name])) + row[name] for row in rows])
+
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": padded("input_ids"), "attention_mask": padded("attention_mask"), "labels": labels}
+
+    def run():
+        torch.manual_seed(0)
+        model = make_student(make_model(family), objective={"logits": 1.0}, student_start="random").double()
+        return trained(trainer_args, collator, model=model)
+
+    once = run()
+    assert beside.times == 3
+    monkeypatch.setattr("hf_adapter_distillation.training.preparation.predict", lambda *args: None)
+    same(once, run(), 1e-10)
+
+
 def test_known_examples_are_found_in_any_order():
     batch = make_batch(4)
     logits = torch.rand(4, 3, 2)
