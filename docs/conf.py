@@ -22,7 +22,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(collections|concurrent|contextlib|pathlib)\..+"),
     ("py:class", r"(accelerate|adapters|datasets|huggingface_hub|sentence_transformers|torch|transformers|trl)\..+"),
     # Imported only for type checking: autodoc sees the bare name.
-    ("py:class", "Figure|PeftModel"),
+    ("py:class", "Figure|ModelAdaptersMixin|PeftModel"),
 ]
 
 # make linkcheck

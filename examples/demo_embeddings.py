@@ -126,19 +126,18 @@ class Onboarding:
         print("AdapterDistillation, start of the student", flush=True)
         began = time.perf_counter()
         self.platform.new_adapter(name, had.DistillationConfig(self.teachers), self.args.seed)
-        with_teachers = self.model.active_adapters
         trainer = self.platform.trainer(self.tenant, self.labelled, **training_arguments(self.args, steps))
         trainer.fit_start()
         seconds = time.perf_counter() - began
-        weights = getattr(had.distillation_of(self.model, name), "weights", None)
-        uniform = dict.fromkeys(self.teachers, 1 / len(self.teachers))
-        self.weights = uniform if weights is None else weights.mean()
+        weights, with_heavy_teachers = had.distillation_of(self.model, name).weights, self.model.active_adapters
+        assert weights is not None
+        self.weights = weights.mean()
         self.model.set_active_adapters(name)
         self.table.add_cosine("AdapterDistillation, untrained", seconds, self.labelled, name)
 
         print(f"AdapterDistillation: {len(self.labelled)} queries, {steps} steps", flush=True)
         began = time.perf_counter()
-        self.model.set_active_adapters(with_teachers)
+        self.model.set_active_adapters(with_heavy_teachers)
         trainer.train()
         seconds += time.perf_counter() - began
         self.table.add_cosine("AdapterDistillation", seconds, self.labelled, name)
