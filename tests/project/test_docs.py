@@ -297,8 +297,9 @@ def test_the_quality_in_the_readme_matches_the_result_file():
     percent = {name: 100 * np.mean(list(of.values())) for name, of in runs["accuracy_at_1"].items()}
     student, plain = "AdapterDistillation: weights alone", "plain adapter"
     sentences = (
-        f"the frozen encoder ranks the right FAQ first for {percent['frozen encoder']:.1f}% of the test queries by the "
-        f"titles and for {percent['frozen centroid']:.1f}% by centroids, and a plain adapter for {percent[plain]:.1f}%. "
+        f"the frozen encoder ranks the right FAQ first for {percent['frozen encoder']:.1f}% of the test queries by "
+        f"the titles and for {percent['frozen centroid']:.1f}% by centroids, and a plain adapter for "
+        f"{percent[plain]:.1f}%. "
         f"The student that starts at the learned weights of its teachers is at {percent[student]:.1f}% *before its "
         f"first step*: {quality.points(runs['accuracy_at_1'][student], runs['accuracy_at_1'][plain])} against the "
         "trained plain adapter, in two thirds of its time."
