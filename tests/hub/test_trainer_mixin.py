@@ -85,8 +85,10 @@ def test_nothing_that_is_pushed_names_a_folder_of_this_machine(hub, trainer_args
     files = hub.repos["me/faq"].files
     assert sum(path.endswith("/trainer_state.json") for path in files) == 2
     for path, content in files.items():
-        for folder in (str(tmp_path), str(Path.home()), os.getcwd(), socket.gethostname()):
+        for folder in (str(tmp_path), str(Path.home()), os.getcwd()):
             assert folder == "/" or folder.encode() not in content, path
+        # The name of a machine may be short, and then stands in a picture by chance.
+        assert path.endswith(".png") or socket.gethostname().encode() not in content, path
     folder = Path(snapshot_download("me/faq")) / "checkpoint-4"
     check_whole(str(folder))
     trainer.train(resume_from_checkpoint=str(folder))

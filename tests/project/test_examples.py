@@ -217,7 +217,7 @@ def test_example_on_embeddings(tiny_encoder, tmp_path, monkeypatch, capsys):
     assert max(stored, key=stored.get) == "AdapterFusion"
     assert stored["frozen encoder"] < stored["plain adapter"] == pytest.approx(stored["teachers' average"], abs=1e-3)
     assert list(results["weights"]) == ["airline", "mobile", "shop"]
-    assert sum(results["weights"].values()) == pytest.approx(1)
+    assert 0 < sum(results["weights"].values()) < 1  # the rest belongs to the null teacher
     assert "  Q: my card is gone\n  -> " in printed
     assert (tmp_path / "onboarding.png").stat().st_size > 10_000
     assert (tmp_path / "adapters" / "AdapterDistillation" / "bank" / "adapter_config.json").is_file()

@@ -68,7 +68,7 @@ def test_demo(script, folder, monkeypatch, capsys):
     assert after == alone, "the saved student does not need its teachers"
     assert after < before if least is None else after > (least and max(before, least))
     saved = json.loads((folder / script / demo.STUDENT / "adapter_config.json").read_text())
-    assert len(saved["distillation"]["teachers"]) >= 2
+    assert saved["distillation"]["teachers"]  # light ones are left out
 
 
 def test_teachers_and_data_of_ones_own(folder, tmp_path, monkeypatch, capsys):
