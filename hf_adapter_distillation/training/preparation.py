@@ -168,6 +168,8 @@ def weigh(
     distillation = distillation_of(model, block.student)
     if distillation.config.student_start != "weighted" or not fusions_of(model, block.student):
         return block
+    if distillation.weights is not None and distillation.run is None:  # `fit_start` has learned them
+        return block
     distillation.weights = None  # of an earlier training
     with torch.random.fork_rng():  # the order of the training data stays the same
         labelled = examples.labelled(n_examples)

@@ -26,6 +26,7 @@ from hf_adapter_distillation.method.weights import TeacherWeights
 from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.preparing import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.student.training_run import TrainingRun
 from hf_adapter_distillation.training import preparation
 
 
@@ -211,7 +212,8 @@ def test_too_little_data_gives_equal_weights(data, trainer_args, caplog):
     data = make_dataset(1) if data == "one example" else Stream()
     args = {"max_steps": 2, "keep_fusion": True}
     trainer = trainer_for(model, trainer_args(**args), train_dataset=data)
-    trainer.distillation.weights = of_places(model, 0.5, bank=0.2)  # of an earlier training
+    trainer.distillation.weights = of_places(model, 0.5, bank=0.2)
+    trainer.distillation.run = TrainingRun([])  # of an earlier training, with these weights
     trainer.train()
     assert "The teachers of 'insurance' get equal weights: too few training examples, or a stream" in caplog.text
     assert trainer.distillation.weights is None
@@ -281,6 +283,18 @@ def test_a_loss_that_counts_items_is_given_their_number(trainer_args):
         weights.append(trainer.distillation.weights)
     assert weights[0].mean() == pytest.approx(weights[1].mean(), rel=1e-5)
     assert weights[0].gain == pytest.approx(weights[1].gain, rel=1e-4)
+
+
+def test_the_teachers_are_weighed_once_before_the_first_step(trainer_args, monkeypatch):
+    trainer = trainer_for(make_student(make_model(), student_start="weighted"), trainer_args(max_steps=2))
+    trainer.fit_start()
+    weights = trainer.distillation.weights
+    assert weights is not None
+    learned = []
+    monkeypatch.setattr(preparation, "learn_weights", lambda *args, **kwargs: learned.append(args))
+    trainer.train()
+    assert learned == []
+    assert trainer.distillation.weights is weights
 
 
 # Teachers without weights
