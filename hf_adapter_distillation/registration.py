@@ -16,9 +16,10 @@ from .composition import AdapterDistillation
 from .configuration import DistillationConfig
 from .method.distillation import distillations
 from .method.forward import call_with_distillation
+from .method.fusion import fusions_of
 from .method.layers import FusedLayer, compose_distillation
 from .student.adding import add_student
-from .student.fusions import fusions_of, prepare_fusion, prepare_probes
+from .student.fusions import prepare_fusion, prepare_probes
 from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head
 from .student.provenance import Provenance, note_loaded
 

@@ -5,6 +5,7 @@ from math import log
 from typing import Any
 
 import torch
+from adapters import ModelAdaptersMixin
 from torch import nn
 from torch.nn.functional import linear
 
@@ -194,3 +195,8 @@ def _softmax(scores: torch.Tensor, log_weights: torch.Tensor | None) -> torch.Te
 def fusions_at(module: nn.Module) -> Any:
     """Return the fusions in a module of the model by the names of their students: a `ModuleDict`, or empty."""
     return module._modules.get("distillation_fusion", {})
+
+
+def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
+    """Return all fusions of a student on a model."""
+    return [fusions_at(m)[student] for m in model.base_model.modules() if student in fusions_at(m)]

@@ -12,7 +12,7 @@ from ..composition import AdapterDistillation
 from ..method.calls import begin_call, end_call
 from ..method.distillation import Distillation, distillation_of, distillations
 from ..method.forward import begin_halves, join_halves
-from ..method.fusion import TeacherFusion, fusions_at
+from ..method.fusion import TeacherFusion, fusions_at, fusions_of
 from ..method.heads import kind_of_labels, number_of_labels
 from ..method.layers import adapter_layers
 from ..method.losses import TaskSpecificLoss
@@ -107,11 +107,6 @@ def _reads_encoder(name: str, layer: nn.Module) -> bool:
     """Return whether a projection of a decoder reads the encoder's states, with the encoder's mask."""
     in_cross_attention = any(part in name for part in ("EncDecAttention", "encoder_attn", "crossattention"))
     return in_cross_attention and isinstance(layer, LoRALinear) and layer.attn_key in ("k", "v")
-
-
-def fusions_of(model: ModelAdaptersMixin, student: str) -> list[TeacherFusion]:
-    """Return all fusions of a student."""
-    return [fusions_at(m)[student] for m in model.base_model.modules() if student in fusions_at(m)]
 
 
 def silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> list[str]:

@@ -9,10 +9,11 @@ from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexi
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
+from ..method.fusion import fusions_of
 from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
-from .fusions import drop_fusion, fusions_of
+from .fusions import drop_fusion
 from .warm_start import is_at_average, start_at_average, start_head
 
 

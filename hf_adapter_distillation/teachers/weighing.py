@@ -13,7 +13,7 @@ from torch import nn
 from .._compat import heads_of
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
-from ..method.fusion import fusions_at
+from ..method.fusion import fusions_of
 from ..method.layer_pass import LayerPass, Place
 from ..method.losses import at_least_float32
 from ..method.parameters import parameter_roles
@@ -151,7 +151,7 @@ class Learner:
     ) -> None:
         self.model, self.loss, self.reduce, self.loss_scale = model, loss, reduce, loss_scale
         self.distillation = distillation_of(model, block.student)
-        fusions = [fusions_at(m)[block.student] for m in model.base_model.modules() if block.student in fusions_at(m)]
+        fusions = fusions_of(model, block.student)
         self.places = {fusion.location: number * per_layer for number, fusion in enumerate(fusions)}
         weight, size = fusions[0].value.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
         dtype = at_least_float32(weight.dtype)

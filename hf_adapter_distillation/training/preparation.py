@@ -16,11 +16,12 @@ from transformers.utils import logging
 
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
+from ..method.fusion import fusions_of
 from ..method.heads import check_head, check_objectives
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.digests import teacher_digests
-from ..student.fusions import fusions_of, silent_teachers
+from ..student.fusions import silent_teachers
 from ..student.preparing import keep_teachers, start_at_weights, train_again
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
@@ -82,8 +83,7 @@ def prepare_training(
         block = weigh_again(model, block, checkpoint)
         load_student(model, block, checkpoint)
     else:
-        n_examples = weighing_steps * batch_size
-        block = weigh(model, block, examples, accelerator, weighing_steps, n_examples, show)
+        block = weigh(model, block, examples, accelerator, weighing_steps, batch_size, show)
     check_trainable(model, block)
     warn_of_silent_teachers(model, block)
     places = (place for name in block.teachers for place in model.get_adapter(name).values())
@@ -161,7 +161,7 @@ def weigh(
     examples: Examples,
     accelerator: Accelerator,
     steps: int,
-    n_examples: int,
+    batch_size: int,
     show: bool,
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
@@ -172,7 +172,7 @@ def weigh(
         return block
     distillation.weights = None  # of an earlier training
     with torch.random.fork_rng():  # the order of the training data stays the same
-        labelled = examples.labelled(n_examples)
+        labelled = examples.labelled(steps * batch_size)
         if labelled is None:
             logger.warning(
                 f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream, which "

@@ -33,8 +33,7 @@ class ReadingTrainer(TwoStageTrainer):
         first step. A student with a gate or a norm behind its up-projections stays at the average of the weights.
         """
         model, examples, steps = self.model_with_adapters, self._examples(), self.args.weighing_steps
-        n_examples = steps * self._examples_per_step
-        self.block = weigh(model, self.block, examples, self.accelerator, steps, n_examples, show=False)
+        self.block = weigh(model, self.block, examples, self.accelerator, steps, self._examples_per_step, show=False)
         fit_student(model, self.block.student, examples, self.accelerator)
 
     def _examples(self) -> Examples:

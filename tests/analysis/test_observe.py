@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 import hf_adapter_distillation as had
 from hf_adapter_distillation.analysis.plots import Estimate
 from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers
-from hf_adapter_distillation.student.fusions import fusions_of
 
 FILES = {
     f"{name}.{kind}"

@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY, distillation_of, make_model, noisy
 from transformers import AutoModel
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.student.fusions import fusions_of
+from hf_adapter_distillation.method.fusion import fusions_of
 
 CARRIERS = ["student", "fused", "mixed", "dual"]
 LEFT_OUT = st.sampled_from([[], [], [0], [1]])

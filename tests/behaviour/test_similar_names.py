@@ -15,8 +15,8 @@ from trainings import trainer_for
 import hf_adapter_distillation as had
 from hf_adapter_distillation.hub.push import checkpoint_to_share
 from hf_adapter_distillation.method.distillation import active_block, distillations
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.parameters import parameter_roles
-from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.training.checkpoint import load_student, save_student
 
 WORDS = st.sampled_from(

@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from trainings import gradients, trainer_for
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.losses import CosineLoss, CrossTaskLoss, FeatureLoss, token_weights
 from hf_adapter_distillation.method.training_pass import StudentPass
-from hf_adapter_distillation.student.fusions import fusions_of
 
 CARRIERS = ["student", "fused", "mixed", "dual"]
 

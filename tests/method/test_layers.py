@@ -10,11 +10,10 @@ from model_state import changed, configure, snapshot, take_terms
 from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method.fusion import TeacherFusion
+from hf_adapter_distillation.method.fusion import TeacherFusion, fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers, compose_distillation
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.method.stacking import StackedAdapters
-from hf_adapter_distillation.student.fusions import fusions_of
 
 
 def forward_in_stage_2(model, **settings):

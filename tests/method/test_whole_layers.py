@@ -11,10 +11,9 @@ from tiny_models import CONFIGS, TEACHERS, copy_weights, make_batch, make_datase
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method import training_pass as passes
 from hf_adapter_distillation.method.distillation import distillations
-from hf_adapter_distillation.method.fusion import TeacherFusion
+from hf_adapter_distillation.method.fusion import TeacherFusion, fusions_of
 from hf_adapter_distillation.method.layer_match import bounded_losses
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.warm_start import is_at_average
 
 LOREFT = LoReftConfig(prefix_positions=2, suffix_positions=2)  # adapters' own needs both for another type than float32

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student
 
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers
-from hf_adapter_distillation.student.fusions import fusions_of
 
 
 def test_save_pretrained_leaves_the_fusion_out(tmp_path, caplog):

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import trainer_for
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.method.weights import TeacherWeights
 from hf_adapter_distillation.student import warm_start
-from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.least_squares import UpProjectionFit
 from hf_adapter_distillation.student.warm_start import START_EXAMPLES, FittingPass, fit_start, is_at_average
 from hf_adapter_distillation.training.data import draw_examples

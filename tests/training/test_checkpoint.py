@@ -21,8 +21,8 @@ from tiny_models import TEACHERS, make_model, make_student
 from trainings import EachStep, StopAt, trainer_for
 
 from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.weights import TeacherWeights
-from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.training import checkpoint
 from hf_adapter_distillation.training.checkpoint import (
     check_whole,

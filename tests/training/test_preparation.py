@@ -22,8 +22,8 @@ from wrapped_models import Classifier
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.weights import TeacherWeights
-from hf_adapter_distillation.student.fusions import fusions_of
 from hf_adapter_distillation.student.preparing import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
 from hf_adapter_distillation.student.training_run import TrainingRun
