@@ -1,9 +1,11 @@
 """Prediction heads: their labels, and the checks of a distillation's needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from torch import nn
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation
@@ -33,6 +35,16 @@ def kind_of_labels(model: ModelAdaptersMixin, name: str) -> str:
         return "labels"
     is_regression = config.get("num_labels") == 1 and str(config.get("head_type")).endswith("classification")
     return "values" if is_regression else "classes"
+
+
+def are_alike(heads: Sequence[nn.Module | None]) -> bool:
+    """Return whether heads are of one class and form, so that they have a mean."""
+
+    def form(head: nn.Module) -> tuple[type, dict[str, torch.Size]]:
+        return type(head), {key: value.shape for key, value in head.state_dict().items()}
+
+    forms = [form(head) for head in heads if head is not None]
+    return len(forms) == len(heads) and all(of_head == forms[0] for of_head in forms)
 
 
 def shifts_labels(model: ModelAdaptersMixin) -> bool:

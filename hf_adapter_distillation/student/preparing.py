@@ -86,14 +86,10 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
 
     A student that is still at the average of its teachers is set to the average of the kept ones, and so is its head.
     """
-    student, distillation = block.student, distillation_of(model, block.student)
-    at_start = is_at_average(model, student)
-    kept = [name for name in block.teachers if name in names]
-    distillation.config = replace(distillation.config, teachers=kept)
+    at_start = is_at_average(model, block.student)
+    _fuse_only(model, block, names)
     if at_start:
-        start_at_average(model, student)
-    drop_fusion(model, student)
-    train_again(model, AdapterDistillation(Stack(*block.children), kept))
+        start_at_average(model, block.student)
 
 
 def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weights: TeacherWeights) -> None:
@@ -104,7 +100,7 @@ def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weig
     student, at_start = block.student, is_at_average(model, block.student)
     kept = [name for name in block.teachers if name in weights.heavy()]
     if len(kept) < len(block.teachers):
-        keep_teachers(model, block, kept)
+        _fuse_only(model, block, kept)
     for fusion in fusions_of(model, student):
         fusion.set_weights(weights.at(fusion.location, kept))
     distillation_of(model, student).weights = weights
@@ -112,6 +108,18 @@ def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weig
         start_at_average(model, student, lambda module: weights.at(module, kept))
         if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
             start_head(model, student, weights.at("", kept))
+
+
+def _fuse_only(model: ModelAdaptersMixin, block: AdapterDistillation, names: Sequence[str]) -> None:
+    """Give the student new fusions of the given teachers alone, and make it active with them.
+
+    Its weights stay as they are; its head starts at the mean of theirs if the student is still at its start.
+    """
+    distillation = distillation_of(model, block.student)
+    kept = [name for name in block.teachers if name in names]
+    distillation.config = replace(distillation.config, teachers=kept)
+    drop_fusion(model, block.student)
+    train_again(model, AdapterDistillation(Stack(*block.children), kept))
 
 
 def train_again(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .._compat import LoRA
 from ..method.distillation import distillation_of
+from ..method.heads import are_alike
 from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterPlace, adapter_layers
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
@@ -41,10 +42,6 @@ def _shares(teachers: Sequence[str], weights: Mapping[str, float] | None) -> lis
         return [1 / len(teachers)] * len(teachers)
     total = sum(weights[name] for name in teachers)
     return [weights[name] / total for name in teachers]
-
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
 
 @torch.no_grad()
@@ -162,7 +159,7 @@ def start_head(
             model.average_head(student, list(teachers))
         return
     head = model.heads[student]
-    if all(type(other) is type(head) and _shapes(other) == _shapes(head) for other in heads):
+    if are_alike([head, *heads]):
         head.load_state_dict(_mean(heads, _shares(teachers, weights)))
 
 

@@ -14,6 +14,7 @@ from .._compat import heads_of
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..method.fusion import fusions_of
+from ..method.heads import are_alike
 from ..method.layer_pass import LayerPass, Place
 from ..method.losses import at_least_float32
 from ..method.parameters import parameter_roles
@@ -158,9 +159,11 @@ class Learner:
         self.scores = torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=True)
         self.pass_ = WeighingPass(self.scores, self.places, block.teachers)
         heads = dict(heads_of(model).items())
-        head = heads.get(block.student)
-        self.head = [] if head is None else [p for p in head.parameters() if p.requires_grad]
-        self.heads = _alike(head, [heads.get(name) for name in block.teachers])
+        named = dict(heads[block.student].named_parameters()) if block.student in heads else {}
+        names = [name for name, parameter in named.items() if parameter.requires_grad]
+        self.head = [named[name] for name in names]
+        alike = are_alike([heads.get(name) for name in (block.student, *block.teachers)])
+        self.heads = _stacked([heads[name] for name in block.teachers], names) if alike else []
         roles = parameter_roles(model, block)
         static = [p for name, p in model.named_parameters() if p.requires_grad and roles[name] == "head"]
         self.trained = [*([] if self.heads else self.head), *static, *beside]
@@ -254,13 +257,7 @@ class Learner:
         return mixed if mixed[0].requires_grad else []
 
 
-def _alike(head: nn.Module | None, others: Sequence[nn.Module | None]) -> list[torch.Tensor]:
-    """Return the teachers' values of each trained parameter of a head, stacked; empty where the heads differ."""
-    if head is None or any(type(other) is not type(head) for other in others):
-        return []
-    names = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
-    rows = [[dict(other.named_parameters()).get(name) for name in names] for other in others if other is not None]
-    shapes = [parameter.shape for parameter in head.parameters() if parameter.requires_grad]
-    if any([None if p is None else p.shape for p in row] != shapes for row in rows):
-        return []
-    return [torch.stack([row[i].detach() for row in rows]) for i in range(len(names))]  # type: ignore[union-attr]
+def _stacked(heads: Sequence[nn.Module], names: Sequence[str]) -> list[torch.Tensor]:
+    """Return the heads' values of each parameter, stacked, (n_heads, ...)."""
+    parameters = [dict(head.named_parameters()) for head in heads]
+    return [torch.stack([of_head[name].detach() for of_head in parameters]) for name in names]

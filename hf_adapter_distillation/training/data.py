@@ -73,7 +73,7 @@ class Examples(NamedTuple):
     batches_of_loader: Callable[[], Iterable[dict[str, Any]]] | None  # of a training without `train`
     model_inputs: Callable[[dict[str, Any]], dict[str, Any]]  # leaves out labels that the model does not get
     autocast: Callable[[], AbstractContextManager]  # the precision of the training
-    labelled: Callable[[int], "Labelled | None"]  # the training data in halves, up to a number of examples
+    labelled: Callable[[], "Labelled | None"]  # what the teachers are weighed with; None where it is not read twice
 
     def draw(self, number: int) -> Callable[[], Iterable[dict[str, Any]]] | None:
         """Return a function that reads batches of some examples, the first ones of a loader.
@@ -101,6 +101,7 @@ class Labelled(NamedTuple):
 
     halves: Sequence[Callable[[], Iterable[dict[str, Any]]]]  # new passes over the batches of this process
     loss: Callable[[dict[str, Any]], torch.Tensor]  # of a batch, with its gradient
+    steps: int  # in which the teachers are weighed
     beside: Sequence[nn.Parameter]  # what is trained outside the model with adapters
 
 

@@ -181,8 +181,6 @@ class DistillationMixin(WritingTrainer):
             self._examples(),
             self.accelerator,
             checkpoint=self._checkpoint,
-            weighing_steps=self.args.weighing_steps,
-            batch_size=self._examples_per_step,
             n_read=self._examples_per_step * (num_training_steps - self._first_of_stage_2(num_training_steps)),
             needs_head=not self._loss_is_outside and inner is self.model,
             show=not self.args.disable_tqdm and self.is_world_process_zero(),

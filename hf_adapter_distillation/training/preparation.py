@@ -54,8 +54,6 @@ def prepare_training(
     accelerator: Accelerator,
     *,
     checkpoint: str | None,
-    weighing_steps: int,
-    batch_size: int,
     n_read: int,
     needs_head: bool,
     show: bool,
@@ -65,8 +63,6 @@ def prepare_training(
     Args:
         accelerator: The accelerator, over whose processes results are averaged.
         checkpoint: The folder of the checkpoint to resume from, if any.
-        weighing_steps: The number of steps in which the teachers are weighed, if they are.
-        batch_size: The number of examples of a step, in all processes.
         n_read: The number of examples that stage 2 reads.
         needs_head: Whether the loss comes from the student's head.
         show: Whether to print the tables.
@@ -83,7 +79,7 @@ def prepare_training(
         block = weigh_again(model, block, checkpoint)
         load_student(model, block, checkpoint)
     else:
-        block = weigh(model, block, examples, accelerator, weighing_steps, batch_size, show)
+        block = weigh(model, block, examples, accelerator, show)
     check_trainable(model, block)
     warn_of_silent_teachers(model, block)
     places = (place for name in block.teachers for place in model.get_adapter(name).values())
@@ -160,8 +156,6 @@ def weigh(
     block: AdapterDistillation,
     examples: Examples,
     accelerator: Accelerator,
-    steps: int,
-    batch_size: int,
     show: bool,
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
@@ -172,7 +166,7 @@ def weigh(
         return block
     distillation.weights = None  # of an earlier training
     with torch.random.fork_rng():  # the order of the training data stays the same
-        labelled = examples.labelled(steps * batch_size)
+        labelled = examples.labelled()
         if labelled is None:
             logger.warning(
                 f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream, which "
@@ -184,7 +178,7 @@ def weigh(
             block,
             labelled.loss,
             labelled.halves,
-            steps=steps,
+            steps=labelled.steps,
             per_layer=distillation.config.weights_per_layer,
             beside=labelled.beside,
             reduce=partial(accelerator.reduce, reduction="mean"),

@@ -32,8 +32,8 @@ class ReadingTrainer(TwoStageTrainer):
         With `student_start="weighted"` the weights of the teachers are learned first. `train` does all this before the
         first step. A student with a gate or a norm behind its up-projections stays at the average of the weights.
         """
-        model, examples, steps = self.model_with_adapters, self._examples(), self.args.weighing_steps
-        self.block = weigh(model, self.block, examples, self.accelerator, steps, self._examples_per_step, show=False)
+        model, examples = self.model_with_adapters, self._examples()
+        self.block = weigh(model, self.block, examples, self.accelerator, show=False)
         fit_student(model, self.block.student, examples, self.accelerator)
 
     def _examples(self) -> Examples:
@@ -49,9 +49,9 @@ class ReadingTrainer(TwoStageTrainer):
             self._labelled,
         )
 
-    def _labelled(self, number: int) -> Labelled | None:
-        """Return up to a number of training examples in halves; None where they are not read twice, or too few."""
-        drawn = draw_examples(self.train_dataset, number, self.args.seed)
+    def _labelled(self) -> Labelled | None:
+        """Return as many training examples as the weighing reads; None where they are not read twice, or too few."""
+        drawn = draw_examples(self.train_dataset, self.args.weighing_steps * self._examples_per_step, self.args.seed)
         both = halves(drawn, self.args.seed)
         if both is None:
             return None
@@ -76,6 +76,7 @@ class ReadingTrainer(TwoStageTrainer):
         return Labelled(
             [partial(_first_batches, loader, number) for loader, number in zip(loaders, least, strict=True)],
             self._task_loss,
+            self.args.weighing_steps,
             [parameter for key, parameter in beside.items() if key not in outside],
         )
 
