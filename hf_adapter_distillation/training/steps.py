@@ -44,10 +44,12 @@ class TwoStageTrainer(StudentPushingTrainer):
 
     @property
     def distillation_weight(self) -> float:
-        """The weight of the distillation loss, by the argument or the default for this data.
+        """The weight of the distillation loss in the first step of stage 2, by the argument or the default.
 
         The teachers are a prior of a fixed strength, whose weight beside a mean over n examples falls with n. Where
-        they were weighed, the strength follows what they are worth: their gain on labels of the task.
+        they were weighed, the strength follows what they are worth: their gain on labels of the task. By default it
+        falls linearly then, to 0 in the last step: the student starts at their weighted mean, and learns what they do
+        not know.
         """
         if self.args.distillation_weight is not None:
             return self.args.distillation_weight
@@ -57,6 +59,11 @@ class TwoStageTrainer(StudentPushingTrainer):
         weights = self.distillation.weights
         strength = 1.0 if weights is None else max(0.0, weights.gain)
         return strength * min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
+
+    @property
+    def _weight_falls(self) -> bool:
+        """Whether the weight of the distillation loss falls over stage 2."""
+        return self.args.distillation_weight is None and self.distillation.weights is not None
 
     @property
     def first_distillation_step(self) -> int:
@@ -81,13 +88,14 @@ class TwoStageTrainer(StudentPushingTrainer):
         step, first = self.state.global_step, self.first_distillation_step
         scaler = self.accelerator.scaler  # of float16, by which accelerate multiplies the loss
         scale = self._share / self.current_gradient_accumulation_steps
+        left = 1 - (step - first) / max(1, self.state.max_steps - 1 - first)  # of stage 2, from 1 to 0
         self.distillation.begin_step()
         self.distillation.settings = StageSettings(
             enabled=step >= first,
-            weight=self.distillation_weight,
+            weight=self.distillation_weight * (left if self._weight_falls else 1.0),
             regularization=self.args.fusion_regularization,
             scale=scale if scaler is None else scaler.scale(torch.tensor(scale, device=self.accelerator.device)),
-            fused_probability=torch.tensor(1 - (step - first) / max(1, self.state.max_steps - 1 - first)),
+            fused_probability=torch.tensor(left),
             calibration=self._prepared.calibration,
             predictions=self._prepared.predictions,
         )

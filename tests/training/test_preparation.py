@@ -18,6 +18,7 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy
 from trainings import trainer_for
+from transformers import TrainerCallback
 from wrapped_models import Classifier
 
 import hf_adapter_distillation as had
@@ -189,6 +190,25 @@ def test_a_training_weighs_its_teachers_and_follows_what_they_are_worth(trainer_
     assert settings["teacher_weights"] == pytest.approx(weights.mean(), abs=1e-4)
     assert settings["teacher_gain"] == pytest.approx(weights.gain, abs=1e-4)
     assert settings["distillation_weight"] == weights.gain
+
+
+@pytest.mark.parametrize(("given", "shares"), [(None, [1, 2 / 3, 1 / 3, 0]), (0.5, [1, 1, 1, 1])])
+def test_the_strength_of_weighted_teachers_falls_to_zero_unless_it_is_given(given, shares, trainer_args, monkeypatch):
+    """The first of five steps is of stage 1."""
+    model = weighted()
+    monkeypatch.setattr(preparation, "learn_weights", lambda *_, **__: of_places(model, 0.25, bank=0.6, travel=0.4))
+    args = trainer_args(max_steps=5, distillation_start=0.2, distillation_weight=given)
+    trainer = trainer_for(model, args)
+    strengths = []
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            strengths.append(trainer.distillation.settings.weight)
+
+    trainer.add_callback(Notes)
+    trainer.train()
+    first = 0.25 if given is None else given
+    assert strengths[1:] == pytest.approx([first * share for share in shares])
 
 
 def test_teachers_that_do_harm_are_not_distilled(trainer_args, monkeypatch):
