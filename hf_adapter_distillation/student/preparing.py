@@ -93,12 +93,13 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
 
 
 def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weights: TeacherWeights) -> None:
-    """Keep the heavy teachers, and let the fusions start at their weights.
+    """Keep the heavy teachers, or all that a selection has kept, and let the fusions start at their weights.
 
     A student that is still at the average of its teachers is set to their weighted mean, and so is its head.
     """
     student, at_start = block.student, is_at_average(model, block.student)
-    kept = [name for name in block.teachers if name in weights.heavy()]
+    selected = distillation_of(model, student).config.teacher_selection != "all"
+    kept = [name for name in block.teachers if selected or name in weights.heavy()]
     if len(kept) < len(block.teachers):
         _fuse_only(model, block, kept)
     for fusion in fusions_of(model, student):

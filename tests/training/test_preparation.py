@@ -220,6 +220,17 @@ def test_teachers_that_do_harm_are_not_distilled(trainer_args, monkeypatch):
     assert trainer_for(weighted(), trainer_args(distillation_weight=0.3)).distillation_weight == 0.3
 
 
+def test_selected_teachers_run_whatever_they_weigh(trainer_args, monkeypatch):
+    model = weighted(teacher_selection=2)
+    monkeypatch.setattr(
+        preparation, "learn_weights", lambda *_, **__: of_places(model, 0.5, bank=0.4, travel=0.4, work=0.4)
+    )
+    monkeypatch.setattr(TeacherWeights, "heavy", lambda _: [])
+    trainer = trainer_for(model, trainer_args(max_steps=1))
+    trainer.train()
+    assert len(trainer.block.teachers) == 2
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from make_dataset()
