@@ -169,8 +169,8 @@ def weigh(
         labelled = examples.labelled()
         if labelled is None:
             logger.warning(
-                f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream, which "
-                "is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
+                f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream or a "
+                "loader of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
             )
             return block
         weights = learn_weights(
