@@ -170,7 +170,8 @@ def weigh(
         if labelled is None:
             logger.warning(
                 f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream or a "
-                "loader of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
+                "loader of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to "
+                "silence this."
             )
             return block
         weights = learn_weights(
