@@ -79,6 +79,7 @@ def check_combinations(
     distillation: Distillation,
     distributed_type: DistributedType,
     *,
+    predicts_text: bool,
     model_has_labels: bool,
     has_unlabelled: bool,
 ) -> None:
@@ -97,7 +98,7 @@ def check_combinations(
             "The carrier 'dual' needs the model's own loss in both of its passes; leave out "
             "label_smoothing_factor and compute_loss_func, or choose the carrier 'mixed'."
         )
-    for objective in ("cross_task", "task_specific"):
+    for objective in ("cross_task", "task_specific", *(["logits"] if predicts_text else [])):
         if objective in config.objectives and not model_has_labels:
             raise ValueError(
                 f"The objective {objective!r} needs the labels in the model's own forward; leave out "

@@ -17,7 +17,7 @@ from .._compat import loss_counts_items
 from ..analysis.observe import teacher_attention, write_analysis
 from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import StageSettings, active_block
-from ..method.heads import label_names
+from ..method.heads import label_names, text_head
 from ..method.parameters import check_trainable, parameter_table
 from ..method.wrappers import model_with_adapters
 from ..student.digests import check_teachers_unchanged
@@ -117,6 +117,7 @@ class DistillationMixin(WritingTrainer):
             args,
             self.distillation,
             self.accelerator.distributed_type,
+            predicts_text=text_head(inner, self.block.student) is not None,
             model_has_labels=not self._takes_labels_away,
             has_unlabelled=distillation_dataset is not None,
         )
