@@ -32,6 +32,7 @@ from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import prepare_training
+from .sharding import is_sharded
 from .writing import WritingTrainer
 
 logger = logging.get_logger(__name__)
@@ -112,6 +113,10 @@ class DistillationMixin(WritingTrainer):
         if self._gives_inputs_to_inner:
             self.label_names = self.label_names or label_names(inner, self.block.student)
         config, is_wrapped = self.distillation.config, inner is not self.model
+        if args.analysis and is_sharded(inner):
+            raise ValueError(
+                "analysis=True runs the model in one process, but its base model lies in shards; leave it out."
+            )
         check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
         check_combinations(
             args,

@@ -28,6 +28,7 @@ from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
 from .data import Examples
+from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -253,6 +254,8 @@ def predict(
     """
     config = distillation_of(model, block.student).config
     if not config.head_objectives or text_head(model, block.student) is not None:  # too large to keep
+        return None
+    if is_sharded(model):  # all processes must run it equally often, and may have different numbers of batches
         return None
     parts: list[tuple[list[bytes], torch.Tensor]] = []
     datasets: list[tuple[Any, Callable]] = [(examples.train, examples.model_inputs)]
