@@ -35,6 +35,8 @@ def test_the_setting_of_the_paper():
         ({"objective": {"logits": "1"}}, "The weight of objective 'logits'='1' is out of range"),
         ({"temperature": 0.0}, "temperature=0.0 is out of range; it must be a number above 0."),
         ({"temperature": True}, "temperature=True is out of range"),
+        ({"beta": 1.5, "objective": "logits"}, "beta=1.5 is out of range; it must be a number from 0 to 1."),
+        ({"beta": 0.5}, "beta=0.5 needs the objective 'logits', not 'features'; leave it out."),
         ({"layer_weights": 2}, "layer_weights=2 is out of range; give one number for each layer."),
         (
             {"layer_weights": [1, -1]},

@@ -93,6 +93,7 @@ class TrainArguments(DataArguments):
     objective: str = option("Objective by name, or weights by name as in {features: 1, logits: 0.5}.", "features")
     layer_weights: list[float] | None = option("One weight per layer, for objectives of layers.", None)
     temperature: float = option("Temperature of the objectives of the output.", 2.0)
+    beta: float = option("Divergence of the objective logits: 0 forward KL, 1 reverse KL, between them JSD.", 0.0)
     weights_per_layer: bool = option("Learn weights of the teachers for each layer (student_start=weighted).", False)
     teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
 

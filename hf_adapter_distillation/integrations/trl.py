@@ -153,6 +153,11 @@ def check_causal_lm(model: nn.Module) -> None:
         raise ValueError(
             "The carrier 'dual' needs the model's own loss, but trl computes another; choose the carrier 'mixed'."
         )
+    if "logits" in config.objectives:
+        raise ValueError(
+            "The objective 'logits' needs the logits, which trl does not compute; use DistillationTrainer with labels "
+            "that are -100 outside the answer, or choose 'features'."
+        )
     for objective in config.objectives:
         if objective not in ("features", "cosine"):
             raise ValueError(

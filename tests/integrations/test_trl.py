@@ -326,7 +326,7 @@ def test_settings_that_do_not_go_with_distillation(settings, message, sft_args):
             lambda: student_model(objective={"cosine": 1.0, "logits": 1.0}),
             {},
             ValueError,
-            "The objective 'logits' needs",
+            "The objective 'logits' needs the logits, which trl does not compute; use DistillationTrainer",
         ),
         (lambda: make_student(make_model("llama"), head="causal_lm"), {}, ValueError, "LlamaAdapterModel has heads"),
     ],
