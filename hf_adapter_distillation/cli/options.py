@@ -26,7 +26,7 @@ USUAL = {
     "gradient_accumulation_steps": "Micro-batches per step.",
     "eval_strategy": "Time of the evaluations: no, steps or epoch. At the end there is always one.",
     "save_strategy": "Time of the checkpoints: no, steps, epoch or best.",
-    "logging_steps": "Steps between two lines of the log.",
+    "logging_steps": "Steps between two lines of the log; below 1, a share of all steps.",
     "seed": "Seed of the head, the data order and a fraction as eval_split.",
     "bf16": "Train in bfloat16.",
     "use_cpu": "Train on the CPU, even if there is a GPU.",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, get_args
 
-from ..configuration import DistillationArgumentsMixin
+from ..configuration import AdapterDefaultsMixin, DistillationArgumentsMixin
 from ..downloads import suggestion
 from .options import USUAL, EvalArguments, PredictArguments, TextArguments, TrainArguments
 
@@ -66,8 +66,10 @@ def describe_options(parser: Parser, name: str) -> None:
     if name == "train":
         _describe(parser, "the two stages", fields(DistillationArgumentsMixin))
         group = parser.add_argument_group("training; --help_all lists all options of transformers.TrainingArguments")
+        defaults = {field.name: field.default for field in fields(AdapterDefaultsMixin)}
         for flag, text in USUAL.items():
-            group.add_argument(f"--{flag}", metavar="VALUE", help=text, default=argparse.SUPPRESS)
+            default = defaults.get(flag, argparse.SUPPRESS)
+            group.add_argument(f"--{flag}", metavar="VALUE", help=text, default=default)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP, default=argparse.SUPPRESS)
     required = [f"--{field.name} {_metavar(field)}" for field in fields(own) if field.default is MISSING]
     parser.usage = " ".join([parser.prog, *required, "[options]"])
