@@ -42,17 +42,24 @@ class Parser(argparse.ArgumentParser):
         return f", {hint}" if hint else ""
 
 
-def full_parser(name: str, prog: str) -> Any:
+def full_parser(name: str, prog: str, task: str = "auto") -> Any:
     """Return the parser of a command that runs a model, with all options of transformers for `train`."""
     from transformers import HfArgumentParser
 
-    from ..training.arguments import DistillationTrainingArguments
+    training_args: Any
+    if task == "retrieval":
+        from ..integrations.sentence_transformers import SentenceTransformerDistillationTrainingArguments
+
+        training_args = SentenceTransformerDistillationTrainingArguments
+    else:
+        from ..training.arguments import DistillationTrainingArguments
+
+        training_args = DistillationTrainingArguments
 
     class FullParser(Parser, HfArgumentParser):
         """Parser of dataclasses."""
 
-    others = [DistillationTrainingArguments] if name == "train" else []
-    parser = FullParser([OPTIONS[name], *others], prog=prog)
+    parser = FullParser([OPTIONS[name], training_args] if name == "train" else [OPTIONS[name]], prog=prog)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     return parser
 

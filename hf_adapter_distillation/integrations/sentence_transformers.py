@@ -16,8 +16,11 @@ from ..student.saving import saving_the_base_alone
 from ..training.mixin import DistillationMixin
 
 try:
+    # The redundant aliases let the command line have the names from here, with the error below.
+    from sentence_transformers import SentenceTransformer as SentenceTransformer
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.evaluation import SentenceEvaluator as SentenceEvaluator
 except ImportError as error:
     raise ImportError(
         "The trainers of embedding models need sentence-transformers 5; install it with "
