@@ -144,6 +144,9 @@ def _only(option: str, columns: Sequence[str], usual: Sequence[str], others: Seq
         return usual[0]
     if not usual and len(others) == 1:
         return others[0]
+    for sep in ";\t|":
+        if len(columns) == 1 and sep in columns[0]:
+            raise ValueError(f"The only column is {columns[0]!r}; pass --sep {sep!r} if that separates columns.")
     names = ", ".join(map(repr, columns))
     raise ValueError(f"The columns {names} do not say which one is the {option}; pass --{option}.")
 

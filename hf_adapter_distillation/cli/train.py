@@ -27,11 +27,10 @@ class SilentTrainer(SilentMixin, DistillationTrainer):
 
 @without_noise()
 def train(args: TrainArguments, training_args: DistillationTrainingArguments) -> str:
-    """Train, evaluate and save a student, and return a table of the results.
-
-    It is empty on processes but the first.
-    """
+    """Train, evaluate and save a student, and return a table of the results, empty on processes but the first."""
     folder = Path(training_args.output_dir or "") / args.student
+    if folder.parent.is_file():
+        raise ValueError(f"output_dir={training_args.output_dir!r} is a file; name a folder.")
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     if not (training_args.overwrite_output_dir or resume):

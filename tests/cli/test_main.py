@@ -495,6 +495,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     }  # fmt: skip
     write_csv(Path("data.csv"), columns)
     write_csv(Path("guess.csv"), {"frage": TEXTS, "antwort": TEXTS, "thema": LABELS})
+    Path("semicolons.csv").write_text("text;label\nmy card is gone;card\n")
     Path("broken.parquet").write_text("text,label")
     Path("empty.csv").write_text("text,label\n")
     Path("folder").mkdir()
@@ -524,6 +525,8 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--label_column=number"], "Column 'number' is empty in row 3; fill it, or leave the row out."),
         (["--label_column=same"], "label_column='same' holds only one label, 'a'; a head needs at least two."),
         (["--label_column=score"], "label_column='score' holds float64, *; pass --task regression to *"),
+        (["--dataset=semicolons.csv"], "The only column is 'text;label'; pass --sep ';' if that separates columns."),
+        (["--output_dir=guess.csv"], "output_dir='guess.csv' is a file; name a folder."),
         (["--sep=;", "--dataset=glue"], "sep=';' is for .csv and .tsv files, not for glue; leave it out."),
         (["--encoding=x"], "encoding='x' is unknown; give one such as utf-8 or latin-1."),
         (["--encoding=utf-16"], "encoding='utf-16' does not fit data.csv (*); pass another --encoding, such as *"),
