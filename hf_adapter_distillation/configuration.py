@@ -258,3 +258,17 @@ class DistillationArgumentsMixin(_Arguments):
         for name in ("keep_fusion", "analysis", "stop_on_nan", "save_on_sigterm"):
             if not isinstance(value := vars(self)[name], bool):
                 raise _out_of_range(name, value, "True or False")
+
+
+@dataclass
+class AdapterDefaultsMixin(DistillationArgumentsMixin):
+    """Arguments of the two stages, with defaults for adapters in place of two defaults of the other base.
+
+    A value that the user gives always wins. `logging_steps` is a share of the steps, which Trainer rounds up to whole
+    steps: at 0.05 a training of ten or more steps logs at least ten times.
+    """
+
+    learning_rate: float = option(
+        "Peak learning rate of the student and its head. Adapters need a higher one than whole models.", 1e-3
+    )
+    logging_steps: float = option("Steps between two lines of the log; below 1, a share of all steps.", 0.05)

@@ -312,6 +312,27 @@ def test_the_quality_in_the_readme_matches_the_result_file():
     assert min(paired.values()) > 0
 
 
+def test_the_default_learning_rate_is_the_one_of_the_benchmark():
+    def means(architecture, method):
+        """The mean MRR on validation queries by rate, each number of queries with the same weight."""
+        found = {}
+        for file in architecture:
+            of_file = {}
+            for line in report.read(ROOT / "benchmarks" / "results" / file):
+                if line["queries"] == "validation" and line["method"] == method:
+                    of_file.setdefault(line["learning_rate"], []).append(line["mrr"])
+            for rate, values in of_file.items():
+                found.setdefault(rate, []).append(np.mean(values))
+        return {rate: np.mean(values) for rate, values in found.items()}
+
+    embeddings = means(["embeddings_relatives_3.jsonl"], "plain adapter")
+    default = had.DistillationTrainingArguments.learning_rate
+    assert max(embeddings, key=embeddings.get) == default
+    scores = means([f"streaming_tenants_{shots}.jsonl" for shots in (3, 10, "all")], "AdapterDistillation")
+    assert max(scores, key=scores.get) == 2e-3
+    assert f"an MRR of {scores[2e-3]:.3f} instead of {scores[default]:.3f}" in read("docs/reference.md")
+
+
 @pytest.mark.parametrize(
     ("name", "n_tables"), [("performance", 7), ("quality", 11), ("how_to/serve", 1), ("how_to/peft", 1)]
 )
