@@ -30,6 +30,10 @@ def setup_arguments(monkeypatch):
     return found
 
 
+def read(name):
+    return (ROOT / name).read_text()
+
+
 def names_of(requirements):
     return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
 
@@ -63,9 +67,14 @@ def test_requirements_are_what_is_imported(setup_arguments):
 
 
 def test_one_version(setup_arguments):
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert had.__version__ == setup_arguments["version"] == citation["version"]
-    assert setup_arguments["license"] == citation["license"]
+    """In the package alone; the newest release of the changelog has it."""
+    assert had.__version__ == setup_arguments["version"]
+    written = [name for name in ("setup.py", "pyproject.toml", "CITATION.cff") if had.__version__ in read(name)]
+    assert written == []
+    headings = re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), flags=re.M)
+    assert headings[:2] == ["Unreleased", had.__version__]
+    assert len(set(headings)) == len(headings)
+    assert setup_arguments["license"] == yaml.safe_load(read("CITATION.cff"))["license"]
 
 
 def test_the_workflow_and_make_compat_run_each_python_of_the_classifiers(setup_arguments):
