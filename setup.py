@@ -27,6 +27,7 @@ extras = {
     "peft": ["peft>=0.19"],
     "sentence-transformers": sentence_transformers,
     "trl": ["trl>=1.7,<2"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "notebooks": [*plots, "ipykernel>=6.29", "nbmake>=1.5.5"],
     "test": [
         *sentence_transformers,
@@ -38,13 +39,13 @@ extras = {
         "pytest-xdist>=3.6.1",
         "tensorboard>=2.18",
     ],
-    "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
+    "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8", "sphinx-mathjax-offline>=0.0.2"],
     "release": ["build>=1.2", "twine>=6"],
 }
 extras["dev"] = [
     *(
         package
-        for name in ("demo", "serve", "trl", "notebooks", "test", "docs", "release")
+        for name in ("demo", "serve", "trl", "onnx", "notebooks", "test", "docs", "release")
         for package in extras[name]
     ),
     "codespell==2.4.3",

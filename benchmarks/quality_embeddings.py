@@ -69,6 +69,22 @@ def embeddings(lines: Lines) -> Table:
     return [*header, "lowest tenant above plain", "CPU s to onboard"], rows
 
 
+def comparison(lines: Lines) -> Table:
+    """Return a row per method: quality, paired difference from the plain adapter, and time to onboard a tenant."""
+    accuracy, seconds = runs_of(lines, "accuracy_at_1"), runs_of(lines, "cpu_seconds")
+    plain = accuracy.get(PLAIN, {})
+    rows: list[list[object]] = [
+        [
+            method,
+            mean(accuracy[method]),
+            points(accuracy[method], plain) if method != PLAIN else "–",
+            median(seconds.get(method, {}), 1),
+        ]
+        for method in in_order(accuracy)
+    ]
+    return ["method", "accuracy@1", "points above plain", "CPU s to onboard"], rows
+
+
 def color_of(method: str) -> str:
     """Return a color for the package's methods, one for trained rivals and one for the frozen encoder."""
     frozen = (FROZEN, CENTROID, "nearest neighbour", "logistic regression", "linear map")

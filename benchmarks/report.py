@@ -171,6 +171,11 @@ def embeddings(lines: list[dict[str, Any]]) -> str:
     return markdown(*quality_embeddings.embeddings(lines))
 
 
+def comparison(lines: list[dict[str, Any]]) -> str:
+    """Return the same runs in four columns."""
+    return markdown(*quality_embeddings.comparison(lines))
+
+
 TABLES = {
     table.__name__: table
     for table in (
@@ -187,6 +192,7 @@ TABLES = {
         tenants,
         training_data,
         embeddings,
+        comparison,
     )
 }
 

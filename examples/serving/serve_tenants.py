@@ -30,7 +30,7 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"serve_tenants.py: {error.name} is missing; pip install hf-adapter-distillation[serve]"
+        f"serve_tenants.py: {error.name} is missing; install it with pip install fastapi uvicorn."
     ) from error
 
 from tenant_batches import Batcher, BatchFailedError, BusyError

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 NUMBERED = 16  # with more teachers, the cells of a heat map are too narrow for their numbers
 LONGEST = 30.0  # inches
-MISSING = 'Plots need matplotlib; pip install "hf-adapter-distillation[plots]".'
+MISSING = "Plots need matplotlib; install it with pip install matplotlib."
 
 
 class Estimate(NamedTuple):
@@ -36,7 +36,7 @@ def plot_teacher_attention(
 
     Raises:
         ValueError: If the table is empty.
-        ImportError: If matplotlib is not installed (`pip install "hf-adapter-distillation[plots]"`).
+        ImportError: If matplotlib is not installed.
     """
     if not table:
         raise ValueError("The table is empty; make one with teacher_attention(model, dataset).")

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "The trainers of embedding models need sentence-transformers 5; install it with "
-        "pip install 'hf-adapter-distillation[sentence-transformers]'."
+        "pip install 'sentence-transformers>=5,<6'."
     ) from error
 
 

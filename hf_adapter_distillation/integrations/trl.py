@@ -23,7 +23,7 @@ try:
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError(
-        "The trainer of language models needs trl; install it with pip install 'hf-adapter-distillation[trl]'."
+        "The trainer of language models needs trl; install it with pip install 'trl>=1.7,<2'."
     ) from error
 
 

@@ -35,7 +35,7 @@ def check_peft(label: str) -> None:
         found = f"peft {installed} is too old" if installed else "peft is not installed"
         raise ValueError(
             f"{label}, which PEFT {OLDEST_PEFT} or newer may convert to LoRA, and {found}; "
-            f"pip install 'peft>={OLDEST_PEFT}'."
+            f"install it with pip install 'peft>={OLDEST_PEFT}'."
         )
 
 

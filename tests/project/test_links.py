@@ -122,8 +122,10 @@ def missing_of_commands(page):
             missing += [f"make {match[1]}"] if match[1] not in targets else []
         for script in re.findall(r"(?:^|[\s;]|bin/)python3? ((?!-)\S+\.py)", command):
             missing += [script] if script not in SCRIPTS_OF_READERS and not (ROOT / script).is_file() else []
-        for names in re.findall(r"hf-adapter-distillation\[([^\]]+)\]", command):
-            missing += [f"[{name}]" for name in names.split(",") if name not in extras]
+        if match := re.match(r"pip install .*?\bhf-adapter-distillation(?!.* @ git\+)", command):
+            missing.append(match[0])  # it is not on PyPI
+        for names in re.findall(r"hf-adapter-distillation\[([^\]]+)\]|pip install \"\.\[([^\]]+)\]", command):
+            missing += [f"[{name}]" for name in "".join(names).split(",") if name not in extras]
     return missing
 
 
@@ -133,6 +135,14 @@ def test_links_lead_somewhere(page):
     assert broken_roles(page) == []
     assert missing_paths(page) == []
     assert missing_of_commands(page) == []
+
+
+def test_no_message_or_notebook_installs_the_package_from_pypi():
+    """It is not there: `pip install` needs the address of the repository, or a clone."""
+    folders = (ROOT / "hf_adapter_distillation", ROOT / "examples", ROOT / "scripts")
+    files = [path for folder in folders for suffix in ("py", "ipynb") for path in folder.rglob(f"*.{suffix}")]
+    command = re.compile(r"pip install [^\n]*\bhf-adapter-distillation(?![^\n]* @ git\+)")
+    assert [str(path.relative_to(ROOT)) for path in files if command.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_pages_are_found():
@@ -183,7 +193,9 @@ def test_each_page_is_in_a_toctree():
         ("https://x.y/examples/gone.py path/examples/gone.py", missing_paths, []),
         ("```bash\nmake test\nmake gone\n```\n`make lost`", missing_of_commands, ["make gone", "make lost"]),
         ("```bash\nA=1 python gone.py\npython train.py\n```\n", missing_of_commands, ["gone.py"]),
-        ('```bash\npip install "hf-adapter-distillation[plots,gone]"\n```\n', missing_of_commands, ["[gone]"]),
+        ('```bash\npip install "hf-adapter-distillation[plots] @ git+https://x.y"\n```\n', missing_of_commands, []),
+        ('```bash\npip install ".[plots,gone]"\n```\n', missing_of_commands, ["[gone]"]),
+        ("`pip install hf-adapter-distillation`", missing_of_commands, ["pip install hf-adapter-distillation"]),
     ],
 )  # fmt: skip
 def test_broken_links_are_reported(text, find, faults, tmp_path):

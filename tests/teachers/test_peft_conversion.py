@@ -156,6 +156,7 @@ def test_a_missing_or_old_peft_is_named_with_the_command(installed, found, tmp_p
         return installed
 
     monkeypatch.setattr(peft_conversion, "version", version)
-    message = f"of type LOHA, which PEFT 0.19 or newer may convert to LoRA, and {found}; pip install 'peft>=0.19'."
+    command = "pip install 'peft>=0.19'"
+    message = f"of type LOHA, which PEFT 0.19 or newer may convert to LoRA, and {found}; install it with {command}."
     with pytest.raises(ValueError, match=one_line(part=message)):
         student_of(tmp_path / "bank")
