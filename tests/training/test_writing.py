@@ -55,6 +55,7 @@ def test_a_checkpoint_of_the_model_alone_can_be_resumed(trainer_args):
 
 def test_a_resumed_training_warns_of_other_steps_and_not_of_shares_of_them(trainer_args, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")  # other tests lower it
     args = trainer_args(max_steps=4, save_strategy="steps", save_steps=0.5, logging_steps=0.05)
     trainer_for(make_student(make_model()), args).train()
     for other, warned in ({}, False), ({"logging_steps": 3}, True):
