@@ -89,7 +89,7 @@ class Arguments:
     )
     output_dir: str = field(default="outputs/faq_retrieval", metadata={"help": "The folder of all that is written."})
     ask: str = field(default="", metadata={"help": "A query of your own for the new tenant."})
-    quick: bool = field(default=False, metadata={"help": "Three teachers and fewer steps, in about a minute."})
+    quick: bool = field(default=False, metadata={"help": "Three teachers and fewer steps, in about two minutes."})
     seed: int = field(default=1, metadata={"help": "Random seed."})
 
     def __post_init__(self) -> None:
