@@ -30,8 +30,10 @@ test-slow: install
 # The lowest and the highest versions that setup.py allows; torch of PyPI takes gigabytes in each environment.
 compat: compat-lowest compat-highest
 
+compat-lowest: PYTHONS ?= python3.10
+compat-highest: PYTHONS ?= python3.11 python3.12 python3.13
 compat-lowest compat-highest: compat-%:
-	OMP_NUM_THREADS=1 $(PYTHON) scripts/compat.py $*
+	for python in $(PYTHONS); do OMP_NUM_THREADS=1 $$python scripts/compat.py $* || failed=1; done; exit $${failed:-0}
 
 # Some 20 minutes on two cores; then scripts/reliability.py writes the tables of docs/reliability.md.
 reliability: install

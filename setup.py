@@ -3,9 +3,13 @@
 The floors are the lowest versions that pass the tests: make compat runs them.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+FOLDER = Path(__file__).parent
+PACKAGE = (FOLDER / "hf_adapter_distillation" / "__init__.py").read_text(encoding="utf-8")
 
 plots = ["matplotlib>=3.10.7"]
 sentence_transformers = ["sentence-transformers>=5,<6"]
@@ -54,9 +58,9 @@ extras["dev"] = [
 
 setup(
     name="hf-adapter-distillation",
-    version="0.1.0",
+    version=re.findall(r'^__version__ = "(.+)"$', PACKAGE, flags=re.M)[0],
     description="AdapterDistillation for the adapters library: distil frozen task adapters into a new one.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(FOLDER / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_adapter_distillation*"]),
@@ -82,7 +86,10 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

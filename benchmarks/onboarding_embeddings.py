@@ -1,6 +1,6 @@
 """The ways to onboard a tenant of an embedding model that are compared, with as many steps each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -205,11 +205,10 @@ def untrained_student(run: Onboarding, start: Literal["teachers", "weighted"]) -
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
-def _configured(arguments: Mapping[str, Any] | None = None, **settings: Any) -> Method:
-    """AdapterDistillation with another config than the default, and further training arguments."""
+def _configured(**settings: Any) -> Method:
+    """AdapterDistillation with another config than the default."""
     config = partial(had.DistillationConfig, **settings)
-    onboard = partial(adapter_distillation, config=config, **(arguments or {}))
-    return Method(onboard, RATES, rate_of="AdapterDistillation")
+    return Method(partial(adapter_distillation, config=config), RATES, rate_of="AdapterDistillation")
 
 
 METHODS = {
@@ -228,7 +227,7 @@ METHODS = {
     "AdapterDistillation": Method(adapter_distillation, RATES),
     "AdapterDistillation: uniform": _configured(student_start="teachers"),
     "AdapterDistillation: weights alone": Method(partial(untrained_student, start="weighted"), (0.0,)),
-    "AdapterDistillation: weighted start": _configured({"distillation_start": 1.0}, student_start="weighted"),
+    "AdapterDistillation: weighted start": Method(partial(adapter_distillation, distillation_start=1.0), RATES),
     "AdapterDistillation: similarity": Method(similarity, RATES, rate_of="AdapterDistillation"),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
     "AdapterDistillation: paper": Method(

@@ -22,7 +22,7 @@ def train_teachers(platform: CrossEncoderPlatform, tenants: Sequence[Tenant], ar
         pairs = make_pairs(tenant, "train", platform.tokenizer, args.teacher_queries, N_WRONG, args.seed)
         print(f"Teacher {number} of {len(tenants)}, {tenant.name}: {len(pairs)} pairs, {args.teacher_steps} steps")
         platform.new_adapter(tenant.name)
-        platform.train(pairs, 1, max_steps=args.teacher_steps)
+        platform.train(pairs, 1, max_steps=args.teacher_steps, learning_rate=args.teacher_learning_rate)
     return [tenant.name for tenant in tenants]
 
 

@@ -34,7 +34,8 @@ def train_teachers(platform: EmbeddingPlatform, tenants: Sequence[Tenant], args:
         what = f"Teacher {number} of {len(tenants)}, {tenant.name}"
         print(f"{what}: {len(queries)} queries, {args.teacher_steps} steps", flush=True)
         platform.new_adapter(tenant.name, seed=args.seed)
-        platform.train(tenant, queries, **training_arguments(args, args.teacher_steps))
+        settings = training_arguments(args, args.teacher_steps) | {"learning_rate": args.teacher_learning_rate}
+        platform.train(tenant, queries, **settings)
     return [tenant.name for tenant in tenants]
 
 

@@ -74,18 +74,18 @@ class CrossEncoderPlatform:
 
     def training_arguments(self, epochs: float, cls: type = TrainingArguments, **kwargs: object) -> TrainingArguments:
         """Return the arguments of all trainings; batches of similar lengths waste little on padding."""
-        return cls(
-            output_dir=str(Path(self.args.output_dir) / "training"),
-            num_train_epochs=epochs,
-            learning_rate=self.args.learning_rate,
-            per_device_train_batch_size=self.args.batch_size,
-            group_by_length=True,
-            save_strategy="no",
-            report_to=[],
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=self.args.seed,
-            **kwargs,
-        )
+        settings: dict[str, Any] = {
+            "output_dir": str(Path(self.args.output_dir) / "training"),
+            "num_train_epochs": epochs,
+            "learning_rate": self.args.learning_rate,
+            "per_device_train_batch_size": self.args.batch_size,
+            "group_by_length": True,
+            "save_strategy": "no",
+            "report_to": [],
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "seed": self.args.seed,
+        }
+        return cls(**settings | kwargs)
 
     def train(self, dataset: Dataset, epochs: float, trainer_cls: type = AdapterTrainer, **kwargs: object) -> float:
         """Trains the active setup, with further training arguments if given; returns the seconds."""

@@ -40,16 +40,16 @@ from hf_adapter_distillation.composition import check_name
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "embeddings": {
-        "teacher_queries": 10, "teacher_steps": 30, "steps": 60, "batch_size": 16, "test_queries": 20,
-        "learning_rate": 1e-3,
+        "teacher_queries": 10, "teacher_steps": 60, "teacher_learning_rate": 2e-3, "steps": 60, "batch_size": 16,
+        "test_queries": 20, "learning_rate": 1e-3,
     },
     "cross-encoder": {
-        "teacher_queries": 10, "teacher_steps": 360, "steps": 216, "batch_size": 8, "test_queries": 8,
-        "learning_rate": 2e-3,
+        "teacher_queries": 10, "teacher_steps": 360, "teacher_learning_rate": 2e-3, "steps": 216, "batch_size": 8,
+        "test_queries": 8, "learning_rate": 2e-3,
     },
 }  # fmt: skip
 QUICK: dict[str, dict[str, Any]] = {
-    "embeddings": {"teacher_steps": 16, "steps": 24},
+    "embeddings": {"teacher_steps": 20, "steps": 20, "test_queries": 8},
     "cross-encoder": {"teacher_queries": 6, "teacher_steps": 72, "steps": 54, "test_queries": 1},
 }
 QUICK_TEACHERS = 3
@@ -73,7 +73,10 @@ class Arguments:
         default=None, metadata={"help": "Test queries for each FAQ, at most. Default: 20 (cross-encoder 8)."}
     )
     teacher_steps: int | None = field(
-        default=None, metadata={"help": "Steps of each existing tenant's adapter. Default: 30 (cross-encoder 360)."}
+        default=None, metadata={"help": "Steps of each existing tenant's adapter. Default: 60 (cross-encoder 360)."}
+    )
+    teacher_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the existing tenants' adapters. Default: 2e-3."}
     )
     steps: int | None = field(
         default=None, metadata={"help": "Steps of the new tenant, all stages. Default: 60 (cross-encoder 216)."}
@@ -101,10 +104,10 @@ class Arguments:
                 f"--shots {self.shots} leaves nothing to train on and is out of range; it must be at least 1."
             )
         for name in settings:
-            if name != "learning_rate" and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate {self.learning_rate} is out of range; it must be above 0.")
+            value, is_rate = getattr(self, name), name.endswith("learning_rate")
+            if not (value > 0 if is_rate else value >= 1):
+                least = "above 0" if is_rate else "at least 1"
+                raise ValueError(f"--{name} {value} is out of range; it must be {least}.")
 
 
 def prepare() -> tuple[Arguments, Any, Tenant, list[Tenant]]:

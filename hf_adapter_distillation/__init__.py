@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .training.mixin import DistillationMixin
     from .training.trainers import AdapterDistillationTrainer, DistillationTrainer, Seq2SeqDistillationTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterDistillation",

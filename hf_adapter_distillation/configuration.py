@@ -80,12 +80,15 @@ class DistillationConfig:
         objective: One name, or several with weights, `{"features": 1.0, "logits": 0.5}`. In each layer,
             `"features"`: the squared error of its update (`FeatureLoss`); `"cosine"`: the angle (`CosineLoss`);
             `"task_specific"`: the squared error in the subspace that matters for the task (`TaskSpecificLoss`). With
-            the teachers' own heads, which must have the student's labels, `"logits"`: their mean prediction
-            (`LogitLoss`); `"cross_task"`: their calibrated scores, and the order of the items (`CrossTaskLoss`). For
+            the teachers' own heads, which must have the student's labels, or a language model's frozen head,
+            `"logits"`: their mean prediction (`LogitLoss`). With the teachers' own heads for two classes,
+            `"cross_task"`: their calibrated scores, and the order of the items (`CrossTaskLoss`). For
             embedding models, `"similarity"`: the similarities between the texts of a batch (`SimilarityLoss`).
         layer_weights: The weight of each layer of the base model in the mean over layers, from the first (of an
             encoder-decoder model, of the encoder) to the last, for objectives of layers. Default: all equal.
         temperature: The temperature of the objectives `"logits"`, `"cross_task"` and `"similarity"`.
+        beta: The divergence of the objective `"logits"`: 0 for the forward Kullback-Leibler divergence, 1 for the
+            reverse, and between them the generalised Jensen-Shannon divergence, as in trl's `GKDConfig`.
         weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
             training data before the first step (`rank_teachers`) and keeps the best ones above chance.
@@ -102,6 +105,7 @@ class DistillationConfig:
     objective: str | Mapping[str, float] = "features"
     layer_weights: Sequence[float] | None = None
     temperature: float = 2.0
+    beta: float = 0.0
     teacher_selection: int | Literal["all"] = "all"
     weights_per_layer: bool = False
 
@@ -125,6 +129,10 @@ class DistillationConfig:
             _check_choice("objective", name, get_args(LayerObjective) + get_args(OutputObjective))
             _check_positive(f"The weight of objective {name!r}", weight)
         _check_positive("temperature", self.temperature)
+        if not 0 <= _read_number("beta", self.beta) <= 1:
+            raise _out_of_range("beta", self.beta, "a number from 0 to 1")
+        if self.beta and "logits" not in self.objectives:
+            raise ValueError(f"beta={self.beta:g} needs the objective 'logits', not {self.objective!r}; leave it out.")
         if self.layer_weights is not None:
             self._check_layer_weights(self.layer_weights)
         k = self.teacher_selection
@@ -250,3 +258,17 @@ class DistillationArgumentsMixin(_Arguments):
         for name in ("keep_fusion", "analysis", "stop_on_nan", "save_on_sigterm"):
             if not isinstance(value := vars(self)[name], bool):
                 raise _out_of_range(name, value, "True or False")
+
+
+@dataclass
+class AdapterDefaultsMixin(DistillationArgumentsMixin):
+    """Arguments of the two stages, with defaults for adapters in place of two defaults of the other base.
+
+    A value that the user gives always wins. `logging_steps` is a share of the steps, which Trainer rounds up to whole
+    steps: at 0.05 a training of ten or more steps logs at least ten times.
+    """
+
+    learning_rate: float = option(
+        "Peak learning rate of the student and its head. Adapters need a higher one than whole models.", 1e-3
+    )
+    logging_steps: float = option("Steps between two lines of the log; below 1, a share of all steps.", 0.05)

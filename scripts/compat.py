@@ -1,10 +1,10 @@
 """Run the tests with the lowest or the highest versions that setup.py allows, and write the result.
 
-make compat                               # both
-make compat-lowest PYTHON=python3.10      # one of them, with another Python
+make compat                                  # lowest on the oldest Python, highest on all others
+make compat-highest PYTHONS=python3.13       # one of them
 
-Each has its own virtual environment. "lowest" installs each requirement of the package and its tests at its lowest
-version, and lets pip choose the rest; "highest" lets pip choose everything, as for a new user.
+Each has its own virtual environment and its own result. "lowest" installs each requirement of the package and its
+tests at its lowest version, and lets pip choose the rest; "highest" lets pip choose everything, as for a new user.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "compat.json"
 PACKAGE = "hf-adapter-distillation"
+PYTHON = "{}.{}".format(*sys.version_info)
 PACKAGES = ("torch", "transformers", "adapters", "accelerate", "datasets", "evaluate", "peft", "numpy")
 
 
@@ -39,9 +40,8 @@ def floors(requirements: list[str]) -> str:
     return "".join(f"{match[1]}=={match[2]}\n" for match in matches if match)
 
 
-def install(which: str) -> str:
+def install(folder: Path, which: str) -> str:
     """Create the environment from scratch and return the path of its Python."""
-    folder = ROOT / f".venv-compat-{which}"
     venv.create(folder, clear=True, with_pip=True)
     python = str(folder / "bin" / "python")
     pip = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--editable"]
@@ -55,16 +55,16 @@ def install(which: str) -> str:
 
 def main(which: str) -> int:
     """Install, run the tests, write the result, and return the exit status of the tests."""
-    python = install(which)
-    report = ROOT / f".venv-compat-{which}" / "report.xml"
+    folder = ROOT / f".venv-compat-{which}-{PYTHON}"
+    python, report = install(folder, which), folder / "report.xml"
     skip = ("--ignore", "tests/project/test_reliability.py")  # it reads the results of the last run
     command = [python, "-m", "pytest", "-n", "auto", *skip, "--junitxml", str(report)]
     tests = subprocess.run(command, cwd=ROOT)
     suite = next(ElementTree.parse(report).iter("testsuite"))
     total, failed, errors, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped"))
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[which] = {
-        "command": "make compat-{} PYTHON=python{}.{}".format(which, *sys.version_info),
+    results = json.loads(RESULTS.read_text())
+    results.setdefault(which, {})[PYTHON] = {
+        "command": f"make compat-{which} PYTHONS=python{PYTHON}",
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

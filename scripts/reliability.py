@@ -98,8 +98,12 @@ def make_table(report: Path) -> str:
 def make_compat_table() -> str:
     """Return the table of versions from the results of `make compat`."""
     results = json.loads(COMPAT.read_text())
-    rows = [["", *(name for name in ("lowest", "highest") if name in results)]]
-    runs = [results[name] for name in rows[0][1:]]
+    by_python = {
+        f"{which} on {python}": results[which][python]
+        for which in ("lowest", "highest")
+        for python in sorted(results.get(which, {}), key=lambda version: [*map(int, version.split("."))])
+    }
+    rows, runs = [["", *by_python]], list(by_python.values())
     rows.append(["---"] * len(rows[0]))
     rows.append(["Python", *(run["python"] for run in runs)])
     rows += [[package, *(run["versions"][package] for run in runs)] for package in PACKAGES]

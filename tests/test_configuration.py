@@ -3,10 +3,14 @@ import re
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerState
 
 from hf_adapter_distillation import DistillationArgumentsMixin, DistillationConfig
-from hf_adapter_distillation.training.arguments import DistillationTrainingArguments
+from hf_adapter_distillation.integrations import sentence_transformers
+from hf_adapter_distillation.training.arguments import (
+    DistillationTrainingArguments,
+    Seq2SeqDistillationTrainingArguments,
+)
 
 
 def test_defaults():
@@ -35,6 +39,8 @@ def test_the_setting_of_the_paper():
         ({"objective": {"logits": "1"}}, "The weight of objective 'logits'='1' is out of range"),
         ({"temperature": 0.0}, "temperature=0.0 is out of range; it must be a number above 0."),
         ({"temperature": True}, "temperature=True is out of range"),
+        ({"beta": 1.5, "objective": "logits"}, "beta=1.5 is out of range; it must be a number from 0 to 1."),
+        ({"beta": 0.5}, "beta=0.5 needs the objective 'logits', not 'features'; leave it out."),
         ({"layer_weights": 2}, "layer_weights=2 is out of range; give one number for each layer."),
         (
             {"layer_weights": [1, -1]},
@@ -115,3 +121,31 @@ def test_arguments_are_read_from_a_command_line(tmp_path):
     )
     assert (args.distillation_start, args.distillation_weight, args.fusion_learning_rate) == (0.25, 2.0, 1e-4)
     assert args.keep_fusion is True
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        DistillationTrainingArguments,
+        Seq2SeqDistillationTrainingArguments,
+        sentence_transformers.SentenceTransformerDistillationTrainingArguments,
+        sentence_transformers.CrossEncoderDistillationTrainingArguments,
+    ],
+)
+def test_defaults_for_adapters_and_values_that_a_user_gives(cls, tmp_path):
+    """Also values that are the defaults of Trainer, in code and on a command line."""
+    args = cls(str(tmp_path), use_cpu=True)
+    assert (args.learning_rate, args.logging_steps) == (1e-3, 0.05)
+    args = cls(str(tmp_path), use_cpu=True, learning_rate=5e-5, logging_steps=500)
+    assert (args.learning_rate, args.logging_steps) == (5e-5, 500)
+    line = f"--output_dir {tmp_path} --use_cpu --learning_rate 5e-5 --logging_steps 500"
+    (args,) = HfArgumentParser(cls).parse_args_into_dataclasses(line.split())
+    assert (args.learning_rate, args.logging_steps) == (5e-5, 500)
+
+
+def test_the_default_logs_at_least_ten_times_whatever_the_number_of_steps(tmp_path):
+    args = DistillationTrainingArguments(str(tmp_path), use_cpu=True)
+    for steps in range(1, 2000):
+        state = TrainerState()
+        state.compute_steps(args, steps)
+        assert steps // state.logging_steps >= min(10, steps), steps

@@ -76,7 +76,7 @@ def main() -> None:
     with demo.one_line_errors():
         # The transform needs the columns of the images, which Trainer would remove.
         args, training_args = demo.parse(
-            Arguments, output_dir="outputs/image_classification", learning_rate=1e-3, remove_unused_columns=False
+            Arguments, output_dir="outputs/image_classification", remove_unused_columns=False
         )
         folder = training_args.output_dir
         data = prepare_demo(args, folder) if args.demo else load_dataset(args.dataset_name)

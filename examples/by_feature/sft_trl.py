@@ -99,7 +99,6 @@ def main() -> None:
             {"bf16": False, "learning_rate": 5e-3, "max_steps": 30},
             SFTDistillationConfig,
             output_dir="outputs/sft_trl",
-            learning_rate=2e-4,
             assistant_only_loss=True,
         )
         folder = training_args.output_dir

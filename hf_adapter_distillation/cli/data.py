@@ -23,8 +23,33 @@ READERS: dict[str, Any] = {  # load_dataset("csv") would call the Hub's download
 
 
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text", "text_pair"))
-TEXTS = ("text", "sentence", "query", "question", "utterance", "review", "document", "content", "tokens", "words")
-LABELS = ("label", "labels", "category", "intent", "class", "target", "tags", "ner_tags", "pos_tags", "score")
+TEXTS = (
+    "text",
+    "sentence",
+    "query",
+    "question",
+    "anchor",
+    "utterance",
+    "review",
+    "document",
+    "content",
+    "tokens",
+    "words",
+)
+LABELS = (
+    "label",
+    "labels",
+    "category",
+    "intent",
+    "class",
+    "target",
+    "tags",
+    "ner_tags",
+    "pos_tags",
+    "score",
+    "faq",
+    "positive",
+)
 
 
 def load(dataset: str, args: TextArguments) -> DatasetDict:
@@ -81,8 +106,11 @@ def split_of(data: Mapping[str, Dataset], name: str | None, dataset: str) -> Dat
     return data[name]
 
 
-def with_columns(dataset: Dataset, args: Arguments) -> Arguments:
+def with_columns(dataset: Dataset, args: Arguments, has_pairs: bool = True) -> Arguments:
     """Return the arguments with the columns of text and label, which are found by their names if they are not given.
+
+    Args:
+        has_pairs: Whether two columns may be the texts of a pair.
 
     Raises:
         ValueError: If a given column does not exist, or several columns could be meant.
@@ -95,14 +123,12 @@ def with_columns(dataset: Dataset, args: Arguments) -> Arguments:
             hint = suggestion(column, columns) or "choose one of them."
             raise ValueError(f"{name}={column!r} is not one of the columns {', '.join(map(repr, columns))}; {hint}")
     label = vars(args).get("label_column")
-    if args.text_column is None and args.text_pair_column is None:
+    if args.text_column is None and args.text_pair_column is None and has_pairs:
         for first, second in PAIRS:
             if {first, second} <= {*columns}:
                 found = {"text_column": first, "text_pair_column": second}
     if args.text_column is None and not found:
-        texts = [
-            name for name in columns if name not in (label, args.text_pair_column) and _holds_texts(dataset, name)
-        ]
+        texts = [name for name in columns if name not in (label, args.text_pair_column) and holds_texts(dataset, name)]
         others = [name for name in texts if name not in LABELS]
         found["text_column"] = _only("text_column", columns, [name for name in TEXTS if name in texts], others)
     if isinstance(args, DataArguments) and label is None:
@@ -118,11 +144,15 @@ def _only(option: str, columns: Sequence[str], usual: Sequence[str], others: Seq
         return usual[0]
     if not usual and len(others) == 1:
         return others[0]
+    for sep in ";\t|":
+        if len(columns) == 1 and sep in columns[0]:
+            raise ValueError(f"The only column is {columns[0]!r}; pass --sep {sep!r} if that separates columns.")
     names = ", ".join(map(repr, columns))
     raise ValueError(f"The columns {names} do not say which one is the {option}; pass --{option}.")
 
 
-def _holds_texts(dataset: Dataset, column: str) -> bool:
+def holds_texts(dataset: Dataset, column: str) -> bool:
+    """Return whether a column holds texts, or lists of words."""
     return _type_of(dataset, column) in ("string", "large_string") or is_list(dataset, column)
 
 
@@ -143,7 +173,7 @@ def check_columns(dataset: Dataset, args: TextArguments) -> None:
             if value is None or value == "" or value == []:
                 raise ValueError(f"Column {column!r} is empty in row {row}; fill it, or leave the row out.")
         kind = _type_of(dataset, column)
-        if name != "label_column" and not _holds_texts(dataset, column):
+        if name != "label_column" and not holds_texts(dataset, column):
             raise ValueError(f"{name}={column!r} holds {kind}, not text; choose a text column.")
 
 

@@ -10,17 +10,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from ..downloads import locate_saved
 from ..method.heads import head_config
-from ..student.provenance import read_saved
 from ..student.training_run import finite_metrics
-from ..teachers.loading import ADAPTER_FILES, load_saved_adapter
+from ..teachers.loading import load_saved_adapter
 from .data import Labels, check_columns, load, names_in, split_of, with_columns
+from .models import load_base, locate_adapter
 from .options import EvalArguments, PredictArguments
 from .progress import without_noise
 from .saved import table
 from .tasks import KnownTask, class_rows, collator, compute_metrics, encode, tags_of, targets, task_of_head
-from .train import load_base
 
 
 class Loaded(NamedTuple):
@@ -34,16 +32,11 @@ class Loaded(NamedTuple):
 
 def load_adapter(args: EvalArguments | PredictArguments) -> Loaded:
     """Load a saved adapter without its teachers."""
-    folder = locate_saved(args.adapter, ADAPTER_FILES)
-    saved = read_saved(folder)
-    base = args.model or saved.get("model_name") or saved.get("base_model_name_or_path")  # the last is of PEFT
-    if not base:
-        raise ValueError(f"{args.adapter} names no base model; pass --model.")
-    name = str(saved.get("name") or "adapter")  # PEFT saves none
-    model, tokenizer = load_base(base, args.max_length)
-    load_saved_adapter(model, folder, name, f"Adapter {args.adapter!r}")
-    model.set_active_adapters(name)
-    return Loaded(model, tokenizer, name, task_of_head(model, name, args.adapter))
+    saved = locate_adapter(args)
+    model, tokenizer = load_base(saved.base, args.max_length)
+    load_saved_adapter(model, saved.folder, saved.name, f"Adapter {args.adapter!r}")
+    model.set_active_adapters(saved.name)
+    return Loaded(model, tokenizer, saved.name, task_of_head(model, saved.name, args.adapter))
 
 
 def run_model(loaded: Loaded, encoded: Dataset, batch_size: int) -> PredictionOutput:
@@ -61,29 +54,39 @@ def run_model(loaded: Loaded, encoded: Dataset, batch_size: int) -> PredictionOu
 def evaluate(args: EvalArguments) -> str:
     """Evaluate a saved adapter without its teachers, and return tables of the results, also of each class."""
     examples = split_of(load(args.dataset, args), args.split, args.dataset)
-    args = with_columns(examples, args)
+    args = with_columns(examples, args, has_pairs=args.task != "retrieval")
     check_columns(examples, args)
+    tables: list[str] = []
+    if args.task == "retrieval":
+        from .retrieval import evaluate_ranking
+
+        found: dict[str, Any] = evaluate_ranking(args, examples)
+    else:
+        found, tables = evaluate_head(args, examples)
+    results = {"adapter": args.adapter, "dataset": args.dataset, "examples": len(examples), **found}
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return "\n\n".join([table((n, rounded(value)) for n, value in results.items() if n != "classes"), *tables])
+
+
+def evaluate_head(args: EvalArguments, examples: Dataset) -> tuple[dict[str, Any], list[str]]:
+    """Return the metrics of an adapter with a head, with those of each class, and a table of the classes."""
     column, loaded = str(args.label_column), load_adapter(args)
     in_data: set[str] = set()
     if loaded.task != "regression":
         in_data = names_in(tags_of(examples, column) if loaded.task == "tokens" else examples, column)
     labels = labels_of_head(loaded, in_data)
     wanted = targets(examples, column, loaded.task, labels, args.adapter)
-    encoded = encode(examples, loaded.tokenizer, args, loaded.task, wanted)
-    output = run_model(loaded, encoded, args.batch_size)
+    output = run_model(loaded, encode(examples, loaded.tokenizer, args, loaded.task, wanted), args.batch_size)
     metrics = finite_metrics(output.metrics or {})
-    results: dict[str, Any] = {"adapter": args.adapter, "dataset": args.dataset, "examples": len(examples)}
-    results |= {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    parts = [table((name, rounded(value)) for name, value in results.items())]
-    if loaded.task != "regression":
-        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-        rows = class_rows(logits, output.label_ids, list(map(str, labels)))
-        header = ["label", "precision", "recall", "f1", "examples"]
-        parts.append(table([(name, *map("{:.4f}".format, shares), n) for name, *shares, n in rows], header))
-        results["classes"] = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return "\n\n".join(parts)
+    found: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    if loaded.task == "regression":
+        return found, []
+    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    rows = class_rows(logits, output.label_ids, list(map(str, labels)))
+    header = ["label", "precision", "recall", "f1", "examples"]
+    found["classes"] = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    return found, [table([(name, *map("{:.4f}".format, shares), n) for name, *shares, n in rows], header)]
 
 
 def rounded(value: Any) -> Any:

@@ -9,7 +9,7 @@ from ..downloads import locate_saved
 from ..student.peft_export import check_lora_config, write_as_peft
 from ..student.provenance import provenance_of, read_saved
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter, read_config
-from .train import load_pretrained
+from .models import load_pretrained
 
 
 def export(args: Namespace) -> str:
@@ -23,7 +23,7 @@ def export(args: Namespace) -> str:
     if not base:
         raise ValueError(f"{args.source} names no base model; pass --model.")
     provenance = provenance_of(saved, args.source).to_dict() if "distillation" in saved else None
-    (model,) = load_pretrained(base, AutoAdapterModel)
+    (model,) = load_pretrained(base, AutoAdapterModel.from_pretrained)
     name = str(saved.get("name") or Path(args.source).name)
     load_saved_adapter(model, folder, name, label)
     write_as_peft(model, name, args.output, not args.no_head, provenance)

@@ -24,13 +24,17 @@ EXAMPLES = {
     "train": """
   adapter-distill train --model bert-base-uncased --teachers adapters/banking someone/faq-travel@v1 \\
       --student insurance --dataset data/train.csv --eval_split 0.2 --output_dir outputs/insurance --analysis
-  adapter-distill train --config train.yaml --learning_rate 1e-3 --overwrite_output_dir""",
+  adapter-distill train --config train.yaml --learning_rate 2e-3 --overwrite_output_dir
+  adapter-distill train --task retrieval --model sentence-transformers/all-MiniLM-L6-v2 --teachers adapters/banking \\
+      --student insurance --dataset data/faq.csv --eval_split 0.2 --output_dir outputs/faq""",
     "eval": """
   adapter-distill eval --adapter outputs/insurance/insurance --dataset data/test.tsv --label_column intent
-  adapter-distill eval --model bert-base-uncased --adapter me/faq-insurance --dataset test.csv --output result.json""",
+  adapter-distill eval --model bert-base-uncased --adapter me/faq-insurance --dataset test.csv --output result.json
+  adapter-distill eval --task retrieval --adapter outputs/faq/insurance --dataset data/faq_test.csv""",
     "predict": """
   adapter-distill predict --adapter outputs/insurance/insurance --text "my card is gone" "what do i pay"
-  adapter-distill predict --adapter me/faq-insurance --dataset texts.csv --format csv --output predictions.csv""",
+  adapter-distill predict --adapter me/faq-insurance --dataset texts.csv --format csv --output predictions.csv
+  adapter-distill predict --task retrieval --adapter outputs/faq/insurance --candidates data/faq.csv --top_k 3""",
     "inspect": """
   adapter-distill inspect outputs/insurance/insurance
   adapter-distill inspect me/faq-insurance@main --json""",
@@ -150,6 +154,8 @@ def parse_options(name: str, argv: list[str], prog: str) -> Sequence[Any]:
     given, rest = parser.parse_known_args(argv)
     if rest:
         parser.error(f"unknown argument {rest[0]!r}")
+    if name == "train" and given.task == "retrieval":  # whose trainer has arguments of its own
+        parser = full_parser(name, prog, given.task)
     return parser.parse_dict(vars(given), allow_extra_keys=True)
 
 

@@ -13,7 +13,8 @@ import yaml
 from ..configuration import Carrier, DistillationConfig, Level, StudentStart, option
 from .saved import check_writable
 
-Task = Literal["auto", "classification", "regression", "tokens"]
+Task = Literal["auto", "classification", "regression", "tokens", "retrieval"]
+SavedTask = Literal["auto", "retrieval"]
 Format = Literal["jsonl", "csv"]
 
 # The options of transformers.TrainingArguments that most trainings need; `train --help_all` lists the others.
@@ -26,7 +27,7 @@ USUAL = {
     "gradient_accumulation_steps": "Micro-batches per step.",
     "eval_strategy": "Time of the evaluations: no, steps or epoch. At the end there is always one.",
     "save_strategy": "Time of the checkpoints: no, steps, epoch or best.",
-    "logging_steps": "Steps between two lines of the log.",
+    "logging_steps": "Steps between two lines of the log; below 1, a share of all steps.",
     "seed": "Seed of the head, the data order and a fraction as eval_split.",
     "bf16": "Train in bfloat16.",
     "use_cpu": "Train on the CPU, even if there is a GPU.",
@@ -67,8 +68,8 @@ class DataArguments(TextArguments):
 
     dataset: str = option("A csv, tsv, json, jsonl or parquet file, a folder made with save_to_disk, or a Hub id.")
     label_column: str | None = option(
-        "Column of the label: names, whole numbers, numbers for a regression, or lists of tags. Default: the only "
-        "column that can be it.",
+        "Column of the label: names, whole numbers, numbers for a regression, lists of tags, or the texts that a "
+        "retrieval finds. Default: the only column that can be it.",
         None,
     )
 
@@ -80,7 +81,11 @@ class TrainArguments(DataArguments):
     model: str = option("Base model of the adapters: a folder or a Hub id.")
     teachers: list[str] = option("Folders or Hub ids (with @revision) of saved adapters.")
     student: str = option("Name of the new adapter, and of its folder in output_dir.")
-    task: Task = option("Kind of the labels; auto: tokens for lists of tags, else classification.", "auto")
+    task: Task = option(
+        "Kind of the labels; auto: tokens for lists of tags, else classification. retrieval: an embedding model of "
+        "Sentence Transformers finds the text of label_column.",
+        "auto",
+    )
     adapter_config: str = option("Method of the student, such as seq_bn[reduction_factor=8] or lora.", "seq_bn")
     train_split: str = option("Split to train on; a file has only `train`.", "train")
     eval_split: str | None = option(
@@ -93,6 +98,7 @@ class TrainArguments(DataArguments):
     objective: str = option("Objective by name, or weights by name as in {features: 1, logits: 0.5}.", "features")
     layer_weights: list[float] | None = option("One weight per layer, for objectives of layers.", None)
     temperature: float = option("Temperature of the objectives of the output.", 2.0)
+    beta: float = option("Divergence of the objective logits: 0 forward KL, 1 reverse KL, between them JSD.", 0.0)
     weights_per_layer: bool = option("Learn weights of the teachers for each layer (student_start=weighted).", False)
     teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
 
@@ -102,6 +108,7 @@ class TrainArguments(DataArguments):
             raise ValueError(f"student={self.student!r} is not a folder name; leave out {os.sep!r}.")
         if self.eval_file is not None and self.eval_split is not None:
             raise ValueError("eval_split and eval_file exclude each other; leave one of them out.")
+        check_task(self.task, self.text_pair_column)
         self.distillation()
 
     def distillation(self) -> DistillationConfig:
@@ -116,8 +123,9 @@ class TrainArguments(DataArguments):
 class EvalArguments(DataArguments):
     """Adapter and evaluation."""
 
-    adapter: str = option("Folder or Hub id (with @revision) of a saved adapter with its head.")
+    adapter: str = option("Folder or Hub id (with @revision) of a saved adapter, with its head if the task has one.")
     model: str | None = option("Base model. Default: the one that the adapter names.", None)
+    task: SavedTask = option("auto: the task of the head. retrieval: rank the texts of label_column.", "auto")
     split: str | None = option("Split to evaluate on. Default: `test`, or the only one.", None)
     batch_size: int = option("Examples per batch.", 32)
     output: str | None = option("JSON file for the results.", None)
@@ -125,20 +133,31 @@ class EvalArguments(DataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_run(self.batch_size, self.output)
+        check_task(self.task, self.text_pair_column)
 
 
 @dataclass(kw_only=True)
 class PredictArguments(TextArguments):
     """Adapter and predictions."""
 
-    adapter: str = option("Folder or Hub id (with @revision) of a saved adapter with its head.")
+    adapter: str = option("Folder or Hub id (with @revision) of a saved adapter, with its head if the task has one.")
     model: str | None = option("Base model. Default: the one that the adapter names.", None)
+    task: SavedTask = option("auto: the task of the head. retrieval: find texts among candidates.", "auto")
+    candidates: str | None = option("File, folder or Hub id with the texts that a retrieval finds.", None)
+    candidates_column: str | None = option(
+        "Column of the candidates, by default as label_column of train; texts that stand there twice count once.", None
+    )
+    top_k: int | None = option(
+        "Number of labels with the highest scores. Default: all classes, or the best text of a retrieval.", None
+    )
     text: list[str] | None = option(
         "One or more texts. Without it and --dataset: the lines of the standard input.", None
     )
     dataset: str | None = option("A file, folder or Hub id of texts, as for eval, without labels.", None)
     split: str | None = option("Split to predict. Default: `test`, or the only one.", None)
-    format: Format = option("jsonl: one JSON object a line; csv: one column per label.", "jsonl")
+    format: Format = option(
+        "jsonl: one JSON object a line; csv: one column per label, or with top_k one row per text and label.", "jsonl"
+    )
     batch_size: int = option("Examples per batch.", 32)
     output: str | None = option("File for the predictions, instead of the standard output.", None)
 
@@ -147,6 +166,20 @@ class PredictArguments(TextArguments):
         check_run(self.batch_size, self.output)
         if self.text is not None and self.dataset is not None:
             raise ValueError("text and dataset exclude each other; leave one of them out.")
+        check_task(self.task, self.text_pair_column)
+        if self.task == "retrieval" and self.candidates is None:
+            raise ValueError("task='retrieval' finds texts among candidates; pass --candidates, a file of them.")
+        for name in ("candidates", "candidates_column"):
+            if self.task != "retrieval" and (value := vars(self)[name]) is not None:
+                raise ValueError(f"{name}={value!r} is for --task retrieval; leave it out.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} is out of range; it must be at least 1.")
+
+
+def check_task(task: str, text_pair_column: str | None) -> None:
+    """Check that a retrieval has one text a row."""
+    if task == "retrieval" and text_pair_column is not None:
+        raise ValueError(f"text_pair_column={text_pair_column!r} is not for --task retrieval; leave it out.")
 
 
 def check_run(batch_size: int, output: str | None) -> None:

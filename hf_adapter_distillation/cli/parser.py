@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, get_args
 
-from ..configuration import DistillationArgumentsMixin
+from ..configuration import AdapterDefaultsMixin, DistillationArgumentsMixin
 from ..downloads import suggestion
 from .options import USUAL, EvalArguments, PredictArguments, TextArguments, TrainArguments
 
@@ -42,17 +42,24 @@ class Parser(argparse.ArgumentParser):
         return f", {hint}" if hint else ""
 
 
-def full_parser(name: str, prog: str) -> Any:
+def full_parser(name: str, prog: str, task: str = "auto") -> Any:
     """Return the parser of a command that runs a model, with all options of transformers for `train`."""
     from transformers import HfArgumentParser
 
-    from ..training.arguments import DistillationTrainingArguments
+    training_args: Any
+    if task == "retrieval":
+        from ..integrations.sentence_transformers import SentenceTransformerDistillationTrainingArguments
+
+        training_args = SentenceTransformerDistillationTrainingArguments
+    else:
+        from ..training.arguments import DistillationTrainingArguments
+
+        training_args = DistillationTrainingArguments
 
     class FullParser(Parser, HfArgumentParser):
         """Parser of dataclasses."""
 
-    others = [DistillationTrainingArguments] if name == "train" else []
-    parser = FullParser([OPTIONS[name], *others], prog=prog)
+    parser = FullParser([OPTIONS[name], training_args] if name == "train" else [OPTIONS[name]], prog=prog)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     return parser
 
@@ -66,8 +73,10 @@ def describe_options(parser: Parser, name: str) -> None:
     if name == "train":
         _describe(parser, "the two stages", fields(DistillationArgumentsMixin))
         group = parser.add_argument_group("training; --help_all lists all options of transformers.TrainingArguments")
+        defaults = {field.name: field.default for field in fields(AdapterDefaultsMixin)}
         for flag, text in USUAL.items():
-            group.add_argument(f"--{flag}", metavar="VALUE", help=text, default=argparse.SUPPRESS)
+            default = defaults.get(flag, argparse.SUPPRESS)
+            group.add_argument(f"--{flag}", metavar="VALUE", help=text, default=default)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP, default=argparse.SUPPRESS)
     required = [f"--{field.name} {_metavar(field)}" for field in fields(own) if field.default is MISSING]
     parser.usage = " ".join([parser.prog, *required, "[options]"])

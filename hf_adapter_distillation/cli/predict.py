@@ -15,34 +15,49 @@ from .data import check_columns, load, split_of, with_columns
 from .evaluate import labels_of_head, load_adapter, run_model
 from .options import PredictArguments
 from .progress import without_noise
-from .tasks import IGNORED, encode, words_of
+from .tasks import IGNORED, encode, with_best, words_of
 
 
 @without_noise()
 def predict(args: PredictArguments) -> str:
     """Predict texts, and return one JSON object or one row of CSV for each."""
     examples = read_texts(args)
-    args = with_columns(examples, args)
+    args = with_columns(examples, args, has_pairs=args.task != "retrieval")
     check_columns(examples, args)
+    if args.task == "retrieval":
+        from .retrieval import find_texts
+
+        rows = find_texts(args, examples)
+    else:
+        rows = predict_by_head(args, examples)
+    if args.format == "csv":
+        is_long = args.task == "retrieval" or args.top_k is not None
+        written = as_csv(_one_row_each(rows) if is_long else _one_column_each(rows))
+    else:
+        written = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if args.output is None:
+        return written
+    Path(args.output).write_text(written + "\n", encoding="utf-8")
+    return f"{len(rows)} predictions are written to {args.output}"
+
+
+def predict_by_head(args: PredictArguments, examples: Dataset) -> list[dict[str, Any]]:
+    """Return the predictions of an adapter with a head."""
     loaded = load_adapter(args)
     if loaded.task == "tokens" and args.format == "csv":
         raise ValueError(f"format='csv' has no form for the tags of {args.adapter}; leave it out for JSON lines.")
+    if loaded.task != "classification" and args.top_k is not None:
+        raise ValueError(f"top_k={args.top_k} is for classes of texts, not for {loaded.task}; leave it out.")
     output = run_model(loaded, encode(examples, loaded.tokenizer, args, loaded.task), args.batch_size)
     logits: Any = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     labels, shares = list(map(str, labels_of_head(loaded, set()))), torch.tensor(logits).softmax(dim=-1).numpy()
     columns = [column for column in (args.text_column, args.text_pair_column) if column is not None]
     texts = [{column: row[column] for column in columns} for row in examples.select_columns(columns)]
     if loaded.task == "regression":
-        rows = [text | {"score": round(float(value), 4)} for text, (value,) in zip(texts, logits, strict=True)]
-    elif loaded.task == "tokens":
-        rows = _tags(words_of(examples, args), shares, output.label_ids, labels)
-    else:
-        rows = [_classes(text, each, labels) for text, each in zip(texts, shares, strict=True)]
-    written = _as_csv(rows) if args.format == "csv" else "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    if args.output is None:
-        return written
-    Path(args.output).write_text(written + "\n", encoding="utf-8")
-    return f"{len(rows)} predictions are written to {args.output}"
+        return [text | {"score": round(float(value), 4)} for text, (value,) in zip(texts, logits, strict=True)]
+    if loaded.task == "tokens":
+        return _tags(words_of(examples, args), shares, output.label_ids, labels)
+    return [with_best(text, each, labels, args.top_k) for text, each in zip(texts, shares, strict=True)]
 
 
 def read_texts(args: PredictArguments) -> Dataset:
@@ -57,12 +72,6 @@ def read_texts(args: PredictArguments) -> Dataset:
     return Dataset.from_dict({args.text_column or "text": texts})
 
 
-def _classes(text: dict[str, str], shares: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    scores = {label: round(float(share), 4) for label, share in zip(labels, shares, strict=True)}
-    label = labels[int(shares.argmax())]
-    return {**text, "label": label, "score": scores[label], "scores": scores}
-
-
 def _tags(words: list[list[str]], shares: np.ndarray, counted: Any, labels: list[str]) -> list[dict[str, Any]]:
     """Return the tag of each word; words behind max_length have none."""
     rows = []
@@ -73,12 +82,25 @@ def _tags(words: list[list[str]], shares: np.ndarray, counted: Any, labels: list
     return rows
 
 
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    """Return rows as CSV, with the scores of the labels in columns of their own."""
+def _one_column_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with the score of each label in a column of its own."""
     scores = [{f"score_{label}": score for label, score in row.get("scores", {}).items()} for row in rows]
-    flat = [{k: v for k, v in row.items() if k != "scores"} | own for row, own in zip(rows, scores, strict=True)]
+    return [{k: v for k, v in row.items() if k != "scores"} | own for row, own in zip(rows, scores, strict=True)]
+
+
+def _one_row_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each label of each text, the best one first."""
+    return [
+        {key: value for key, value in row.items() if key != "scores"} | {"label": label, "score": score}
+        for row in rows
+        for label, score in row["scores"].items()
+    ]
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Return rows with the same columns as CSV."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, flat[0], lineterminator="\n")
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(rows)
     return file.getvalue().rstrip("\n")

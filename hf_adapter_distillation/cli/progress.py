@@ -30,9 +30,10 @@ def log_line(logs: Mapping[str, Any], step: int) -> str:
 def without_noise() -> Iterator[None]:
     """Silence the warnings of adapters and of the loader of transformers, and the progress of `datasets`.
 
-    They tell of unused heads of base models and of our own passes without an adapter.
+    They tell of unused heads of base models, of our own passes without an adapter, and of layers on one device.
     """
-    loggers = [logging.getLogger(name) for name in ("adapters", "transformers.modeling_utils")]
+    names = ("adapters", "transformers.modeling_utils", "transformers.integrations.tensor_parallel")
+    loggers = [logging.getLogger(name) for name in names]
     levels, had_bars = [logger.level for logger in loggers], not are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -44,6 +45,13 @@ def without_noise() -> Iterator[None]:
             logger.setLevel(level)
         if had_bars:
             enable_progress_bars()
+
+
+class SilentMixin:
+    """Mixin for a trainer whose summary is printed once, with the evaluation and the folder of the student."""
+
+    def _show_summary(self) -> None:
+        pass
 
 
 class ShortProgress(ProgressCallback):

@@ -1,7 +1,10 @@
-"""The needs of a task: labels, head, inputs, batches and metrics, for classes, numbers and classes of tokens."""
+"""The needs of a task: labels, head, inputs, batches and metrics, for classes, numbers and classes of tokens.
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+A retrieval has no head; its model, loss and metrics are in `retrieval`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from adapters import ModelAdaptersMixin
@@ -15,11 +18,21 @@ from transformers import (
 )
 
 from ..method.heads import head_config, kind_of_labels
-from .data import Labels, is_list, label_ids, labels_of
+from .data import Labels, holds_texts, is_list, label_ids, labels_of, names_in
 from .options import TextArguments, TrainArguments
 
-KnownTask = Literal["classification", "regression", "tokens"]
+KnownTask = Literal["classification", "regression", "tokens", "retrieval"]
 IGNORED = -100  # the label of a token that no loss and no metric counts
+
+
+class Labelled(NamedTuple):
+    """Examples of a task, `train` and if there are any `eval`, with their labels."""
+
+    args: TrainArguments
+    task: KnownTask
+    data: dict[str, Dataset]
+    labels: Labels
+    targets: dict[str, list[Any]]
 
 
 def task_of_data(dataset: Dataset, args: TrainArguments) -> KnownTask:
@@ -36,7 +49,10 @@ def task_of_data(dataset: Dataset, args: TrainArguments) -> KnownTask:
 def task_of_head(model: ModelAdaptersMixin, name: str, source: str) -> KnownTask:
     """Return the task of an adapter's head."""
     if name not in model.heads:
-        raise ValueError(f"{source} has no head, so there is nothing to evaluate; save the adapter with its head.")
+        raise ValueError(
+            f"{source} has no head, so there is nothing to evaluate; save the adapter with its head, or pass --task "
+            "retrieval for an adapter of an embedding model."
+        )
     head_type, kind = head_config(model, name)["head_type"], kind_of_labels(model, name)
     tasks: dict[tuple[str, str], KnownTask] = {
         ("classification", "classes"): "classification",
@@ -55,16 +71,31 @@ def tags_of(dataset: Dataset, column: str) -> Dataset:
     return Dataset.from_dict({column: tags}).cast_column(column, feature)
 
 
-def labels_of_task(dataset: Dataset, column: str, task: KnownTask) -> Labels:
-    """Return the classes of a task; none for a regression."""
+def labels_of_task(data: Mapping[str, Dataset], column: str, task: KnownTask) -> Labels:
+    """Return the classes of the training data, none for a regression, or all texts that a retrieval can find."""
+    dataset = data["train"]
     if task == "regression":
         return []
+    if task == "retrieval":
+        return candidates_of(list(data.values()), column)
     return labels_of(tags_of(dataset, column) if task == "tokens" else dataset, column)
 
 
+def candidates_of(parts: Sequence[Dataset], column: str) -> list[str]:
+    """Return the texts of a column that a retrieval can find, each once and in their order."""
+    for part in parts:
+        is_text = isinstance(part.features[column], ClassLabel) or holds_texts(part, column)
+        if not is_text or is_list(part, column):
+            raise ValueError(f"Column {column!r} holds no texts that a retrieval could find; choose a text column.")
+    found = sorted(set().union(*(names_in(part, column) for part in parts)))
+    if len(found) < 2:
+        raise ValueError(f"Column {column!r} holds only one text, {found[0]!r}; a ranking needs at least two.")
+    return found
+
+
 def targets(dataset: Dataset, column: str, task: KnownTask, labels: Labels, source: str) -> list[Any]:
-    """Return the class, the number, or the classes of the words, for each row."""
-    if task == "classification":
+    """Return the class, the number, the classes of the words, or the number of the right text, for each row."""
+    if task in ("classification", "retrieval"):
         return label_ids(dataset, column, labels, source)
     if task == "regression":
         if isinstance(dataset.features[column], ClassLabel):
@@ -173,3 +204,13 @@ def class_rows(logits: Any, wanted: Any, names: list[str]) -> list[tuple[str, fl
     columns = precision_recall_fscore_support(right, predicted, labels=range(len(names)), zero_division=0)
     rows = zip(names, *(column.tolist() for column in columns), strict=True)
     return [(name, round(p, 4), round(r, 4), round(f1, 4), int(n)) for name, p, r, f1, n in rows]
+
+
+def with_best(
+    text: Mapping[str, str], scores: Sequence[float], labels: Sequence[str], top_k: int | None
+) -> dict[str, Any]:
+    """Return a text with its best label and its score, and the `top_k` best scores by label, or all in their order."""
+    order = sorted(range(len(labels)), key=lambda number: -scores[number])
+    shown = range(len(labels)) if top_k is None else order[:top_k]
+    rounded = {labels[number]: round(float(scores[number]), 4) for number in shown}
+    return {**text, "label": labels[order[0]], "score": round(float(scores[order[0]]), 4), "scores": rounded}

@@ -9,15 +9,18 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..configuration import DistillationArgumentsMixin
+from ..configuration import AdapterDefaultsMixin, DistillationArgumentsMixin
 from ..method.distillation import distillations
 from ..method.wrappers import models_with_adapters, noting_inputs
 from ..student.saving import saving_the_base_alone
 from ..training.mixin import DistillationMixin
 
 try:
+    # The redundant aliases let the command line have the names from here, with the error below.
+    from sentence_transformers import SentenceTransformer as SentenceTransformer
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.evaluation import SentenceEvaluator as SentenceEvaluator
 except ImportError as error:
     raise ImportError(
         "The trainers of embedding models need sentence-transformers 5; install it with "
@@ -26,15 +29,19 @@ except ImportError as error:
 
 
 @dataclass
-class SentenceTransformerDistillationTrainingArguments(
-    DistillationArgumentsMixin, SentenceTransformerTrainingArguments
-):
-    """Arguments of `SentenceTransformerTrainer`, extended by the arguments of the two stages."""
+class SentenceTransformerDistillationTrainingArguments(AdapterDefaultsMixin, SentenceTransformerTrainingArguments):
+    """Arguments of `SentenceTransformerTrainer`, extended by the arguments of the two stages.
+
+    The defaults of `learning_rate` and `logging_steps` are those of `DistillationTrainingArguments`.
+    """
 
 
 @dataclass
-class CrossEncoderDistillationTrainingArguments(DistillationArgumentsMixin, CrossEncoderTrainingArguments):
-    """Arguments of `CrossEncoderTrainer`, extended by the arguments of the two stages."""
+class CrossEncoderDistillationTrainingArguments(AdapterDefaultsMixin, CrossEncoderTrainingArguments):
+    """Arguments of `CrossEncoderTrainer`, extended by the arguments of the two stages.
+
+    The defaults of `learning_rate` and `logging_steps` are those of `DistillationTrainingArguments`.
+    """
 
 
 class _WrappedTransformerMixin(DistillationMixin):

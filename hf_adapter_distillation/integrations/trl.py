@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from .._compat import forward_arguments
-from ..configuration import DistillationArgumentsMixin
+from ..configuration import AdapterDefaultsMixin, option
 from ..method.distillation import active_block, distillation_of
 from ..method.wrappers import model_with_adapters
 from ..training.data import UnlabelledBatch
@@ -28,12 +28,15 @@ except ImportError as error:
 
 
 @dataclass
-class SFTDistillationConfig(DistillationArgumentsMixin, SFTConfig):
+class SFTDistillationConfig(AdapterDefaultsMixin, SFTConfig):
     """Arguments of trl's `SFTTrainer`, extended by the arguments of the two stages.
 
-    `num_train_epochs` (or `max_steps`) counts both stages together. The defaults are those of trl: `bf16` and
-    `gradient_checkpointing` are on. Adapters need a higher `learning_rate` than trl's 2e-5, for instance 2e-4.
+    `num_train_epochs` (or `max_steps`) counts both stages together. The defaults are those of trl (`bf16` and
+    `gradient_checkpointing` are on), except `learning_rate`, 2e-4 instead of 2e-5, and `logging_steps`, 0.05, a share
+    of all steps.
     """
+
+    learning_rate: float = option("Peak learning rate of the student.", 2e-4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +155,11 @@ def check_causal_lm(model: nn.Module) -> None:
     if config.carrier == "dual":
         raise ValueError(
             "The carrier 'dual' needs the model's own loss, but trl computes another; choose the carrier 'mixed'."
+        )
+    if "logits" in config.objectives:
+        raise ValueError(
+            "The objective 'logits' needs the logits, which trl does not compute; use DistillationTrainer with labels "
+            "that are -100 outside the answer, or choose 'features'."
         )
     for objective in config.objectives:
         if objective not in ("features", "cosine"):

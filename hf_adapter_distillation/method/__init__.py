@@ -2,6 +2,6 @@
 
 In reading order: `forward`, `calls`, `distillation` and `wrappers` (a pass from the outside), `layer_pass`,
 `training_pass`, `layers` and `whole_layers` (a pass inside the layers), `fusion`, `weights` and `stacking` (the
-teachers of one layer), `losses`, `layer_match`, `embeddings`, `predictions` and `heads` (the objectives), `terms` and
-`term_gradient` (what reaches the loss), `parameters` and `nonfinite` (the checks).
+teachers of one layer), `losses`, `logit_losses`, `layer_match`, `embeddings`, `answers`, `predictions` and `heads`
+(the objectives), `terms` and `term_gradient` (what reaches the loss), `parameters` and `nonfinite` (the checks).
 """

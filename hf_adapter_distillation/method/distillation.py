@@ -1,6 +1,6 @@
 """Distilled students on a model: their identity, the settings of a step, and the record of a pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -165,6 +165,10 @@ class Distillation:
     def record(self) -> DistillationRecord | None:
         """The terms of the forward passes since the step began, or None before the first one."""
         return self.step.record
+
+    def shares(self, teachers: Sequence[str]) -> list[float]:
+        """Return the shares of teachers in their mean prediction: their weights for the task, or equal ones."""
+        return [1 / len(teachers)] * len(teachers) if self.weights is None else self.weights.shares(teachers)
 
     def begin_step(self) -> None:
         """Begin a step. A loop need not do this: the first forward pass after a backward pass does."""

@@ -1,7 +1,7 @@
 """A training forward pass from the outside: run the model with a pass, then let its terms ride on the output."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,13 +10,15 @@ from transformers.utils import logging
 
 from .._compat import ForwardContext, named_arguments
 from ..composition import block_of
+from .answers import AnswerMixture, answer_loss, answer_mask
 from .calls import masks_of, number_of_sequences
 from .distillation import DEFAULTS, Distillation, StageSettings, distillation_of, distillations
 from .embeddings import EnsemblePass, SimilarityLoss, last_hidden_state
-from .heads import check_objectives, kind_of_labels
+from .heads import check_objectives, kind_of_labels, predicts_next, text_head
 from .layer_pass import LayerPass, PassInputs
-from .losses import CrossTaskLoss, logit_matching_loss, token_weights
-from .predictions import calibrated, match_logits, scores, teacher_logits, without_dropout
+from .logit_losses import CrossTaskLoss, LogitLoss, logit_matching_loss
+from .losses import token_weights
+from .predictions import calibrated, match_logits, run_teachers, scores, teacher_logits, without_dropout
 from .term_gradient import carry
 from .terms import sum_terms
 from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
@@ -175,24 +177,46 @@ def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any]
         current.output_losses["similarity"] = _match_similarities(current, call, output)
     if not config.head_objectives:
         return
+    loss = LogitLoss(config.temperature, config.beta)
+    if text_head(model, block.student) is not None:  # for which `logits` is the only such objective
+        current.output_losses["logits"] = _match_answers(current, call, named, output["logits"], loss)
+        return
     stored = None if settings.predictions is None else settings.predictions.get(named)
     if stored is None:
         teachers = teacher_logits(model, block, call.run_again)
     else:
         teachers = {"logits": stored}
     if "logits" in config.objectives:
-        kind = kind_of_labels(model, block.student)
+        kind, shares = kind_of_labels(model, block.student), current.distillation.shares(block.teachers)
         losses = []
         for name, of_teachers in teachers.items():
             weights = _logit_weights(current, model, name, output[name])
-            losses.append(match_logits(output[name], of_teachers, weights, kind, config.temperature))
+            losses.append(match_logits(output[name], of_teachers, weights, kind, loss, shares))
         current.output_losses["logits"] = torch.stack(losses).mean()
     if "cross_task" in config.objectives:
         student_scores, teacher_scores = scores(output["logits"]), scores(teachers["logits"])  # (B,), (N, B)
         if settings.calibration is not None:
             teacher_scores = calibrated(teacher_scores, settings.calibration)
-        loss = CrossTaskLoss(config.temperature)
-        current.output_losses["cross_task"] = loss(student_scores, teacher_scores, current.inputs.labels)
+        cross_task = CrossTaskLoss(config.temperature)
+        current.output_losses["cross_task"] = cross_task(student_scores, teacher_scores, current.inputs.labels)
+
+
+def _match_answers(
+    current: TrainingPass, call: _Call, named: dict[str, Any], logits: torch.Tensor, loss: LogitLoss
+) -> torch.Tensor:
+    """Run the teachers, and match their mean distribution on the tokens of the answer, without labels on all."""
+    model, block, labels = call.model, current.inputs.block, named.get("labels")
+    if labels is None:
+        weights = _logit_weights(current, model, "logits", logits)  # (B, T)
+        mask = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if weights is None else weights > 0
+    else:
+        mask = answer_mask(labels.to(logits.device), predicts_next(model, block.student))  # (B, T)
+    if not model.config.is_encoder_decoder:  # which makes the inputs of its decoder from the labels
+        named = {name: value for name, value in named.items() if name != "labels"}
+    teachers_call = replace(call, args=(), kwargs=named | {"return_dict": True})
+    mixture, shares = AnswerMixture(mask, loss.temperature), iter(current.distillation.shares(block.teachers))
+    run_teachers(model, block, lambda: mixture.add(teachers_call.run_again()["logits"], next(shares)))
+    return answer_loss(logits, mixture, loss)
 
 
 def _match_similarities(current: TrainingPass, call: _Call, output: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from torch import nn
 
-from .._compat import heads_of
+from .._compat import heads_of, original_class
 from ..composition import AdapterDistillation
 from .distillation import distillation_of
 
@@ -35,6 +35,28 @@ def kind_of_labels(model: ModelAdaptersMixin, name: str) -> str:
         return "labels"
     is_regression = config.get("num_labels") == 1 and str(config.get("head_type")).endswith("classification")
     return "values" if is_regression else "classes"
+
+
+def text_head(model: ModelAdaptersMixin, name: str) -> str | None:
+    """Return the kind of the head of an adapter, or of the static head of a model, if it predicts tokens of text.
+
+    "causal_lm", "seq2seq_lm" or "masked_lm"; None for other heads.
+    """
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        kind = str(head_config(model, name).get("head_type")) if name in heads_of(model) else ""
+        return kind if kind.endswith("_lm") else None
+    static = original_class(model).__name__
+    if static.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal_lm"
+    if static.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:
+        return "seq2seq_lm"
+    return "masked_lm" if static.endswith("ForMaskedLM") else None
+
+
+def predicts_next(model: ModelAdaptersMixin, name: str) -> bool:
+    """Return whether the logits of a head for text at a token predict the next token."""
+    shifts = not heads_of(model) or head_config(model, name).get("shift_labels", True)
+    return text_head(model, name) == "causal_lm" and bool(shifts)
 
 
 def are_alike(heads: Sequence[nn.Module | None]) -> bool:
@@ -106,11 +128,18 @@ def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> N
     for objective in config.head_objectives:
         label = f"The objective {objective!r}"
         if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+            if objective == "logits" and text_head(model, student) is not None:
+                _check_shared_head(model)
+                continue
             raise ValueError(
                 f"{label} needs a head for each teacher, but a {type(model).__name__} has one for all; "
                 "use AutoAdapterModel, or choose 'features'."
             )
         check_head(model, student)
+        if objective == "logits" and config.beta and kind_of_labels(model, student) == "values":
+            raise ValueError(
+                f"beta={config.beta:g} needs a head for classes or text, but {student!r} has one for values; use 0."
+            )
         for teacher in block.teachers:
             if teacher not in heads_of(model):
                 raise ValueError(
@@ -128,6 +157,17 @@ def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> N
                 f"{label} needs a head with two classes or one label, but that of {student!r} is "
                 f"{_describe(head_config(model, student))}; choose 'logits' or 'features'."
             )
+
+
+def _check_shared_head(model: ModelAdaptersMixin) -> None:
+    """Check that no training moves the static head, with which the teachers predict as well."""
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    trained = (name for name, p in model.named_parameters() if p.requires_grad and id(p) not in base)
+    if (name := next(trained, None)) is not None:
+        raise ValueError(
+            f"The objective 'logits' needs a frozen head, with which all teachers predict; {name!r} is trained: "
+            f"call model.get_parameter({name!r}).requires_grad_(False) after train_adapter."
+        )
 
 
 def _describe(config: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear
 
 from .layer_match import MINIMAL_VARIANCE, LayerMatch
 
@@ -30,12 +30,12 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _in_float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def in_float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return tensors in float32, or in float64 if the first is."""
     return [tensor.to(at_least_float32(tensors[0].dtype)) for tensor in tensors]
 
 
-def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def mean_over_tokens(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Return the mean of values; with weights, of the tokens and then of the sequences, (batch, seq_len, ...)."""
     if weights is None:
         return values.mean()
@@ -45,7 +45,7 @@ def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
 
 def _mean_square(weights: torch.Tensor, output: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mean square of an output, or of its difference to a target, in each sequence, (batch,)."""
-    output, weights = _in_float32(output, weights)
+    output, weights = in_float32(output, weights)
     difference = output if target is None else output - target.to(output.dtype)
     return (weights * difference.square().mean(dim=-1)).sum(dim=1)
 
@@ -53,7 +53,7 @@ def _mean_square(weights: torch.Tensor, output: torch.Tensor, target: torch.Tens
 def _variance(output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the variance of an output over the tokens and dimensions of each sequence, (batch,), without gradient."""
     # It is the mean of the tokens' variances and the variance of their means.
-    output, weights = _in_float32(output.detach(), weights)
+    output, weights = in_float32(output.detach(), weights)
     means = output.mean(dim=-1)  # (B, T)
     variances = (output - means.unsqueeze(-1)).square().mean(dim=-1)  # (B, T)
     mean = (weights * means).sum(dim=1, keepdim=True)  # (B, 1)
@@ -117,8 +117,8 @@ class CosineLoss(nn.Module):
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the loss, from 0 to 2, of the arguments of `FeatureLoss`."""
-        student, fused = _in_float32(student_output, fused_output)
-        return _mean(1 - cosine_similarity(student, fused, dim=-1), weights)
+        student, fused = in_float32(student_output, fused_output)
+        return mean_over_tokens(1 - cosine_similarity(student, fused, dim=-1), weights)
 
     def match(
         self,
@@ -208,110 +208,12 @@ class TaskSpecificLoss(nn.Module):
 
         It is 0 where the match ignores the teachers, and 1 where it sees all of their output.
         """
-        fused, projection, weights = _in_float32(fused_output, self.projection.weight, weights)
+        fused, projection, weights = in_float32(fused_output, self.projection.weight, weights)
         basis, _ = torch.linalg.qr(projection.T)  # (d, p)
         weights = weights / len(weights)
         fused = fused - torch.einsum("bt,btd->d", weights, fused)  # (B, T, d)
         kept, total = ((weights * part.square().sum(dim=-1)).sum() for part in (fused @ basis, fused))
         return kept / total.clamp(min=MINIMAL_VARIANCE)
-
-
-class LogitLoss(nn.Module):
-    r"""Cross-entropy of the student's predictions with soft labels, the mean of the teachers' predictions.
-
-    .. math::
-        \mathcal{L} = \tau^2 \, \mathrm{KL}\Big(\frac{1}{N} \sum_n \mathrm{softmax}(y_n / \tau) \;\Big\Vert\;
-                                              \mathrm{softmax}(y / \tau)\Big)
-
-    with the logits y of the student and y_n of teacher n, each with its own head. The factor keeps the size of the
-    gradient where the temperature changes (Hinton et al., https://arxiv.org/abs/1503.02531, who average several
-    teachers in the same way). Unlike `FeatureLoss`, it needs a common label space.
-    """
-
-    def __init__(self, temperature: float = 2.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(
-        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Compute the mean over all predictions outside padding, without a gradient to the teachers.
-
-        The logits are (..., n_labels) and (n_teachers, ..., n_labels). Logits of tokens, (batch, seq_len, ...,
-        n_labels), have weights.
-        """
-        student, teachers = _in_float32(student_logits, teacher_logits.detach())
-        soft = (teachers / self.temperature).softmax(dim=-1).mean(dim=0)  # (..., C)
-        predicted = (student / self.temperature).log_softmax(dim=-1)  # (..., C)
-        divergences = self.temperature**2 * (torch.xlogy(soft, soft) - soft * predicted).sum(dim=-1)  # (...)
-        return _mean(divergences, weights)
-
-
-class CrossTaskLoss(nn.Module):
-    r"""Match of a student's scores with teachers of other tasks: how likely each item is right, and their order.
-
-    .. math::
-        \tilde r_n = s \max(s \, r_n, m), \quad s = 2 y - 1, \qquad
-        \mathcal{L} = \tau^2 \, \mathrm{KL}\Big(\frac{1}{N} \sum_n \sigma(\tilde r_n / \tau) \;\Big\Vert\;
-                                              \sigma(r / \tau)\Big)
-        + \frac{\sum_{ij} w_{ij} \, \mathrm{softplus}(r_j - r_i)}{\sum_{ij} w_{ij}}
-
-    with the student's score r, the calibrated score r_n of teacher n (`ranking.fit_platt`), and the label y. A score
-    that does not reach the margin m on the side of the label is clipped to it. The second sum runs over the pairs of
-    the batch with the same label in which the teachers' mean score puts i before j; :math:`w_{ij}` is the difference
-    of their probabilities, so near ties hardly count.
-
-    After CrossDistil (Yang et al., AAAI 2022, https://arxiv.org/abs/2202.09852): calibration, error correction, and a
-    pairwise term. There all tasks have labels for the same items and train each other; here the teachers are frozen,
-    and their scores, calibrated once, replace the labels that form the quadruplets. Pairs are formed within a
-    micro-batch, as in-batch negatives are: a smaller micro-batch has fewer.
-    """
-
-    def __init__(self, temperature: float = 2.0, margin: float = 1.0) -> None:
-        super().__init__()
-        self.margin = margin
-        self.soft_labels = LogitLoss(temperature)
-
-    def forward(
-        self, student_scores: torch.Tensor, teacher_scores: torch.Tensor, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Compute the loss, without a gradient to the teachers.
-
-        The scores are logits of the positive label, (batch,) of the student and (n_teachers, batch), calibrated. The
-        labels are 0 or 1, one for each score; without labels no prediction is corrected, and all pairs count.
-        """
-        student, teachers = _in_float32(student_scores, teacher_scores.detach())  # (B,), (N, B)
-        corrected, of_one_label = teachers, student.new_ones(len(student), len(student))
-        if labels is not None:
-            labels = labels.reshape(-1)  # (B,)
-            sign = 2 * labels.to(student.dtype) - 1  # (B,)
-            corrected = sign * (sign * teachers).clamp(min=self.margin)  # (N, B)
-            of_one_label = (labels.unsqueeze(1) == labels).to(student.dtype)  # (B, B)
-        matched = self.soft_labels(two_classes(student), two_classes(corrected))
-
-        mean = teachers.mean(dim=0)  # (B,)
-        probability = mean.sigmoid()  # (B,)
-        weight = of_one_label * (probability.unsqueeze(1) - probability).clamp(min=0)  # (B, B)
-        ranked = weight * softplus(student - student.unsqueeze(1))  # (B, B), i before j
-        return matched + ranked.sum() / weight.sum().clamp(min=MINIMAL_VARIANCE)
-
-
-def two_classes(scores: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the negative and the positive class, (..., 2), whose softmax is the sigmoid of a score."""
-    return torch.stack([torch.zeros_like(scores), scores], dim=-1)
-
-
-def logit_matching_loss(
-    student_logits: torch.Tensor, fused_logits: torch.Tensor, weights: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Compute the mean squared difference of the student's and the fused pass's logits, for the carrier `dual`.
-
-    Logit regression (Ba and Caruana, https://arxiv.org/abs/1312.6184) fits all heads: classes, labels, scores, tokens.
-
-    No gradient flows through the fused pass. Logits of tokens, (batch, seq_len, ...), have weights.
-    """
-    student, fused = _in_float32(student_logits, fused_logits.detach())
-    return _mean((student - fused).square(), weights)
 
 
 def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,8 @@ from torch import nn
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation
-from .losses import LogitLoss, logit_matching_loss, two_classes
+from .logit_losses import LogitLoss, logit_matching_loss, two_classes
+from .losses import at_least_float32
 
 OF_TOKENS = ("attention_mask", "input_ids", "position_ids", "token_type_ids")  # are padded to one length
 
@@ -69,18 +70,26 @@ def teacher_logits(
 
 
 def match_logits(
-    student: torch.Tensor, teachers: torch.Tensor, weights: torch.Tensor | None, kind: str, temperature: float
+    student: torch.Tensor,
+    teachers: torch.Tensor,
+    weights: torch.Tensor | None,
+    kind: str,
+    loss: LogitLoss,
+    shares: Sequence[float],
 ) -> torch.Tensor:
     """Compute the objective `logits` for logits (..., n_labels) and (n_teachers, ..., n_labels).
 
-    The weights are for logits of tokens, (batch, seq_len); the kind is the `heads.kind_of_labels`.
+    The weights are for logits of tokens, (batch, seq_len); the kind is the `heads.kind_of_labels`. The shares of the
+    teachers in their mean sum to 1.
     """
+    of_teachers = torch.tensor(shares, dtype=at_least_float32(teachers.dtype), device=teachers.device)  # (N,)
     if kind == "values":
-        return logit_matching_loss(student, teachers.mean(dim=0), weights)
+        mean = torch.tensordot(of_teachers, teachers.to(of_teachers), dims=1)
+        return logit_matching_loss(student, mean, weights)
     weights = weights if student.dim() > 2 else None  # spans are chosen among the tokens
     if kind == "labels":
         student, teachers = two_classes(student), two_classes(teachers)
-    return LogitLoss(temperature)(student, teachers, weights)
+    return loss(student, teachers, weights, of_teachers)
 
 
 class PredictionCache:

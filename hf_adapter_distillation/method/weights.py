@@ -29,6 +29,12 @@ class TeacherWeights(NamedTuple):
             max(mean, key=lambda name: mean[name])
         ]
 
+    def shares(self, kept: Sequence[str]) -> list[float]:
+        """Return the mean weights of some teachers, as shares that sum to 1."""
+        mean = self.mean()
+        total = max(sum(mean[name] for name in kept), 1e-12)
+        return [mean[name] / total for name in kept]
+
     def at(self, place: str, kept: Sequence[str]) -> dict[str, float]:
         """Return the weights of some teachers at a place, or in a module there; they share what all teachers have.
 

@@ -11,8 +11,8 @@ from ..configuration import DistillationArgumentsMixin, DistillationConfig
 from ..method.distillation import Distillation
 
 NOT_SHARDED = (
-    "is not supported: what is trained is too small to be worth sharding. Leave it out; accelerate launch runs the "
-    "training on several GPUs, each with a copy of the model."
+    "is not supported: what is trained is too small to be worth sharding. Leave it out; to shard the frozen base "
+    "model, call hf_adapter_distillation.training.sharding.shard_base_model before the trainer is made."
 )
 
 
@@ -79,6 +79,7 @@ def check_combinations(
     distillation: Distillation,
     distributed_type: DistributedType,
     *,
+    predicts_text: bool,
     model_has_labels: bool,
     has_unlabelled: bool,
 ) -> None:
@@ -97,7 +98,7 @@ def check_combinations(
             "The carrier 'dual' needs the model's own loss in both of its passes; leave out "
             "label_smoothing_factor and compute_loss_func, or choose the carrier 'mixed'."
         )
-    for objective in ("cross_task", "task_specific"):
+    for objective in ("cross_task", "task_specific", *(["logits"] if predicts_text else [])):
         if objective in config.objectives and not model_has_labels:
             raise ValueError(
                 f"The objective {objective!r} needs the labels in the model's own forward; leave out "

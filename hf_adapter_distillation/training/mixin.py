@@ -17,7 +17,7 @@ from .._compat import loss_counts_items
 from ..analysis.observe import teacher_attention, write_analysis
 from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import StageSettings, active_block
-from ..method.heads import label_names
+from ..method.heads import label_names, text_head
 from ..method.parameters import check_trainable, parameter_table
 from ..method.wrappers import model_with_adapters
 from ..student.digests import check_teachers_unchanged
@@ -32,6 +32,7 @@ from .data import UnlabelledBatches
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import prepare_training
+from .sharding import is_sharded
 from .writing import WritingTrainer
 
 logger = logging.get_logger(__name__)
@@ -112,11 +113,16 @@ class DistillationMixin(WritingTrainer):
         if self._gives_inputs_to_inner:
             self.label_names = self.label_names or label_names(inner, self.block.student)
         config, is_wrapped = self.distillation.config, inner is not self.model
+        if args.analysis and is_sharded(inner):
+            raise ValueError(
+                "analysis=True runs the model in one process, but its base model lies in shards; leave it out."
+            )
         check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
         check_combinations(
             args,
             self.distillation,
             self.accelerator.distributed_type,
+            predicts_text=text_head(inner, self.block.student) is not None,
             model_has_labels=not self._takes_labels_away,
             has_unlabelled=distillation_dataset is not None,
         )

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..method.fusion import fusions_of
-from ..method.heads import check_head, check_objectives
+from ..method.heads import check_head, check_objectives, text_head
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.digests import teacher_digests
@@ -28,6 +28,7 @@ from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
 from .data import Examples
+from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -169,8 +170,9 @@ def weigh(
         labelled = examples.labelled()
         if labelled is None:
             logger.warning(
-                f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream, which "
-                "is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
+                f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream or a "
+                "loader of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to "
+                "silence this."
             )
             return block
         weights = learn_weights(
@@ -251,7 +253,10 @@ def predict(
     A run of each teacher beside each training batch would cost more than the training. They run in one order before
     the training, so that a resumed training finds the same predictions. None if they cannot be stored.
     """
-    if not distillation_of(model, block.student).config.head_objectives:
+    config = distillation_of(model, block.student).config
+    if not config.head_objectives or text_head(model, block.student) is not None:  # too large to keep
+        return None
+    if is_sharded(model):  # all processes must run it equally often, and may have different numbers of batches
         return None
     parts: list[tuple[list[bytes], torch.Tensor]] = []
     datasets: list[tuple[Any, Callable]] = [(examples.train, examples.model_inputs)]

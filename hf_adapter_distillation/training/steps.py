@@ -17,6 +17,7 @@ from ..student.preparing import keep_active
 from .data import UnlabelledBatches, number_of_examples
 from .loss_log import LoggedTerms
 from .preparation import Preparation
+from .sharding import is_sharded
 
 PRIOR_EXAMPLES = 200  # the number of a task's own examples that outweigh its teachers, by default
 
@@ -204,6 +205,8 @@ class TwoStageTrainer(StudentPushingTrainer):
             with self.compute_loss_context_manager():  # on the model itself: in other processes all may be finite
                 run_again()
 
+        if is_sharded(self.model_with_adapters):  # which one process cannot run alone
+            raise loss_error(self.state.global_step + 1, loss, record, lambda: "")
         find = partial(find_overflow, distillation, once_more, distillation.config.carrier != "student")
         raise loss_error(self.state.global_step + 1, loss, record, find)
 

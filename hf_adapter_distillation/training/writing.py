@@ -1,12 +1,14 @@
 """What a trainer writes and reads: checkpoints, and the student at the end."""
 
 from copy import copy
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
@@ -59,6 +61,16 @@ class WritingTrainer(ReadingTrainer):
         logger.info(f"Loading the best student from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         checkpoints.load_student(self.model_with_adapters, self.block, self.state.best_model_checkpoint)
         checkpoints.load_beside(self._beside, self.state.best_model_checkpoint)
+
+    def compare_trainer_and_checkpoint_args(
+        self, training_args: TrainingArguments, trainer_state: TrainerState
+    ) -> None:
+        """Warn where the arguments differ from those of a checkpoint, which holds whole steps instead of shares."""
+        whole = copy(training_args)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if 0 < (value := vars(whole)[name] or 0) < 1:
+                vars(whole)[name] = ceil(value * trainer_state.max_steps)
+        super().compare_trainer_and_checkpoint_args(whole, trainer_state)
 
     @property
     def _beside(self) -> dict[str, torch.Tensor]:

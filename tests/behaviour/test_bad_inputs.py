@@ -125,8 +125,8 @@ def test_arguments(kwargs, message, tmp_path):
 
 
 NOT_SHARDED = (
-    " is not supported: what is trained is too small to be worth sharding. Leave it out; accelerate launch runs the "
-    "training on several GPUs, each with a copy of the model."
+    " is not supported: what is trained is too small to be worth sharding. Leave it out; to shard the frozen base "
+    "model, call hf_adapter_distillation.training.sharding.shard_base_model before the trainer is made."
 )
 
 

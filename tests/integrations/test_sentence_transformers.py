@@ -265,7 +265,7 @@ def test_embeddings_weigh_their_teachers(case, tiny_encoder, tmp_path):
     weights = trainer.distillation.weights
     assert len({round(weight, 6) for weight in weights.mean().values()}) == 3, "they were learned"
     assert weights.gain != 0
-    beside = trainer._labelled(16).beside
+    beside = trainer._labelled().beside
     assert len(beside) == (2 if case in ("own weights", "several losses") else 0)
     trainer.train()
     assert trainer.distillation.run.settings["teacher_gain"] == round(trainer.distillation.weights.gain, 4)

@@ -98,6 +98,13 @@ def assert_gradients_equal_the_reference(trainer):
         torch.testing.assert_close(trainer.gradients[name], gradient, rtol=0, atol=1e-8, msg=name)
 
 
+def test_defaults_for_adapters(tmp_path):
+    args = SFTDistillationConfig(str(tmp_path), bf16=False, use_cpu=True)
+    assert (args.learning_rate, args.logging_steps) == (2e-4, 0.05)
+    args = SFTDistillationConfig(str(tmp_path), bf16=False, use_cpu=True, learning_rate=2e-5, logging_steps=10)
+    assert (args.learning_rate, args.logging_steps) == (2e-5, 10)
+
+
 # Gradients
 
 
@@ -326,7 +333,7 @@ def test_settings_that_do_not_go_with_distillation(settings, message, sft_args):
             lambda: student_model(objective={"cosine": 1.0, "logits": 1.0}),
             {},
             ValueError,
-            "The objective 'logits' needs",
+            "The objective 'logits' needs the logits, which trl does not compute; use DistillationTrainer",
         ),
         (lambda: make_student(make_model("llama"), head="causal_lm"), {}, ValueError, "LlamaAdapterModel has heads"),
     ],

@@ -21,7 +21,8 @@ from trainings import gradients, trainer_for
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import fusions_of
-from hf_adapter_distillation.method.losses import CosineLoss, CrossTaskLoss, FeatureLoss, token_weights
+from hf_adapter_distillation.method.logit_losses import CrossTaskLoss
+from hf_adapter_distillation.method.losses import CosineLoss, FeatureLoss, token_weights
 from hf_adapter_distillation.method.training_pass import StudentPass
 
 CARRIERS = ["student", "fused", "mixed", "dual"]
@@ -160,7 +161,7 @@ def test_the_probe_of_each_layer_is_trained_by_the_task_and_the_student_by_the_m
 
 @pytest.mark.parametrize("head", HEADS)
 def test_soft_labels_of_any_head(head):
-    """Of classes, of each token that is no padding, of spans, of words and of choices."""
+    """Of classes, of each token that is no padding, of spans, of the words of an answer, and of choices."""
     model, batch = of_head(head, objective="logits", temperature=1.0)
     output = model.train()(**batch)
     record = distillation_of(model).take_record()
@@ -173,7 +174,10 @@ def test_soft_labels_of_any_head(head):
                 teachers.append(model.eval()(**batch)[name].softmax(-1))
         divergence = kl_div(output[name].log_softmax(-1), sum(teachers) / 3, reduction="none").sum(-1)
         if divergence.dim() == 2 and name == "logits":
-            divergence = (token_weights(batch["attention_mask"]) * divergence).sum(1)
+            mask = batch["attention_mask"].bool()
+            if head == "causal_lm":  # the logits at a token predict the next one
+                mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+            divergence = (token_weights(mask.double()) * divergence).sum(1)
         expected.append(divergence.mean())
     assert len(names) == (2 if head == "qa" else 1)
     torch.testing.assert_close(record.distillation_loss, torch.stack(expected).mean().detach())

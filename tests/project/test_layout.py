@@ -14,6 +14,7 @@ COVERED_BY = {
     "cli/data": "cli/test_main.py",
     "cli/evaluate": "cli/test_main.py",
     "cli/export": "cli/test_main.py",
+    "cli/models": "cli/test_main.py",
     "cli/options": "cli/test_main.py",
     "cli/parser": "cli/test_main.py",
     "cli/predict": "cli/test_main.py",

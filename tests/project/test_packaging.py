@@ -30,6 +30,10 @@ def setup_arguments(monkeypatch):
     return found
 
 
+def read(name):
+    return (ROOT / name).read_text()
+
+
 def names_of(requirements):
     return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
 
@@ -63,9 +67,29 @@ def test_requirements_are_what_is_imported(setup_arguments):
 
 
 def test_one_version(setup_arguments):
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert had.__version__ == setup_arguments["version"] == citation["version"]
-    assert setup_arguments["license"] == citation["license"]
+    """In the package alone; the newest release of the changelog has it."""
+    assert had.__version__ == setup_arguments["version"]
+    written = [name for name in ("setup.py", "pyproject.toml", "CITATION.cff") if had.__version__ in read(name)]
+    assert written == []
+    headings = re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), flags=re.M)
+    assert headings[:2] == ["Unreleased", had.__version__]
+    assert len(set(headings)) == len(headings)
+    assert setup_arguments["license"] == yaml.safe_load(read("CITATION.cff"))["license"]
+
+
+def test_the_workflow_and_make_compat_run_each_python_of_the_classifiers(setup_arguments):
+    prefix = "Programming Language :: Python :: "
+    classifiers = [each.removeprefix(prefix) for each in setup_arguments["classifiers"] if each.startswith(prefix)]
+    assert setup_arguments["python_requires"] == f">={classifiers[0]}"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    matrix = [(row["versions"], row["python"]) for row in jobs["compat"]["strategy"]["matrix"]["include"]]
+    assert matrix == [("lowest", classifiers[0]), *(("highest", python) for python in classifiers[1:])]
+    makefile = (ROOT / "Makefile").read_text()
+    found = re.findall(r"^compat-(\w+): PYTHONS \?= (.*)", makefile, flags=re.M)
+    assert [(which, each.removeprefix("python")) for which, pythons in found for each in pythons.split()] == matrix
+    assert jobs["windows"]["runs-on"] == "windows-latest"
+    tests = next(step["run"] for step in jobs["windows"]["steps"] if "pytest" in step.get("run", "")).split()
+    assert all((ROOT / path).exists() for path in tests if path.startswith("tests/"))
 
 
 # The time of an import
@@ -215,7 +239,7 @@ def test_the_workflow_runs_the_gate():
     (path,) = (ROOT / ".github" / "workflows").iterdir()
     workflow = yaml.safe_load(path.read_text())
     assert workflow[True].keys() == {"push", "pull_request"}  # YAML 1.1 reads "on" as true
-    (job,) = workflow["jobs"].values()
+    job = workflow["jobs"]["ci"]
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     (python,) = (step["with"] for step in job["steps"] if "python-version" in step.get("with", {}))

@@ -49,11 +49,26 @@ def test_a_case_counts_once_or_as_often_as_it_says(tmp_path):
 def test_the_versions_are_those_that_ran():
     assert table("versions") == reliability.make_compat_table()
     results = json.loads(reliability.COMPAT.read_text())
-    assert {run["failed"] for run in results.values()} == {0}
+    runs = [(python, run) for of_python in results.values() for python, run in of_python.items()]
+    assert all(run["failed"] == 0 and run["python"].startswith(f"{python}.") for python, run in runs)
+
+
+def test_each_python_has_a_column_of_its_own(tmp_path, monkeypatch):
+    (run,) = json.loads(reliability.COMPAT.read_text())["lowest"].values()
+    results = {
+        "highest": {python: run | {"python": f"{python}.1"} for python in ("3.13", "3.9")},
+        "lowest": {"3.10": run},
+    }
+    monkeypatch.setattr(reliability, "COMPAT", tmp_path / "compat.json")
+    reliability.COMPAT.write_text(json.dumps(results))
+    lines = reliability.make_compat_table().splitlines()
+    assert lines[0] == "|  | lowest on 3.10 | highest on 3.9 | highest on 3.13 |"
+    assert lines[2] == f"| Python | {run['python']} | 3.9.1 | 3.13.1 |"
+    assert {line.count("|") for line in lines} == {5}
 
 
 def test_the_lowest_versions_that_ran_are_the_floors_of_setup_py():
-    ran = json.loads(reliability.COMPAT.read_text())["lowest"]["versions"]
+    ran = json.loads(reliability.COMPAT.read_text())["lowest"]["3.10"]["versions"]
     setup = (reliability.ROOT / "setup.py").read_text()
     requirements = re.findall(r'"([\w-]+[<>~]=.+?)"', setup)
     floors = dict(line.split("==") for line in compat.floors(requirements).splitlines())

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import AutoAdapterModel
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import TEACHERS, make_dataset, make_model, make_student
+from tiny_models import TEACHERS, make_batch, make_dataset, make_model, make_student
 from trainings import EachStep, float16_trainer, trainer_for
+from transformers import BertConfig, set_seed
+
+import hf_adapter_distillation as had
 
 NORMS = {"grad_norm/student", "grad_norm/head", "grad_norm/fusion"}
 TERMS = {"task_loss", "distillation_loss", "fusion_regularization", *(f"attention/{name}" for name in TEACHERS)}
@@ -152,3 +157,25 @@ def test_tensorboard_has_each_term_at_each_log(trainer_args, tmp_path):
     steps |= {name: [6, 8] for name in (TERMS | NORMS) - of_both_stages}
     assert {name: list(board[f"train/{name}"]) for name in steps} == steps
     assert list(board["train/stage"].values()) == [1, 1, 2, 2]
+
+
+def test_a_short_training_with_the_defaults_learns_and_logs_ten_times(tmp_path):
+    """Three classes: the loss of chance is 1.1. At the learning rate of Trainer it stays there."""
+    batch = make_batch(112, seq_len=4, labels=None)
+    labels = torch.arange(112) % 3
+    batch |= {"labels": labels, "input_ids": 3 + labels[:, None].expand(-1, 4)}
+    set_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    model = AutoAdapterModel.from_config(BertConfig(60, **sizes))
+    make_student(model, teachers=["bank"], train=False).add_classification_head("insurance", num_labels=3)
+    model.train_adapter("insurance")
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
+    args = had.DistillationTrainingArguments(str(tmp_path), use_cpu=True, **quiet)
+    dataset = Dataset.from_dict({name: value.tolist() for name, value in batch.items()})
+    trainer = trainer_for(model, args, train_dataset=dataset)
+    trainer.train()
+    losses = [log["task_loss"] for log in logs_of(trainer)]
+    assert trainer.state.max_steps == 42
+    assert len(losses) >= 10
+    assert losses[0] > 0.9
+    assert losses[-1] < 0.4

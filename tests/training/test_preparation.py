@@ -275,18 +275,19 @@ def test_weighing_draws_nothing_and_dropout_plays_no_part(trainer_args):
 
 def test_a_wrappers_head_is_trained_along(trainer_args):
     model = Classifier(make_student(make_model(kind="base"), student_start="weighted"))
-    labelled = trainer_for(model, trainer_args())._labelled(16)
+    labelled = trainer_for(model, trainer_args())._labelled()
     beside = {id(parameter) for parameter in labelled.beside}
     assert beside == {id(p) for part in (model.norm, model.head) for p in part.parameters()}
 
 
 def test_the_halves_share_no_example(trainer_args):
-    trainer = trainer_for(weighted(), trainer_args())
-    first, second = ([batch["input_ids"] for batch in half()] for half in trainer._labelled(12).halves)
+    trainer = trainer_for(weighted(), trainer_args(weighing_steps=3, per_device_train_batch_size=4))
+    first, second = ([batch["input_ids"] for batch in half()] for half in trainer._labelled().halves)
     rows = [tuple(row.tolist()) for batch in (*first, *second) for row in batch]
     assert len(rows) == len(set(rows)) == 12
     assert trainer.train_dataset.num_rows == 16
-    assert trainer._labelled(1) is None
+    trainer.train_dataset = make_dataset(1)
+    assert trainer._labelled() is None
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

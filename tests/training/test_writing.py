@@ -1,5 +1,6 @@
 """What a trainer writes, and reads again."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_checkpoint_of_the_model_alone_can_be_resumed(trainer_args):
     trainer = trainer_for(make_student(make_model()), args)
     trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
     assert trainer.state.global_step == 4
+
+
+def test_a_resumed_training_warns_of_other_steps_and_not_of_shares_of_them(trainer_args, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")  # other tests lower it
+    args = trainer_args(max_steps=4, save_strategy="steps", save_steps=0.5, logging_steps=0.05)
+    trainer_for(make_student(make_model()), args).train()
+    for other, warned in ({}, False), ({"logging_steps": 3}, True):
+        caplog.clear()
+        args = trainer_args(max_steps=4, save_strategy="steps", save_steps=0.5, **{"logging_steps": 0.05, **other})
+        trainer_for(make_student(make_model()), args).train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+        assert ("do not match" in caplog.text) == warned, caplog.text
+    assert "logging_steps: 3 (from args) != 1 (from trainer_state.json)" in caplog.text
 
 
 @pytest.mark.parametrize("safetensors", [True, False])

@@ -1,0 +1,63 @@
+"""Load base models, and locate saved adapters with the base model that they name."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adapters import AutoAdapterModel, ModelAdaptersMixin
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from ..downloads import is_repo_id, locate_saved, one_line
+from ..student.provenance import read_saved
+from ..teachers.loading import ADAPTER_FILES
+from .options import EvalArguments, PredictArguments
+
+
+class SavedAdapter(NamedTuple):
+    """Saved adapter on this machine."""
+
+    folder: Path
+    name: str
+    base: str  # folder or Hub id of the base model
+
+
+def locate_adapter(args: EvalArguments | PredictArguments) -> SavedAdapter:
+    """Return the saved adapter of the options, downloaded if it is on the Hub."""
+    folder = locate_saved(args.adapter, ADAPTER_FILES)
+    saved = read_saved(folder)
+    base = args.model or saved.get("model_name") or saved.get("base_model_name_or_path")  # the last is of PEFT
+    if not base:
+        raise ValueError(f"{args.adapter} names no base model; pass --model.")
+    return SavedAdapter(folder, str(saved.get("name") or "adapter"), base)  # PEFT saves no name
+
+
+def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
+    """Load a base model, which must take `max_length` tokens, and its tokenizer with a padding token."""
+    tokenizer, model = load_pretrained(name, AutoTokenizer.from_pretrained, AutoAdapterModel.from_pretrained)
+    check_max_length(name, max_length, model.config, tokenizer)
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def check_max_length(name: str, max_length: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model takes `max_length` tokens."""
+    positions = config.to_dict().get("max_position_embeddings") or tokenizer.model_max_length
+    if max_length > (limit := min(positions, tokenizer.model_max_length)):
+        raise ValueError(f"max_length={max_length} is out of range; {name} takes {limit} tokens at most.")
+
+
+def load_pretrained(name: str, *loaders: Callable[[str], Any]) -> list[Any]:
+    """Load a base model, and what else belongs to it, from a folder or the Hub."""
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
+            raise ValueError(f"model={name!r} holds no {CONFIG_NAME}; give the folder of a model.")
+    elif not is_repo_id(name):
+        raise ValueError(f"model={name!r} is neither a folder nor a Hub id.")
+    try:
+        return [load(name) for load in loaders]
+    except Exception as error:  # tokenizers raises a plain Exception on damaged files
+        raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
