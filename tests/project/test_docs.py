@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -444,6 +445,25 @@ def test_the_tables_of_a_page_match_the_result_files(name, n_tables):
             assert all(f"--output benchmarks/results/{file}" in page for file in files.split())
     for image in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (path.parent / image).is_file(), image
+
+
+def test_the_site_has_its_own_mathjax_and_the_address_of_the_repository(tmp_path):
+    """A page of the site loads nothing from other servers."""
+    build = pytest.importorskip("sphinx.cmd.build")
+    pytest.importorskip("sphinx-mathjax-offline")
+    pytest.importorskip("furo")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "_static").symlink_to(ROOT / "docs" / "_static")
+    shutil.copy(ROOT / "docs" / "conf.py", tmp_path / "docs")
+    (tmp_path / "docs" / "index.md").write_text("# Page\n\n$x^2$\n\n```bash\npip install git+<repository>\n```\n")
+    assert build.build_main(["-q", "-W", str(tmp_path / "docs"), str(tmp_path / "site")]) == 0
+    page = (tmp_path / "site" / "index.html").read_text()
+    loaded = re.findall(r'<(?:script|link|img)\b[^>]*\b(?:src|href)="([^"]+)"', page)
+    scripts = [name for name in loaded if "mathjax" in name]
+    assert len(scripts) == 1
+    assert (tmp_path / "site" / scripts[0]).is_file()
+    assert [name for name in loaded if re.match(r"(https?:)?//", name)] == []
+    assert re.search(r"git\+https://\S+/hf-adapter-distillation", re.sub(r"<[^>]+>", "", page))
 
 
 def test_the_accelerate_configs_of_the_docs_are_valid():
