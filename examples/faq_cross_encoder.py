@@ -81,6 +81,7 @@ class CrossEncoderPlatform:
             "per_device_train_batch_size": self.args.batch_size,
             "group_by_length": True,
             "save_strategy": "no",
+            "logging_strategy": "no",
             "report_to": [],
             "dataloader_pin_memory": torch.cuda.is_available(),
             "seed": self.args.seed,
