@@ -20,6 +20,12 @@ import hf_adapter_distillation as had
 VERBOSITY = logging.get_verbosity()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Keep the ids of all tests before some are deselected."""
+    config.collected = [item.nodeid for item in items]
+
+
 @pytest.fixture
 def trainer_args(tmp_path):
     def make(**kwargs):
