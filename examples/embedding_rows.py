@@ -16,7 +16,7 @@ from faq_embeddings import EmbeddingPlatform
 from retrieval_metric import RetrievalMetric
 from safetensors.torch import save_file
 
-TIMED_QUERIES = 24
+TIMED_QUERIES = 12
 Scores = Callable[[Sequence[str]], torch.Tensor]  # of queries with each FAQ, (n_queries, n_faqs)
 
 
