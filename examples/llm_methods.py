@@ -23,7 +23,7 @@ MERGES: dict[str, dict[str, Any]] = {  # of PEFT, with their options
     "dare_ties": {"density": 0.5},
     "cat": {},
 }
-EXPORT_TOLERANCE = 1e-5  # relative, in float32
+EXPORT_TOLERANCE = 1e-6  # relative, in float32
 
 
 class Outcome(NamedTuple):

@@ -97,7 +97,7 @@ def test_every_row_of_both_tasks_and_a_rerun(tiny_llm, data, tmp_path, monkeypat
         assert sizes["merge: cat"] > 1.5 * sizes["plain LoRA"], "the ranks of the teachers add up"
         assert sizes["AdapterDistillation"] == pytest.approx(sizes["plain LoRA"], rel=0.02)
         assert list(results["weights"][task]) == ["bank", "air"]
-        assert 0 <= results["export_difference"][task] < 1e-5
+        assert 0 <= results["export_difference"][task] <= 1e-6
         teacher = json.loads((tmp_path / task / "teachers" / "bank" / "adapter_config.json").read_text())
         assert teacher["peft_type"] == "LORA"
         assert len(re.findall(rf"^{task}: the student differs in plain PEFT by", captured.out, re.M)) == 1
@@ -202,6 +202,12 @@ def test_generation_is_greedy_and_stops(tiny_llm, tenant):
         tokens.append(best)
     assert len(answer) <= 3
     assert answer == tokens[-3:][: len(answer)]
+
+    def generate(input_ids, **kwargs):
+        return torch.cat([input_ids, torch.tensor([[9, end, 8], [8, 9, 7]])], dim=1)
+
+    answers, _ = task.generate(SimpleNamespace(generate=generate), ["w1", "w5"])
+    assert answers == [[9], [8, 9, 7]], "up to the end, if there is one"
 
 
 def test_without_a_package_there_is_one_line(data, tmp_path, monkeypatch):
