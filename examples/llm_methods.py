@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.student.preparing import start_at_weights
 
 MERGES: dict[str, dict[str, Any]] = {  # of PEFT, with their options
     "svd": {"svd_full_matrices": False},
@@ -67,9 +69,10 @@ class Onboarding:
         self.base = self.load()
         check_projections(self.base)
         self.rows: dict[str, dict[str, Any]] = {}
-        self.weights: dict[str, float] = {}
+        self.weights: had.TeacherWeights | None = None
+        self.start_seconds = 0.0
         self.export_difference: float | None = None
-        self.started: tuple[TaskDistillationTrainer, float] | None = None
+        self.started: TaskDistillationTrainer | None = None
 
     def load(self) -> Any:
         """Load the language model, with its head or without it, as the task needs it."""
@@ -154,6 +157,8 @@ class Onboarding:
     def best_merge(self, rate: float) -> Outcome:
         """Train the merge that is best on the validation messages with PEFT."""
         merges = {method: row for method, row in self.rows.items() if method.startswith("merge: ")}
+        if not all(row["searched"] for row in merges.values()):
+            raise ValueError(f"The merges in {self.folder} have no validation accuracy; choose another --output_dir.")
         best = max(merges, key=lambda method: max(merges[method]["searched"].values()))
         start = self.folder_of(best, merges[best]["setting"])
         seconds = merges[best]["train_s"]
@@ -173,35 +178,36 @@ class Onboarding:
         trainer.train()
         return time.perf_counter() - began
 
-    def learn_weights(self) -> tuple[TaskDistillationTrainer, float]:
-        """Return a student at the learned weighted mean of its teachers, with its trainer, and the seconds."""
+    def learn_weights(self) -> TaskDistillationTrainer:
+        """Return the trainer of a student at the weighted mean of its teachers; the weights are learned once."""
         began = time.perf_counter()
         model = self.start_student(had.DistillationConfig([str(folder) for folder in self.teachers]))
         model.train_adapter(self.new.name)
+        if self.weights is not None:
+            start_at_weights(model, active_block(model), self.weights)
         more = {"weighing_steps": self.args.weighing_steps}
         args = self.settings(had.DistillationTrainingArguments, self.args.steps, self.args.learning_rates[0], **more)
         trainer = TaskDistillationTrainer(model, args, task=self.task)
-        trainer.fit_start()
-        weights = had.distillation_of(model, self.new.name).weights
-        assert weights is not None
-        self.weights = weights.mean()
-        return trainer, time.perf_counter() - began
+        if self.weights is None:
+            trainer.fit_start()
+            self.weights = had.distillation_of(model, self.new.name).weights
+            self.start_seconds = time.perf_counter() - began
+        return trainer
 
     def learned_weights(self, setting: float) -> Outcome:
         """Take the student before its first step, as LoraHub combines LoRA by weights that few labels teach."""
-        self.started = trainer, seconds = self.learn_weights()
+        self.started = self.learn_weights()
         folder = self.folder_of("learned weights", setting)
-        had.save_adapter_as_peft(trainer.model, self.new.name, folder)
-        return Outcome(folder, seconds)
+        had.save_adapter_as_peft(self.started.model, self.new.name, folder)
+        return Outcome(folder, self.start_seconds)
 
     def distilled(self, rate: float) -> Outcome:
         """Distil the teachers into a student, and check that plain PEFT computes the same with its export."""
-        trainer, seconds = self.started or self.learn_weights()
-        self.started = None
+        trainer, self.started = self.started or self.learn_weights(), None
         trainer.args.learning_rate = rate
         began = time.perf_counter()
         trainer.train()
-        seconds += time.perf_counter() - began
+        seconds = self.start_seconds + time.perf_counter() - began
         folder = self.folder_of("AdapterDistillation", rate)
         had.save_adapter_as_peft(trainer.model, self.new.name, folder)
         own = self.task.outputs(trainer.model.eval())
@@ -226,7 +232,7 @@ class Onboarding:
         for setting in choices:
             print(f"{self.name}, {method}, {setting:g}", flush=True)
             outcomes[setting] = WAYS[method](self, setting)
-            if len(choices) > 1 or method.startswith("merge: "):  # the best merge is trained
+            if len(choices) > 1 or (method.startswith("merge: ") and "best merge, trained" in self.args.methods):
                 searched[setting] = self.score(outcomes[setting], validation).quality
         best = max(searched or choices, key=lambda setting: searched.get(setting, 0.0))
         score = self.score(outcomes[best], messages_of(self.new, "test", self.args.test_queries))

@@ -119,6 +119,7 @@ def test_students_start_at_their_teachers_and_an_export_that_differs_is_an_error
         run(monkeypatch, tiny_llm, data, tmp_path, *SHORT, "--task", "routing", "--methods", "AdapterDistillation")
     teachers = [tmp_path / "routing" / "teachers" / name for name in ("bank", "air")]
     args = SimpleNamespace(output_dir=str(tmp_path), shots=2, seed=1, rank=4, batch_size=2)
+    args.steps, args.weighing_steps, args.learning_rates = 1, 2, [0.003]
     tenants = load_tenants(data, seed=1)
     onboarding = llm_methods.Onboarding(args, "routing", tiny_llm, chat_tokenizer(), tenants[2], tenants[:2])
     model = onboarding.start_student(llm_methods.had.DistillationConfig(list(map(str, teachers))))
@@ -128,6 +129,14 @@ def test_students_start_at_their_teachers_and_an_export_that_differs_is_an_error
         updates.append((lora.scaling * lora.lora_B @ lora.lora_A).detach())
     assert updates[0].abs().max() > 0
     torch.testing.assert_close(updates[2], (updates[0] + updates[1]) / 2)
+
+    monkeypatch.setattr(llm_methods, "EXPORT_TOLERANCE", 1e-6)
+    saved = []
+    for _ in range(2):
+        outcome = onboarding.distilled(0.003)
+        saved.append((outcome.folder / "adapter_model.safetensors").read_bytes())
+        monkeypatch.setattr(llm_methods.TaskDistillationTrainer, "fit_start", None)
+    assert saved[0] == saved[1], "the weights are learned once"
 
 
 def test_validation_messages_choose_the_setting(tiny_llm, data, tmp_path, monkeypatch):
