@@ -1,10 +1,12 @@
 """What a training step of stage 2 costs: forward, backward and optimizer step, against a plain adapter's.
 
 In one run, in turns: a plain adapter, the carriers `student`, `fused` and `mixed`, the same with each teacher on its
-own (`per teacher`, the plain path), and adapters' `Fuse`; on demand `whole layers`, which runs each layer again.
+own (`per teacher`, the plain path), and adapters' `Fuse`; on demand `whole layers`, which runs each layer again, and
+`every 4` or another number, the carrier `student` with a `distillation_share` of a quarter, the mean over four steps.
 
     python benchmarks/stage2_step.py
     python benchmarks/stage2_step.py --methods student "whole layers" --teachers 1 2 4 8
+    python benchmarks/stage2_step.py --methods student "every 4" "every 8" --teachers 8 32 128
     python benchmarks/stage2_step.py --shapes minilm bert-base gpt2 --teachers 1 2 4 8 16 32 64 128
     python benchmarks/stage2_step.py --shapes bert-base --device cuda --dtype bfloat16
 """
@@ -27,6 +29,11 @@ import hf_adapter_distillation as had
 
 CARRIERS = ("student", "fused", "mixed")
 WHOLE_LAYERS = "whole layers"
+
+
+def steps_of(method: str) -> int:
+    """Return the number of steps of which one runs the teachers."""
+    return int(method.removeprefix("every ")) if method.startswith("every ") else 1
 
 
 @dataclass
@@ -90,9 +97,10 @@ class Steps:
         if method not in self.optimizers:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.optimizers[method] = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        if method in CARRIERS:
+        if method in CARRIERS or steps_of(method) > 1:
             settings = had.StageSettings(fused_probability=0.5)  # its mean over stage 2, for `mixed`
-            had.distillation_of(self.model, method).settings = settings
+            self.distillation = had.distillation_of(self.model, method)
+            self.distillation.settings = settings
 
     def forward_backward(self, method: str) -> None:
         """Compute the loss and its gradients."""
@@ -102,10 +110,13 @@ class Steps:
         loss.backward()
 
     def step(self, method: str) -> None:
-        """Run a training step."""
-        self.forward_backward(method)
-        self.optimizers[method].step()
-        self.optimizers[method].zero_grad()
+        """Run a training step, or as many as one of which runs the teachers."""
+        for number in range(steps_of(method)):
+            if steps_of(method) > 1:
+                self.distillation.settings = had.StageSettings(enabled=number == 0)
+            self.forward_backward(method)
+            self.optimizers[method].step()
+            self.optimizers[method].zero_grad()
 
     def held_bytes(self, method: str) -> int:
         """Measure the peak memory of forward and backward above model, optimizer and gradients, in bytes."""
@@ -126,11 +137,12 @@ def fits(args: Arguments, shape: str, n_teachers: int) -> bool:
 def compare_steps(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
     """Measures all methods side by side; returns a row for each."""
     every = fits(args, shape, n_teachers)
-    methods = ["plain", *(m for m in args.methods if every or m in CARRIERS)]
+    methods = ["plain", *(m for m in args.methods if every or m in CARRIERS or steps_of(m) > 1)]
     steps = Steps(args, shape, n_teachers)
     times = compare(
         {m: (partial(steps.prepare, m), partial(steps.step, m)) for m in methods}, args.rounds, args.device
     )
+    times = {m: [seconds / steps_of(m) for seconds in of_method] for m, of_method in times.items()}
     held = {method: steps.held_bytes(method) for method in methods}
     return [
         {

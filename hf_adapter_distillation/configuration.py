@@ -199,6 +199,12 @@ class DistillationArgumentsMixin(_Arguments):
         "weight that is given holds in all steps.",
         None,
     )
+    distillation_share: float = option(
+        "Share of the steps of stage 2 in which the teachers run. They are spread evenly, from a step that the seed "
+        "draws, and their distillation loss is divided by the share: the mean over the draws is the exact one, 1.0. "
+        "Below 1, for the carrier `student`.",
+        1.0,
+    )
     weighing_steps: int = option(
         "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'.",
         40,
@@ -248,6 +254,8 @@ class DistillationArgumentsMixin(_Arguments):
         start = self.distillation_start
         if start is not None and not 0 <= _read_number("distillation_start", start) <= 1:
             raise _out_of_range("distillation_start", start, "a fraction of all steps, from 0 to 1")
+        if not 0 < _read_number("distillation_share", self.distillation_share) <= 1:
+            raise _out_of_range("distillation_share", self.distillation_share, "a fraction above 0, up to 1")
         for name in ("distillation_weight", "fusion_learning_rate"):
             if (value := vars(self)[name]) is not None:
                 _check_not_negative(name, value)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -55,16 +56,20 @@ def section_of(test: str) -> str | None:
     return next((name for name, patterns in SECTIONS.items() if any(fnmatch(test, p) for p in patterns)), None)
 
 
-def collected_tests() -> dict[str, list[str]]:
-    """Collect the ids of the tests of each section, slow ones too."""
+def collected_tests() -> list[str]:
+    """Collect the ids of all tests, slow ones too."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow or not slow", "tests"]
-    lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+
+
+def by_section(ids: Iterable[str]) -> dict[str, list[str]]:
+    """Return the ids of the tests of each section."""
     tests: dict[str, list[str]] = {name: [] for name in SECTIONS}
-    for line in lines:
-        match = re.match(r"tests/(?:\w+/)*(\w+)\.py::(\w+)", line)
+    for test in ids:
+        match = re.match(r"tests/(?:\w+/)*(\w+)\.py::(\w+)", test)
         section = match and section_of(f"{match[1]}::{match[2]}")
         if section:
-            tests[section].append(line)
+            tests[section].append(test)
     return tests
 
 
@@ -121,7 +126,7 @@ def write(marker: str, table: str) -> None:
 def main() -> int:
     """Run the tests of all sections, write both tables, and return the exit status of the tests."""
     REPORT.parent.mkdir(exist_ok=True)
-    functions = sorted({test.split("[")[0] for tests in collected_tests().values() for test in tests})
+    functions = sorted({test.split("[")[0] for tests in by_section(collected_tests()).values() for test in tests})
     command = [sys.executable, "-m", "pytest", "-n", "auto", "-m", "slow or not slow", "--junitxml", str(REPORT)]
     status = subprocess.run([*command, *functions], cwd=ROOT).returncode
     write("cases", make_table(REPORT))

@@ -13,8 +13,17 @@ from accelerate.state import AcceleratorState
 from hub_server import Hub
 from huggingface_hub import constants
 from tiny_encoder import save_tiny_encoder
+from transformers import logging
 
 import hf_adapter_distillation as had
+
+VERBOSITY = logging.get_verbosity()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Keep the ids of all tests before some are deselected."""
+    config.collected = [item.nodeid for item in items]
 
 
 @pytest.fixture
@@ -65,6 +74,13 @@ def no_mixed_precision_or_compiler_for_the_next_test():
         del os.environ[name]
     if os.environ.pop("ACCELERATE_MIXED_PRECISION", "no") != "no":
         AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def verbosity_of_transformers():
+    """The examples silence transformers for their process, and TrainingArguments show no progress then."""
+    yield
+    logging.set_verbosity(VERBOSITY)
 
 
 @pytest.fixture(scope="session")

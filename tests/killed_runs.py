@@ -127,7 +127,7 @@ def main(out, n_kills):
         kills.append({"folder": folder.name, "status": status, "newest": newest and Path(newest).name})
 
     for number in range(n_kills):
-        kill(out / f"random-{number}", die_at_call, draw.randrange(calls))
+        kill(out / f"random-{number}", die_at_call, int(calls * (number + draw.random()) / n_kills))
         assert in_a_fork(train, out / f"random-{number}") == 0
     for _ in range(3):  # the resumed run is killed, too
         kill(out / "again", die_at_call, calls // 3)

@@ -11,8 +11,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..downloads import is_repo_id, locate_saved, one_line
 from ..student.provenance import read_saved
-from ..teachers.loading import ADAPTER_FILES
-from .options import EvalArguments, PredictArguments
+from ..teachers.loading import ADAPTER_FILES, locate_teacher, read_config
+from .options import EvalArguments, PredictArguments, TrainArguments, parse_value
 
 
 class SavedAdapter(NamedTuple):
@@ -41,6 +41,24 @@ def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTraine
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def student_config(model: ModelAdaptersMixin, args: TrainArguments) -> Any:
+    """Return the method of the student: the one of the options, else the one that all teachers have."""
+    if args.adapter_config is not None:
+        return parse_value("adapter_config", args.adapter_config)
+    configs = {}
+    for entry in args.teachers:
+        teacher = locate_teacher(model, entry)
+        if teacher.saved is not None:
+            configs[entry] = read_config(teacher.label, teacher.saved.config)
+    first, *others = configs
+    if different := [entry for entry in others if configs[entry] != configs[first]]:
+        raise ValueError(
+            f"Teachers {first!r} and {different[0]!r} have different methods; choose the student's with "
+            "--adapter_config, such as seq_bn or lora."
+        )
+    return configs[first]
 
 
 def check_max_length(name: str, max_length: int, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

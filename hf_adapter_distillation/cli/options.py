@@ -86,7 +86,9 @@ class TrainArguments(DataArguments):
         "Sentence Transformers finds the text of label_column.",
         "auto",
     )
-    adapter_config: str = option("Method of the student, such as seq_bn[reduction_factor=8] or lora.", "seq_bn")
+    adapter_config: str | None = option(
+        "Method of the student, such as seq_bn[reduction_factor=8] or lora. Default: the one of the teachers.", None
+    )
     train_split: str = option("Split to train on; a file has only `train`.", "train")
     eval_split: str | None = option(
         "Split to evaluate on, or a fraction of train_split such as 0.2. Default: `validation`, if there is one.", None

@@ -15,8 +15,8 @@ from ..student.summary import as_table, summary_rows
 from ..training.arguments import DistillationTrainingArguments
 from ..training.trainers import DistillationTrainer
 from .data import check_columns, load, split_of, with_columns
-from .models import load_base
-from .options import TrainArguments, parse_value
+from .models import load_base, student_config
+from .options import TrainArguments
 from .progress import SilentMixin, shorten, without_noise
 from .tasks import Labelled, add_head, collator, compute_metrics, encode, labels_of_task, targets, task_of_data
 
@@ -66,7 +66,7 @@ def make_trainer(labelled: Labelled, training_args: Any) -> Any:
         return make_retrieval_trainer(labelled, training_args)
     args, task = labelled.args, labelled.task
     model, tokenizer = load_base(args.model, args.max_length)
-    config = parse_value("adapter_config", args.adapter_config)
+    config = student_config(model, args)
     model.add_adapter(args.student, config=config, distill_from=args.distillation())
     add_head(model, args.student, task, labelled.labels)
     model.train_adapter(args.student)

@@ -51,7 +51,7 @@ def check_prepared(model: ModelAdaptersMixin, setup: object) -> None:
 def _as_setup(setup: object) -> AdapterCompositionBlock | str | None:
     """Read a list of adapters as adapters does, as a `Stack`."""
     if isinstance(setup, list | tuple):
-        setup = setup[0] if len(setup) == 1 else Stack(*setup)
+        setup = setup[0] if len(setup) == 1 and not isinstance(setup[0], Stack) else Stack(*setup)
     return setup if isinstance(setup, AdapterCompositionBlock | str) else None
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 RUN_SETTINGS = (
-    "distillation_start", "distillation_weight", "fusion_regularization", "learning_rate", "seed",
-    "fusion_learning_rate", "ranking", "start_explained", "teacher_weights", "teacher_gain", "steps",
+    "distillation_start", "distillation_weight", "distillation_share", "fusion_regularization", "learning_rate",
+    "seed", "fusion_learning_rate", "ranking", "start_explained", "teacher_weights", "teacher_gain", "steps",
     "first_distillation_step", "epochs", "batch_size",
 )  # fmt: skip
 RUN_RESULTS = ("dataset", "losses", "evaluation", "attention")
@@ -90,6 +90,7 @@ class TrainingRun:
         """
         settings = {
             **derived,
+            "distillation_share": args.distillation_share,
             "fusion_regularization": args.fusion_regularization,
             "learning_rate": args.learning_rate,
             "seed": args.seed,
@@ -152,7 +153,8 @@ def _logged_results(
     evaluation: dict[str, float] = {}
     for logged in log_history:
         if "stage" in logged:
-            losses[str(logged["stage"])] = {key: logged[key] for key in LOSSES if isfinite(logged.get(key, nan))}
+            of_stage = losses.setdefault(str(logged["stage"]), {})
+            of_stage |= {key: logged[key] for key in LOSSES if isfinite(logged.get(key, nan))}
         elif logged.get("step") == step and "loss" not in logged and "train_runtime" not in logged:
             evaluation |= finite_metrics({key: value for key, value in logged.items() if key not in ("step", "epoch")})
     return losses, evaluation

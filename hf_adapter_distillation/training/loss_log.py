@@ -20,6 +20,7 @@ class LoggedTerms:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.trained: dict[str, list[nn.Parameter]] = {}
+        self.stage = 1  # of the last step
         self.clear()
 
     def begin(self, model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
@@ -46,7 +47,7 @@ class LoggedTerms:
         `loss_factor` the factor of the model's loss in the loss of the step.
         """
         self.sums["steps"] += step
-        if record.distillation_loss is None:  # stage 1
+        if record.distillation_loss is None:  # the teachers did not run
             self.sums["task_loss"] += loss
             return
         if record.fused_task_loss is not None:
@@ -54,7 +55,7 @@ class LoggedTerms:
             loss = loss - fused_task_loss
             self.sums["fused_task_loss"] += fused_task_loss
         self.sums["task_loss"] += loss
-        self.sums["stage_2_steps"] += step
+        self.sums["steps_with_teachers"] += step
         self.note_distillation(record, step * share)
 
     def note_distillation(self, record: DistillationRecord, step: float) -> None:
@@ -81,8 +82,8 @@ class LoggedTerms:
     def means(self) -> dict[str, float]:
         """Return the means per step since the last call, over all processes, and forget all sums.
 
-        `task_loss` is the mean over all steps; the other terms and `attention/<name>` are means over the steps in
-        stage 2. `stage` is 2 if there were any, and `grad_norm/<part>` that of the last step. Empty without steps.
+        `task_loss` is the mean over all steps; the other terms and `attention/<name>` are means over the steps with
+        teachers. `stage` and `grad_norm/<part>` are those of the last step. Empty without steps.
         """
         own = {name: total.item() for name, total in self.sums.items()}
         for names, total in self.attention.items():
@@ -98,7 +99,7 @@ class LoggedTerms:
             return {}
         norms = {f"grad_norm/{role}": norm.item() for role, norm in self.norms.items()}
         self.clear()
-        stage_2_steps = sums.pop("stage_2_steps", 0)
+        with_teachers = sums.pop("steps_with_teachers", 0)
         means = {"task_loss": round(sums.pop("task_loss") / sums.pop("steps"), 6)}
-        means |= {name: round(total / stage_2_steps, 6) for name, total in sums.items()}
-        return means | norms | {"stage": 2 if stage_2_steps else 1}
+        means |= {name: round(total / with_teachers, 6) for name, total in sums.items()}
+        return means | norms | {"stage": self.stage}

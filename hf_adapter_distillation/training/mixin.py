@@ -179,7 +179,16 @@ class DistillationMixin(WritingTrainer):
         """Prepare the student, then create optimizer and scheduler for the steps of both stages.
 
         Trainer calls this before the first step, once it knows the model that is trained.
+
+        Raises:
+            ValueError: If `distillation_share` leaves less than one step with teachers.
         """
+        left = num_training_steps - self._first_of_stage_2(num_training_steps)
+        if 0 < left * self.args.distillation_share < 1:
+            raise ValueError(
+                f"distillation_share={self.args.distillation_share:g} runs the teachers in less than one of the "
+                f"{left} steps of stage 2; raise it to 1/{left} or more."
+            )
         inner = self.model_with_adapters
         self._prepared = prepare_training(
             inner,
@@ -187,7 +196,7 @@ class DistillationMixin(WritingTrainer):
             self._examples(),
             self.accelerator,
             checkpoint=self._checkpoint,
-            n_read=self._examples_per_step * (num_training_steps - self._first_of_stage_2(num_training_steps)),
+            n_read=self._examples_per_step * left,
             needs_head=not self._loss_is_outside and inner is self.model,
             show=not self.args.disable_tqdm and self.is_world_process_zero(),
         )

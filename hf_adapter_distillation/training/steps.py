@@ -3,7 +3,8 @@
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
-from math import ceil
+from math import ceil, floor
+from random import Random
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ class TwoStageTrainer(StudentPushingTrainer):
         first = ceil(self.distillation_start * max_steps)
         return first if self._stage_2_start is None else min(first, self._stage_2_start)
 
+    def _runs_teachers(self, step: int) -> bool:
+        """Whether a step belongs to stage 2 and to the share of its steps in which the teachers run.
+
+        Systematic sampling: from a start between 0 and 1 that the seed draws, each step adds the share, and the steps
+        in which the sum passes a whole number are taken. It depends on nothing else, so that all processes take the
+        same steps, and a resumed training the ones that it would have taken.
+        """
+        number, share = step - self.first_distillation_step, self.args.distillation_share
+        start = Random(self.args.seed).random()
+        return number >= 0 and floor((number + 1) * share + start) > floor(number * share + start)
+
     @property
     def _examples_per_step(self) -> int:
         """The number of examples of an optimizer step, in all processes."""
@@ -88,11 +100,11 @@ class TwoStageTrainer(StudentPushingTrainer):
             )
         step, first = self.state.global_step, self.first_distillation_step
         scaler = self.accelerator.scaler  # of float16, by which accelerate multiplies the loss
-        scale = self._share / self.current_gradient_accumulation_steps
+        scale = self._share / self.current_gradient_accumulation_steps / self.args.distillation_share
         left = 1 - (step - first) / max(1, self.state.max_steps - 1 - first)  # of stage 2, from 1 to 0
         self.distillation.begin_step()
         self.distillation.settings = StageSettings(
-            enabled=step >= first,
+            enabled=self._runs_teachers(step),
             weight=self.distillation_weight * (left if self._weight_falls else 1.0),
             regularization=self.args.fusion_regularization,
             scale=scale if scaler is None else scaler.scale(torch.tensor(scale, device=self.accelerator.device)),
@@ -151,24 +163,27 @@ class TwoStageTrainer(StudentPushingTrainer):
     ) -> torch.Tensor:
         """Run a forward and a backward pass, in stage 2 also on examples without labels, and return the detached loss.
 
-        The returned loss includes the distillation terms. In stage 1 the optimizer does not see the fusion. The
+        The returned loss includes the distillation terms. In steps without teachers the optimizer does not see the
+        fusion. The
         arguments are those of Trainer. A loss that is NaN or infinite is a `FloatingPointError`, unless `stop_on_nan`
         is unset.
         """
         step = 1 / self.current_gradient_accumulation_steps
+        added_step = step * self._share / self.args.distillation_share
         keep_active(self.model_with_adapters, self.block)
         self._enter_stage()
         task_loss = super().training_step(model, inputs, num_items_in_batch)
-        is_stage_2 = self.distillation.settings.enabled
-        if not is_stage_2:
-            # Zero gradients would age the optimizer's moments and let weight decay act before stage 2.
+        runs_teachers = self.distillation.settings.enabled
+        if not runs_teachers:
+            # Zero gradients would age the optimizer's moments and let weight decay act without the teachers.
             for parameter in self._fusion_parameters:
                 parameter.grad = None
         record = self._take_record(task_loss, lambda: self.compute_loss(self.model, self._prepare_inputs(inputs)))
+        self._terms.stage = 1 if self.state.global_step < self.first_distillation_step else 2
         self._terms.note(task_loss, record, step, self._share, self._loss_factor(num_items_in_batch))
-        loss = task_loss + step * self._share * record.added
-        if self._unlabelled is not None and is_stage_2:
-            loss = loss + step * self._share * self._distil_unlabelled(model, self._unlabelled, step)
+        loss = task_loss + added_step * record.added
+        if self._unlabelled is not None and runs_teachers:
+            loss = loss + added_step * self._distil_unlabelled(model, self._unlabelled, step)
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             self._terms.note_gradients()
         return loss
@@ -233,7 +248,7 @@ class TwoStageTrainer(StudentPushingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss terms one by one beside Trainer's values, wherever `report_to` sends them.
 
-        `task_loss` is the mean over all steps since the last log. The means over the steps in stage 2 are:
+        `task_loss` is the mean over all steps since the last log. The means over the steps with teachers are:
         `distillation_loss` (unweighted), `fusion_regularization` (weighted), `attention/<teacher>`,
         `distillation_loss/<objective>` where there are several, and for `task_specific` the `probe_loss` and the
         `task_specific_ratio`. `grad_norm/student`, `grad_norm/head` and in stage 2 `grad_norm/fusion` are the norms

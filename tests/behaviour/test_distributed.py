@@ -15,8 +15,8 @@ TERMS = (
     "grad_norm/student", "grad_norm/head", "grad_norm/fusion",
 )  # fmt: skip
 
-# One launch trains all settings: some minutes on a busy machine. The group keeps its tests in one worker.
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900), pytest.mark.xdist_group("distributed")]
+# One launch trains all settings: some minutes on a busy machine.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def live_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(1000, marks=LONG)])
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=LONG)])
 def test_the_number_of_live_tensors_is_flat_in_both_stages(steps, trainer_args):
     counts = []
 

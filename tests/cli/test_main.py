@@ -384,6 +384,25 @@ def test_push_uploads_what_the_student_on_its_model_would(here, capsys, hub):
     assert not repo.files["README.md"].endswith(b"mine")
 
 
+def test_by_default_the_student_has_the_method_of_its_teachers(here, capsys):
+    train = [each for each in TRAIN if not each.startswith("--adapter_config")]
+    assert run(capsys, *train, "--output_dir=like")[0] == 0
+    configs = [
+        json.loads(Path(f"{name}/adapter_config.json").read_text())["config"]
+        for name in ("like/insurance", "adapters/banking")
+    ]
+    assert configs[0] == configs[1]
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    model.add_adapter("lora", config="lora")
+    model.save_adapter("adapters/lora", "lora")
+    mixed = [each.replace("adapters/travel", "adapters/lora") for each in train]
+    assert run(capsys, *mixed, "--output_dir=mixed") == (
+        2, "",
+        "Teachers 'adapters/banking' and 'adapters/lora' have different methods; "
+        "choose the student's with --adapter_config, such as seq_bn or lora.",
+    )  # fmt: skip
+
+
 def test_export_writes_what_peft_reads(here, capsys):
     lora = [*TRAIN, "--adapter_config=lora", "--output_dir=lora"]
     assert run(capsys, *(each for each in lora if each != "--adapter_config=seq_bn[reduction_factor=4]"))[0] == 0

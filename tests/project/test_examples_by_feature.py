@@ -33,7 +33,7 @@ RESULTS = {
 }
 WITHOUT_TRL = pytest.mark.skipif(find_spec("trl") is None, reason="it needs the extra trl")
 SCRIPTS = [pytest.param(script, marks=WITHOUT_TRL if script == "sft_trl" else ()) for script in RESULTS]
-SHORT = {"text_classification", "causal_lm", "sft_trl", "sentence_embeddings", "own_trainer"}
+SHORT = {"text_classification", "sentence_embeddings"}
 DEMOS = [script if script.values[0] in SHORT else pytest.param(*script.values, marks=LONG) for script in SCRIPTS]
 
 

@@ -64,8 +64,7 @@ def test_committed_outputs(name):
     assert f"(examples/notebooks/{name}.ipynb)" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["quick_start", pytest.param("analysis", marks=LONG)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG) for name in FIGURES])
 def test_notebook_runs(name, tmp_path):
     """In a copy, without kernels or settings of the user's; the same is printed but for numbers."""
     pytest.importorskip("nbmake")

@@ -124,3 +124,15 @@ def test_deleting_a_teacher_leaves_the_others():
     assert model.active_adapters == Stack("insurance")
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     model(**make_batch()).loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Passing list objects for adapter activation:FutureWarning")
+@pytest.mark.parametrize("call", ["train_adapter", "set_active_adapters"])
+def test_a_stack_in_a_list_is_an_error_before_it_is_active(call):
+    """adapters makes a Stack of the list, and runs no Stack inside a Stack."""
+    model = make_student(make_model())
+    before = everything(model)
+    block = had.AdapterDistillation("insurance", TEACHERS)
+    with pytest.raises(ValueError, match=r"stands inside Stack\[Stack\[.*; only a Stack may hold it"):
+        getattr(model, call)([Stack(block)])
+    assert everything(model) == before

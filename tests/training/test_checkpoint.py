@@ -32,7 +32,7 @@ from hf_adapter_distillation.training.checkpoint import (
 )
 
 
-@pytest.mark.parametrize("n_kills", [14, pytest.param(100, marks=LONG)])
+@pytest.mark.parametrize("n_kills", [8, pytest.param(100, marks=LONG)])
 def test_killed_runs_lose_nothing(n_kills, tmp_path, record_property):
     """Kills at random calls of both stages and within each file of a checkpoint, of which one is kept at a time."""
     script, environment = ROOT / "tests" / "killed_runs.py", {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -38,7 +38,6 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("name", sharded_worker.SETTINGS)
 def test_a_sharded_base_model_trains_the_same_student(name, two_processes):
     for of_rank in two_processes:

@@ -1,5 +1,9 @@
 """The steps of both stages: when stage 2 begins, what its loss is made of, and what is logged."""
 
+from itertools import pairwise
+from math import floor
+from random import Random
+
 import pytest
 import torch
 from model_state import changed, snapshot
@@ -269,3 +273,113 @@ def test_skipped_layers_stay_skipped_through_a_training(selection, trainer_args)
     assert moved
     if selection == "all":  # else the student starts again, at the average of the kept teachers
         assert all(".layer.1." in name for name in moved)
+
+
+# A share of the steps
+
+
+def steps_with_teachers(model, args):
+    seen = []
+    note = EachStep(lambda *_, **__: seen.append(had.distillation_of(model).settings.enabled))
+    trainer_for(model, args, callbacks=[note]).train()
+    return [number for number, enabled in enumerate(seen) if enabled]
+
+
+@pytest.mark.parametrize(("share", "count"), [(1.0, 12), (0.5, 6), (0.25, 3), (1 / 3, 4)])
+def test_the_teachers_run_in_a_share_of_the_steps_spread_evenly(share, count, trainer_args):
+    args = trainer_args(max_steps=16, distillation_start=0.25, distillation_share=share)
+    steps = steps_with_teachers(make_student(make_model()), args)
+    assert len(steps) == count
+    assert min(steps) >= 4
+    assert {b - a for a, b in pairwise(steps)} == {round(1 / share)}
+
+
+def test_each_step_is_drawn_with_the_probability_of_the_share(trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args(distillation_start=0.0, distillation_share=0.3))
+    trainer.state.max_steps = 5
+    draws = torch.zeros(2000, 5)
+    for seed in range(len(draws)):
+        trainer.args.seed = seed
+        draws[seed] = torch.tensor([trainer._runs_teachers(step) for step in range(5)])
+    error = (0.3 * 0.7 / len(draws)) ** 0.5
+    assert (draws.mean(dim=0) - 0.3).abs().max() < 4 * error
+
+
+def test_the_mean_gradient_over_the_draws_is_the_exact_one(trainer_args):
+    """Each of the four draws of a quarter of four steps, at learning rate 0, against all four steps."""
+
+    def total(seed, share):
+        model = make_student(make_model(dtype=torch.float64))
+        model.double()
+        grads = {}
+
+        class Add(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                for name, p in model.named_parameters():
+                    if p.requires_grad:
+                        grads[name] = grads.get(name, 0) + (torch.zeros_like(p) if p.grad is None else p.grad)
+
+        args = trainer_args(
+            max_steps=4, distillation_start=0.0, distillation_share=share, distillation_weight=0.7, seed=seed,
+            data_seed=0, learning_rate=0.0, max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer_for(model, args, callbacks=[Add()]).train()
+        return grads
+
+    exact = total(0, 1.0)
+    starts = {}  # a seed for each step that the draw can begin with
+    seed = 0
+    while len(starts) < 4:
+        starts.setdefault(floor(Random(seed).random() * 4), seed)
+        seed += 1
+    drawn = [total(seed, 0.25) for seed in starts.values()]
+    assert any("distillation_fusion" in name for name in exact)
+    for name, grad in exact.items():
+        mean = sum(grads[name] for grads in drawn) / 4
+        torch.testing.assert_close(mean, grad, rtol=1e-8, atol=1e-10)
+    assert not all(torch.allclose(drawn[0][name], grad) for name, grad in exact.items())
+
+
+def test_the_log_of_a_share_adds_up_and_names_the_stage(trainer_args):
+    args = trainer_args(max_steps=8, distillation_start=0.25, distillation_share=0.5, distillation_weight=0.7)
+    trainer = trainer_for(make_student(make_model()), args)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["stage"] for log in logs] == [1, 1, 2, 2, 2, 2, 2, 2]
+    assert sum("distillation_loss" in log for log in logs) == 3
+    for log in logs:
+        added = 0.7 * log.get("distillation_loss", 0) + log.get("fusion_regularization", 0)
+        assert log["loss"] == pytest.approx(log["task_loss"] + added / 0.5, abs=2e-4)
+    assert {"task_loss", "distillation_loss"} <= trainer.distillation.run.losses["2"].keys()
+    assert trainer.distillation.run.settings["distillation_share"] == 0.5
+
+
+def test_a_resumed_training_takes_the_same_steps(trainer_args, tmp_path):
+    def train(model, resume=None):
+        args = trainer_args(
+            output_dir=str(tmp_path / "run"), max_steps=8, distillation_start=0.0, distillation_share=0.4, seed=3,
+            save_strategy="steps", save_steps=3, save_total_limit=None,
+        )  # fmt: skip
+        trainer_for(model, args).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = snapshot(train(make_student(make_model())))
+    resumed = train(make_student(make_model()), resume=str(tmp_path / "run" / "checkpoint-3"))
+    assert not changed(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "carrier", "message"),
+    [
+        ({"distillation_share": 0.5}, "fused", "distillation_share=0.5 needs the carrier 'student', .*, not 'fused'"),
+        (
+            {"distillation_share": 0.1},
+            "student",
+            "runs the teachers in less than one of the 8 steps of stage 2; raise",
+        ),
+    ],
+)
+def test_a_share_that_cannot_be_is_an_error(kwargs, carrier, message, trainer_args):
+    args = trainer_args(max_steps=8, distillation_start=0.0, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        trainer_for(make_student(make_model(), carrier=carrier), args).train()
