@@ -293,3 +293,14 @@ def test_quick_leaves_what_the_user_gives():
     assert (args.steps, args.teachers, args.learning_rates) == (5, 2, [3e-3])
     assert not {"average, trained", "best merge, trained"} & set(args.methods)
     assert llm_skills.Arguments().methods == ROWS
+
+
+def test_a_smoke_test_prints_no_table(capsys):
+    results = {"rows": {"routing": {"no adapter": {"accuracy@1": 0.5}}}, "weights": {}}
+    for quick in (True, False):
+        args = llm_skills.Arguments(quick=quick, methods=["no adapter"])
+        tenant = SimpleNamespace(name="shop", faqs=[])
+        llm_skills.show(args, ["routing"], tenant, results)
+        printed = capsys.readouterr().out
+        assert ("A smoke test" in printed) == quick
+        assert ("\nno adapter" in printed) != quick
