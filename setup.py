@@ -25,6 +25,7 @@ extras = {
     ],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "peft": ["peft>=0.19"],
+    "llm": [*plots, "gguf>=0.10", "peft>=0.19"],
     "sentence-transformers": sentence_transformers,
     "trl": ["trl>=1.7,<2"],
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],

@@ -5,6 +5,8 @@ python benchmarks/report.py inference benchmarks/results/inference.json
 python benchmarks/report.py profile_training benchmarks/results/profile_training.json
 python benchmarks/report.py serving benchmarks/results/serving.json
 python benchmarks/report.py faq_retrieval benchmarks/results/faq_retrieval.json
+python benchmarks/report.py llm_routing benchmarks/results/llm_skills.json
+python benchmarks/report.py llm_answers benchmarks/results/llm_skills.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py training_data benchmarks/results/streaming_tenants_*.jsonl
@@ -129,6 +131,18 @@ def faq_retrieval(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def llm_routing(results: dict[str, Any]) -> str:
+    """Return the table of a language model that routes messages, a row per way to onboard the tenant."""
+    header, *rows = faq_table.cells(results["rows"]["routing"])
+    return markdown(header, rows)
+
+
+def llm_answers(results: dict[str, Any]) -> str:
+    """Return the table of a language model that answers with labels, a row per way to onboard the tenant."""
+    header, *rows = faq_table.cells(results["rows"]["answers"])
+    return markdown(header, rows)
+
+
 def read(path: Path, *more: Path) -> Any:
     """Return the content of a result file: a dict, or for JSON lines a list of the dicts of all files."""
     if path.suffix != ".jsonl":
@@ -185,6 +199,8 @@ TABLES = {
         serving,
         adapter_memory,
         faq_retrieval,
+        llm_routing,
+        llm_answers,
         streaming_tenants,
         variants,
         objectives,

@@ -11,6 +11,8 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_adapter_distillation.composition import check_name
+
 BUNDLED = Path(__file__).parent / "data" / "faq_tenants.json"
 CLASSES_PER_TENANT = 15  # for a Hub dataset whose classes belong to no tenant
 
@@ -24,6 +26,7 @@ class Faq:
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
     test: list[str] = field(default_factory=list)
+    label: str = ""  # a short name; without one the question is short
 
 
 @dataclass
@@ -101,6 +104,25 @@ def check_texts(tenants: Sequence[Tenant]) -> None:
                 raise ValueError(f"{place} has an empty query; remove it.")
 
 
+def choose_new(tenants: Sequence[Tenant], name: str) -> tuple[Tenant, list[Tenant]]:
+    """Return the new tenant, by default the last one, and the others.
+
+    Raises:
+        ValueError: If there is no such tenant, it has too few FAQs, or the names of the tenants make no adapters.
+    """
+    names = [tenant.name for tenant in tenants]
+    for each in names:
+        check_name(each, f"Tenant {each!r}", "rename the tenant")
+        if names.count(each) > 1:
+            raise ValueError(f"Two tenants are named {each!r}; rename one of them.")
+    if name and name not in names:
+        raise ValueError(f"--new_tenant {name} is not in the data; choose one of {', '.join(names)}.")
+    new = tenants[names.index(name) if name else -1]
+    if len(new.faqs) < 2:
+        raise ValueError(f"Tenant {new.name!r} has {len(new.faqs)} FAQ; a ranking needs at least two.")
+    return new, [tenant for tenant in tenants if tenant is not new]
+
+
 def hold_out(tenant: Tenant, shots: int, n_validation: int = 0) -> None:
     """Keep `shots` queries of each FAQ for training.
 
@@ -125,7 +147,8 @@ def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
         try:
             for faq in tenant["faqs"]:
                 queries = rng.sample(faq["queries"], len(faq["queries"]))
-                faqs.append(Faq(faq["question"], faq.get("answer", ""), queries))
+                label = str(faq.get("id", "")).replace("_", " ")
+                faqs.append(Faq(faq["question"], faq.get("answer", ""), queries, label=label))
             tenants.append(Tenant(tenant["name"], faqs))
         except (KeyError, TypeError) as error:
             place = f"Tenant {len(tenants) + 1}, FAQ {len(faqs) + 1}"

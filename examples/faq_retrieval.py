@@ -30,13 +30,12 @@ import sentence_transformers
 import torch
 import transformers
 from faq_cross_encoder import CrossEncoderPlatform
-from faq_data import BUNDLED, Tenant, hold_out, load_tenants
+from faq_data import BUNDLED, Tenant, choose_new, hold_out, load_tenants
 from faq_embeddings import EmbeddingPlatform
 from faq_table import as_text
 from transformers import HfArgumentParser
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.composition import check_name
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "embeddings": {
@@ -121,19 +120,8 @@ def prepare() -> tuple[Arguments, Any, Tenant, list[Tenant]]:
         OSError: If the model cannot be loaded or the output cannot be written.
     """
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    tenants = load_tenants(args.data or str(BUNDLED), args.seed)
-    names = [tenant.name for tenant in tenants]
-    for name in names:
-        check_name(name, f"Tenant {name!r}", "rename the tenant")
-        if names.count(name) > 1:
-            raise ValueError(f"Two tenants are named {name!r}; rename one of them.")
-    new_name = args.new_tenant or names[-1]
-    if new_name not in names:
-        raise ValueError(f"--new_tenant {new_name} is not in the data; choose one of {', '.join(names)}.")
-    new = tenants[names.index(new_name)]
-    if len(new.faqs) < 2:
-        raise ValueError(f"Tenant {new.name!r} has {len(new.faqs)} FAQ; a ranking needs at least two.")
-    existing = [tenant for tenant in tenants if tenant is not new][: QUICK_TEACHERS if args.quick else None]
+    new, others = choose_new(load_tenants(args.data or str(BUNDLED), args.seed), args.new_tenant)
+    existing = others[: QUICK_TEACHERS if args.quick else None]
     hold_out(new, args.shots)
     platform: Any
     if args.architecture == "embeddings":

@@ -82,7 +82,10 @@ def start_at_average(
     ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype", "leave_out"}
 
     def relevant(name: str) -> dict:
-        return {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
+        kept = {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
+        if "attn_matrices" in kept:
+            kept["attn_matrices"] = sorted(kept["attn_matrices"])  # LoRA of PEFT are converted in this order
+        return kept
 
     teachers, reason = distillation.config.teachers, ""
     if others := [name for name in teachers if relevant(name) != relevant(student)]:
