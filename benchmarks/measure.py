@@ -23,7 +23,7 @@ import transformers
 from adapters import AutoAdapterModel
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, GPT2Config, HfArgumentParser, PretrainedConfig
+from transformers import BertConfig, GPT2Config, HfArgumentParser, LlamaConfig, PretrainedConfig
 
 import hf_adapter_distillation as had
 
@@ -36,6 +36,16 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "bert-base": BertConfig,
     "gpt2": lambda: GPT2Config(pad_token_id=0),
+    "llama-1b": lambda: LlamaConfig(  # of Llama 3.2
+        vocab_size=128256,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    ),  # fmt: skip
 }
 
 

@@ -8,7 +8,8 @@ own (`per teacher`, the plain path), and adapters' `Fuse`; on demand `whole laye
     python benchmarks/stage2_step.py --methods student "whole layers" --teachers 1 2 4 8
     python benchmarks/stage2_step.py --methods student "every 4" "every 8" --teachers 8 32 128
     python benchmarks/stage2_step.py --shapes minilm bert-base gpt2 --teachers 1 2 4 8 16 32 64 128
-    python benchmarks/stage2_step.py --shapes bert-base --device cuda --dtype bfloat16
+    python benchmarks/stage2_step.py --shapes bert-base --device cuda --dtype bfloat16 --compile
+    python benchmarks/stage2_step.py --shapes llama-1b --config lora --methods student --device cuda --dtype bfloat16
 """
 
 from contextlib import nullcontext
@@ -44,6 +45,11 @@ class Arguments(measure.Arguments):
     methods: list[str] = field(
         default_factory=lambda: [*CARRIERS, "per teacher", "Fuse"], metadata={"help": "What is compared."}
     )
+    config: str = field(
+        default="",
+        metadata={"help": "Config of all adapters, such as lora[r=8]. Default: seq_bn of reduction_factor."},
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile the model with inductor, before the timed steps."})
     batch: int = field(default=16, metadata={"help": "Sequences in a batch."})
     rounds: int = field(default=7, metadata={"help": "Steps of each method that are timed."})
     max_gb: float = field(
@@ -67,7 +73,7 @@ class Steps:
         self.args = args
         self.model = make_model(shape, args.device)
         self.batch = make_batch(self.model, args.batch, args.seq_len)
-        config = f"seq_bn[reduction_factor={args.reduction_factor}]"
+        config = args.config or f"seq_bn[reduction_factor={args.reduction_factor}]"
         self.teachers = [f"teacher{n}" for n in range(n_teachers)]
         for name in [*self.teachers, "plain"]:
             self.model.add_adapter(name, config=config)
@@ -84,6 +90,7 @@ class Steps:
             self.model.add_adapter_fusion(self.fuse)
         self.model.to(args.device)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.call = torch.compile(self.model) if args.compile else self.model
 
     def prepare(self, method: str) -> None:
         """Activates a method, as a user would before training; the step after it copies the teachers anew."""
@@ -106,7 +113,7 @@ class Steps:
         """Compute the loss and its gradients."""
         alone = mock.patch("hf_adapter_distillation.method.stacking.can_be_stacked", return_value=False)
         with autocast(self.args.device, self.args.dtype), alone if method == "per teacher" else nullcontext():
-            loss = self.model(**self.batch).loss
+            loss = self.call(**self.batch).loss
         loss.backward()
 
     def step(self, method: str) -> None:

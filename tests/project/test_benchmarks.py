@@ -2,6 +2,7 @@
 
 import gc
 import json
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -699,3 +700,19 @@ def test_the_interval_covers_the_mean_of_samples():
     assert mean == 0.25
     assert np.isnan(low)
     assert np.isnan(high)
+
+
+def test_a_step_of_lora(monkeypatch):
+    monkeypatch.setitem(measure.SHAPES, "tiny", tiny)
+    args = stage2_step.Arguments(methods=["student"], config="lora[r=2]", batch=2, seq_len=8)
+    steps = stage2_step.Steps(args, "tiny", 2)
+    assert {config["architecture"] for config in steps.model.adapters_config.config_map.values()} == {"lora"}
+    for method in ("plain", "student"):
+        steps.prepare(method)
+        steps.step(method)
+
+
+def test_the_gpu_script_names_what_it_does_not_know():
+    done = subprocess.run(["bash", ROOT / "benchmarks" / "gpu.sh", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu.sh: --help is unknown; leave it out, or give --dry-run\n"
