@@ -16,11 +16,13 @@ from itertools import combinations
 import pytest
 import torch
 from adapters import AdapterSetup, AutoAdapterModel, BatchSplit, Fuse
-from fastapi.testclient import TestClient
 from paths import ROOT
 from tiny_models import noisy
 from torch.nn.functional import normalize as normalized
 from transformers import AutoTokenizer, BertModel, set_seed
+
+TestClient = pytest.importorskip("fastapi.testclient").TestClient
+pytest.importorskip("uvicorn")
 
 EXAMPLES = ROOT / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "serving")]
