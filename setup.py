@@ -34,7 +34,7 @@ extras = {
         *sentence_transformers,
         "httpx>=0.27",
         "hypothesis>=6.100",
-        "peft>=0.17",
+        "peft>=0.19",
         "pytest>=8",
         "pytest-timeout>=2.3.1",
         "pytest-xdist>=3.6.1",
