@@ -430,7 +430,14 @@ def test_the_figures_of_when_to_use_it_match_the_result_files():
 
 @pytest.mark.parametrize(
     ("name", "n_tables"),
-    [("performance", 8), ("quality", 12), ("when_to_use", 1), ("how_to/serve", 1), ("how_to/peft", 1)],
+    [
+        ("performance", 8),
+        ("quality", 12),
+        ("when_to_use", 1),
+        ("how_to/serve", 1),
+        ("how_to/peft", 1),
+        ("language_models", 2),
+    ],
 )
 def test_the_tables_of_a_page_match_the_result_files(name, n_tables):
     path = ROOT / "docs" / f"{name}.md"
