@@ -1,5 +1,6 @@
 """A tiny BERT with a tokenizer."""
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -24,5 +25,7 @@ def save_tiny_encoder(folder):
     config = BertConfig(
         len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    BertModel(config).save_pretrained(folder)
+    with torch.random.fork_rng():  # the same weights whatever test comes first
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
     return folder
