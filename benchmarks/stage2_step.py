@@ -106,8 +106,7 @@ class Steps:
             self.optimizers[method] = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         if method in CARRIERS or steps_of(method) > 1:
             settings = had.StageSettings(fused_probability=0.5)  # its mean over stage 2, for `mixed`
-            self.distillation = had.distillation_of(self.model, method)
-            self.distillation.settings = settings
+            had.distillation_of(self.model, method).settings = settings
 
     def forward_backward(self, method: str) -> None:
         """Compute the loss and its gradients."""
@@ -120,7 +119,7 @@ class Steps:
         """Run a training step, or as many as one of which runs the teachers."""
         for number in range(steps_of(method)):
             if steps_of(method) > 1:
-                self.distillation.settings = had.StageSettings(enabled=number == 0)
+                had.distillation_of(self.model, method).settings = had.StageSettings(enabled=number == 0)
             self.forward_backward(method)
             self.optimizers[method].step()
             self.optimizers[method].zero_grad()

@@ -127,7 +127,8 @@ class Onboarding:
         print("AdapterDistillation, start of the student", flush=True)
         began = time.perf_counter()
         self.platform.new_adapter(name, had.DistillationConfig(self.teachers), self.args.seed)
-        settings = training_arguments(self.args, steps) | {"weighing_steps": max(2, min(40, steps))}
+        most = had.DistillationTrainingArguments.weighing_steps
+        settings = training_arguments(self.args, steps) | {"weighing_steps": max(2, min(most, steps))}
         trainer = self.platform.trainer(self.tenant, self.labelled, **settings)
         trainer.fit_start()
         seconds = time.perf_counter() - began

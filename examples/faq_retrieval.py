@@ -72,13 +72,13 @@ class Arguments:
         default=None, metadata={"help": "Test queries for each FAQ, at most. Default: 20 (cross-encoder 8)."}
     )
     teacher_steps: int | None = field(
-        default=None, metadata={"help": "Steps of each existing tenant's adapter. Default: 60 (cross-encoder 360)."}
+        default=None, metadata={"help": "Steps of each existing tenant's adapter. Default: 40 (cross-encoder 360)."}
     )
     teacher_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the existing tenants' adapters. Default: 2e-3."}
     )
     steps: int | None = field(
-        default=None, metadata={"help": "Steps of the new tenant, all stages. Default: 60 (cross-encoder 216)."}
+        default=None, metadata={"help": "Steps of the new tenant, all stages. Default: 50 (cross-encoder 216)."}
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate. Default: 1e-3 (cross-encoder 2e-3)."}

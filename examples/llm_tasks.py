@@ -45,6 +45,18 @@ def messages_of(tenant: Tenant, split: str, n: int) -> list[Message]:
     return [Message(text, number) for number, faq in enumerate(tenant.faqs) for text in getattr(faq, split)[:n]]
 
 
+def by_length(tokens: Sequence[list[int]]) -> list[list[int]]:
+    """Return the numbers of texts in batches of similar length, the shortest first."""
+    order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[list[int]], side: str) -> Batch:
+    """Return one batch, padded to the longest text on a side, "left" or "right"."""
+    batch = tokenizer.pad({"input_ids": list(tokens)}, padding_side=side, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
 class Routing:
     """The FAQ of a message is the one with the next embedding, among the FAQs of a tenant.
 
@@ -77,12 +89,7 @@ class Routing:
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Return a batch of messages, and after them the titles of all FAQs."""
         tokens = [*(row["input_ids"] for row in rows), *self.titles]
-        return {**self.padded(tokens), "labels": torch.tensor([row["labels"] for row in rows])}
-
-    def padded(self, tokens: Sequence[list[int]]) -> Batch:
-        """Return one batch, padded to the longest."""
-        padded = self.tokenizer.pad({"input_ids": list(tokens)}, padding_side="right", return_tensors="pt")
-        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+        return {**padded(self.tokenizer, tokens, "right"), "labels": torch.tensor([row["labels"] for row in rows])}
 
     def embed(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return normalised embeddings of texts, (n_texts, hidden)."""
@@ -101,10 +108,10 @@ class Routing:
     def embed_texts(self, model: nn.Module, texts: Sequence[str]) -> torch.Tensor:
         """Return the embeddings of many texts in batches of similar length, (n_texts, hidden)."""
         tokens = self._tokens(texts)
-        order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
-        parts = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-        embedded = torch.cat([self.embed(model, self.padded([tokens[n] for n in part])) for part in parts])
-        return embedded[torch.tensor(order).argsort()]
+        parts = by_length(tokens)
+        batches = [padded(self.tokenizer, [tokens[number] for number in part], "right") for part in parts]
+        embedded = torch.cat([self.embed(model, batch) for batch in batches])
+        return embedded[torch.tensor([number for part in parts for number in part]).argsort()]
 
     def score(self, model: nn.Module, messages: Sequence[Message]) -> Score:
         """Rank the FAQs by the centroids of their titles and training messages."""
@@ -184,19 +191,13 @@ class Answers:
         """Compute the model's own loss, the mean over the tokens of the answers."""
         return model(**inputs, use_cache=False).loss
 
-    def _padded(self, prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        padded = self.tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
-        return {name: padded[name] for name in ("input_ids", "attention_mask")}
-
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, texts: Sequence[str]) -> tuple[list[list[int]], float]:
         """Return the tokens of the answers without the token that ends them, and the tokens a second."""
         prompts, end = [self._prompt(text) for text in texts], self.answers[0][-1]
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         longest, answers, began, total = max(map(len, self.answers)), {}, time.perf_counter(), 0
-        for start in range(0, len(order), BATCH):
-            part = order[start : start + BATCH]
-            batch = self._padded([prompts[number] for number in part])
+        for part in by_length(prompts):
+            batch = padded(self.tokenizer, [prompts[number] for number in part], "left")
             generated = model.generate(
                 **batch, do_sample=False, max_new_tokens=longest, eos_token_id=end, pad_token_id=end
             )
@@ -215,7 +216,7 @@ class Answers:
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> torch.Tensor:
         """Return outputs by which two models are compared: the logits after some prompts."""
-        batch = self._padded([self._prompt(message.text) for message in self.labelled[:4]])
+        batch = padded(self.tokenizer, [self._prompt(message.text) for message in self.labelled[:4]], "left")
         return model(**batch, use_cache=False).logits[:, -1]
 
 

@@ -9,7 +9,7 @@ from ..downloads import locate_saved
 from ..student.peft_export import check_lora_config, write_as_peft
 from ..student.provenance import provenance_of, read_saved
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter, read_config
-from .models import load_pretrained
+from .models import base_of, load_pretrained
 
 
 def export(args: Namespace) -> str:
@@ -19,9 +19,7 @@ def export(args: Namespace) -> str:
     if "peft_type" in saved:
         raise ValueError(f"{args.source} is an adapter of PEFT already.")
     check_lora_config(label, read_config(label, saved.get("config")))
-    base = args.model or saved.get("model_name")
-    if not base:
-        raise ValueError(f"{args.source} names no base model; pass --model.")
+    base = base_of(saved, args.source, args.model)
     provenance = provenance_of(saved, args.source).to_dict() if "distillation" in saved else None
     (model,) = load_pretrained(base, AutoAdapterModel.from_pretrained)
     name = str(saved.get("name") or Path(args.source).name)

@@ -1,7 +1,7 @@
 """Load base models, and locate saved adapters with the base model that they name."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,16 @@ def locate_adapter(args: EvalArguments | PredictArguments) -> SavedAdapter:
     """Return the saved adapter of the options, downloaded if it is on the Hub."""
     folder = locate_saved(args.adapter, ADAPTER_FILES)
     saved = read_saved(folder)
-    base = args.model or saved.get("model_name") or saved.get("base_model_name_or_path")  # the last is of PEFT
-    if not base:
-        raise ValueError(f"{args.adapter} names no base model; pass --model.")
+    base = base_of(saved, args.adapter, args.model)
     return SavedAdapter(folder, str(saved.get("name") or "adapter"), base)  # PEFT saves no name
+
+
+def base_of(saved: Mapping[str, Any], source: str, given: str | None) -> str:
+    """Return the folder or Hub id of an adapter's base model: the given one, or the one that its config names."""
+    base = given or saved.get("model_name") or saved.get("base_model_name_or_path")  # the last is of PEFT
+    if not base:
+        raise ValueError(f"{source} names no base model; pass --model.")
+    return str(base)
 
 
 def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
@@ -43,7 +49,12 @@ def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTraine
     return model, tokenizer
 
 
-def student_config(model: ModelAdaptersMixin, args: TrainArguments) -> Any:
+def add_student_adapter(model: ModelAdaptersMixin, args: TrainArguments) -> None:
+    """Add the student of the options to a base model."""
+    model.add_adapter(args.student, config=_student_config(model, args), distill_from=args.distillation())
+
+
+def _student_config(model: ModelAdaptersMixin, args: TrainArguments) -> Any:
     """Return the method of the student: the one of the options, else the one that all teachers have."""
     if args.adapter_config is not None:
         return parse_value("adapter_config", args.adapter_config)

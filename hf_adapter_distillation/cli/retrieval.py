@@ -19,7 +19,7 @@ from ..integrations.sentence_transformers import (
 )
 from ..teachers.loading import load_saved_adapter
 from .data import check_columns, load, split_of, with_columns
-from .models import check_max_length, load_pretrained, locate_adapter, student_config
+from .models import add_student_adapter, check_max_length, load_pretrained, locate_adapter
 from .options import DataArguments, EvalArguments, PredictArguments
 from .progress import SilentMixin
 from .tasks import Labelled, candidates_of, targets, with_best
@@ -122,8 +122,7 @@ def make_retrieval_trainer(labelled: Labelled, training_args: Any) -> RetrievalT
     args, candidates = labelled.args, list(map(str, labelled.labels))
     encoder = load_encoder(args.model, args.max_length)
     model: Any = encoder[0].auto_model
-    config = student_config(model, args)
-    model.add_adapter(args.student, config=config, distill_from=args.distillation())
+    add_student_adapter(model, args)
     model.train_adapter(args.student)
     data = {
         name: Dataset.from_dict({"query": part[args.text_column], "label": labelled.targets[name]})

@@ -15,7 +15,7 @@ from ..student.summary import as_table, summary_rows
 from ..training.arguments import DistillationTrainingArguments
 from ..training.trainers import DistillationTrainer
 from .data import check_columns, load, split_of, with_columns
-from .models import load_base, student_config
+from .models import add_student_adapter, load_base
 from .options import TrainArguments
 from .progress import SilentMixin, shorten, without_noise
 from .tasks import Labelled, add_head, collator, compute_metrics, encode, labels_of_task, targets, task_of_data
@@ -66,8 +66,7 @@ def make_trainer(labelled: Labelled, training_args: Any) -> Any:
         return make_retrieval_trainer(labelled, training_args)
     args, task = labelled.args, labelled.task
     model, tokenizer = load_base(args.model, args.max_length)
-    config = student_config(model, args)
-    model.add_adapter(args.student, config=config, distill_from=args.distillation())
+    add_student_adapter(model, args)
     add_head(model, args.student, task, labelled.labels)
     model.train_adapter(args.student)
     encoded = {

@@ -100,7 +100,7 @@ class TwoStageTrainer(StudentPushingTrainer):
             )
         step, first = self.state.global_step, self.first_distillation_step
         scaler = self.accelerator.scaler  # of float16, by which accelerate multiplies the loss
-        scale = self._share / self.current_gradient_accumulation_steps / self.args.distillation_share
+        scale = self._terms_factor
         left = 1 - (step - first) / max(1, self.state.max_steps - 1 - first)  # of stage 2, from 1 to 0
         self.distillation.begin_step()
         self.distillation.settings = StageSettings(
@@ -117,6 +117,11 @@ class TwoStageTrainer(StudentPushingTrainer):
     def _share(self) -> float:
         """The share of a batch in the distillation loss of its step."""
         return 1.0 if self._unlabelled is None else 0.5
+
+    @property
+    def _terms_factor(self) -> float:
+        """The factor of the distillation terms of a micro-batch in the loss of its step."""
+        return self._share / self.current_gradient_accumulation_steps / self.args.distillation_share
 
     def _loss_factor(self, num_items_in_batch: torch.Tensor | None) -> float:
         """Return the factor of the model's loss in the loss of a step, as Trainer reports it."""
@@ -164,12 +169,10 @@ class TwoStageTrainer(StudentPushingTrainer):
         """Run a forward and a backward pass, in stage 2 also on examples without labels, and return the detached loss.
 
         The returned loss includes the distillation terms. In steps without teachers the optimizer does not see the
-        fusion. The
-        arguments are those of Trainer. A loss that is NaN or infinite is a `FloatingPointError`, unless `stop_on_nan`
-        is unset.
+        fusion. The arguments are those of Trainer. A loss that is NaN or infinite is a `FloatingPointError`, unless
+        `stop_on_nan` is unset.
         """
         step = 1 / self.current_gradient_accumulation_steps
-        added_step = step * self._share / self.args.distillation_share
         keep_active(self.model_with_adapters, self.block)
         self._enter_stage()
         task_loss = super().training_step(model, inputs, num_items_in_batch)
@@ -181,9 +184,9 @@ class TwoStageTrainer(StudentPushingTrainer):
         record = self._take_record(task_loss, lambda: self.compute_loss(self.model, self._prepare_inputs(inputs)))
         self._terms.stage = 1 if self.state.global_step < self.first_distillation_step else 2
         self._terms.note(task_loss, record, step, self._share, self._loss_factor(num_items_in_batch))
-        loss = task_loss + added_step * record.added
+        loss = task_loss + self._terms_factor * record.added
         if self._unlabelled is not None and runs_teachers:
-            loss = loss + added_step * self._distil_unlabelled(model, self._unlabelled, step)
+            loss = loss + self._terms_factor * self._distil_unlabelled(model, self._unlabelled, step)
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             self._terms.note_gradients()
         return loss

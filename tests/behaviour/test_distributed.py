@@ -1,15 +1,10 @@
 """Two processes against one, with the same global batch; each setting is named in `distributed_worker.py`."""
 
-import os
-import subprocess
-import sys
-
 import distributed_worker
 import pytest
 import torch
-from paths import ROOT
+from two_processes import run_in_two_processes
 
-CONFIGS = ROOT / "examples" / "accelerate"
 TERMS = (
     "task_loss", "distillation_loss", "fusion_regularization", "fused_task_loss",
     "grad_norm/student", "grad_norm/head", "grad_norm/fusion",
@@ -22,18 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of the two processes has written, from one launch."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            ROOT / "tests" / "distributed_worker.py", folder,
-        ],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_in_two_processes("distributed_worker.py", tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("name", distributed_worker.SETTINGS)

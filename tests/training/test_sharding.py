@@ -1,17 +1,13 @@
 """Two processes with half of the frozen base model each, against two with a whole one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import sharded_worker
 import torch
 from messages import exactly
 from packaging.version import Version
-from paths import ROOT
 from tiny_models import make_model, make_student
 from trainings import trainer_for
+from two_processes import run_in_two_processes
 
 from hf_adapter_distillation.training import mixin
 from hf_adapter_distillation.training.sharding import is_sharded, shard_base_model
@@ -22,18 +18,7 @@ pytestmark = pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), rea
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of the two processes has written, from one launch."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            ROOT / "tests" / "sharded_worker.py", folder,
-        ],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_in_two_processes("sharded_worker.py", tmp_path_factory.mktemp("two_processes"), timeout=600)
 
 
 @pytest.mark.distributed
