@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 PACKAGE = (FOLDER / "hf_adapter_distillation" / "__init__.py").read_text(encoding="utf-8")
 
 plots = ["matplotlib>=3.10.7"]
-sentence_transformers = ["sentence-transformers>=5,<6"]
+sentence_transformers = ["sentence-transformers>=5.4,<6"]
 extras = {
     "plots": plots,
     "demo": [
@@ -78,7 +78,7 @@ setup(
         "requests>=2.32.2",
         "safetensors>=0.4.3",
         "scikit-learn>=1.5",
-        "torch>=2.6",
+        "torch>=2.7",
         "tqdm>=4.66.3",
         "transformers~=4.57.6",
     ],

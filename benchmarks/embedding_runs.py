@@ -157,8 +157,9 @@ def faq_embeddings(run: Onboarding, onboarded: Onboarded) -> tuple[torch.Tensor,
     questions = (onboarded.encode_questions or onboarded.encode)(run.questions)
     centroids = questions
     if len(run.labelled):
-        labels = torch.tensor(run.labelled["label"], device=questions.device)
-        centroids = questions.index_add(0, labels, onboarded.encode(run.labelled["query"]))
+        labelled = run.labelled.with_format(None)  # the trainer has set a format of its own
+        labels = torch.tensor(labelled["label"], device=questions.device)
+        centroids = questions.index_add(0, labels, onboarded.encode(labelled["query"]))
     return questions, torch.nn.functional.normalize(centroids, dim=-1)
 
 

@@ -36,6 +36,16 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "bert-base": BertConfig,
     "gpt2": lambda: GPT2Config(pad_token_id=0),
+    "smollm2": lambda: LlamaConfig(  # of SmolLM2-135M
+        vocab_size=49152,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    ),
     "llama-1b": lambda: LlamaConfig(  # of Llama 3.2
         vocab_size=128256,
         hidden_size=2048,
@@ -45,7 +55,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
         intermediate_size=8192,
         pad_token_id=0,
         tie_word_embeddings=True,
-    ),  # fmt: skip
+    ),
 }
 
 

@@ -1,14 +1,16 @@
 """What a training step of stage 2 costs: forward, backward and optimizer step, against a plain adapter's.
 
 In one run, in turns: a plain adapter, the carriers `student`, `fused` and `mixed`, the same with each teacher on its
-own (`per teacher`, the plain path), and adapters' `Fuse`; on demand `whole layers`, which runs each layer again, and
-`every 4` or another number, the carrier `student` with a `distillation_share` of a quarter, the mean over four steps.
+own (`per teacher`, the plain path), and adapters' `Fuse`. On demand: `whole layers`, which runs each layer again;
+`every 4` or another number, the carrier `student` with a `distillation_share` of a quarter, the mean over four steps;
+`rank 32` or another number, the carrier `student` with a `fusion_rank`.
 
     python benchmarks/stage2_step.py
     python benchmarks/stage2_step.py --methods student "whole layers" --teachers 1 2 4 8
     python benchmarks/stage2_step.py --methods student "every 4" "every 8" --teachers 8 32 128
     python benchmarks/stage2_step.py --shapes minilm bert-base gpt2 --teachers 1 2 4 8 16 32 64 128
     python benchmarks/stage2_step.py --shapes bert-base --device cuda --dtype bfloat16 --compile
+    python benchmarks/stage2_step.py --shapes smollm2 --config lora --methods student "rank 32" --teachers 8
     python benchmarks/stage2_step.py --shapes llama-1b --config lora --methods student --device cuda --dtype bfloat16
 """
 
@@ -27,6 +29,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from measure import SHAPES, autocast, compare, make_batch, make_model, peak_bytes, ratio
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.method.parameters import owner
 
 CARRIERS = ("student", "fused", "mixed")
 WHOLE_LAYERS = "whole layers"
@@ -35,6 +38,11 @@ WHOLE_LAYERS = "whole layers"
 def steps_of(method: str) -> int:
     """Return the number of steps of which one runs the teachers."""
     return int(method.removeprefix("every ")) if method.startswith("every ") else 1
+
+
+def rank_of(method: str) -> int | None:
+    """Return the `fusion_rank` of a method."""
+    return int(method.removeprefix("rank ")) if method.startswith("rank ") else None
 
 
 @dataclass
@@ -82,7 +90,9 @@ class Steps:
             if method != "Fuse":
                 carrier = method if method in CARRIERS else "student"
                 level = "layer" if method == WHOLE_LAYERS else "adapter"
-                distill_from = had.DistillationConfig(self.teachers, carrier, student_start="random", level=level)
+                distill_from = had.DistillationConfig(
+                    self.teachers, carrier, student_start="random", level=level, fusion_rank=rank_of(method)
+                )
                 self.model.add_adapter(method, config=config, distill_from=distill_from)
                 self.model.add_classification_head(method)
         self.fuse = Fuse(*self.teachers, "plain", name="fuse")
@@ -132,6 +142,16 @@ class Steps:
         self.optimizers[method].zero_grad()
         return peak
 
+    def state_bytes(self, method: str) -> int:
+        """Count the bytes of all weights that a training with the method has, of their gradients and of AdamW."""
+        self.prepare(method)
+        adapters = {*self.teachers, "plain", *self.args.methods}
+        takes_part = {None, method} if method == "plain" else {None, method, *self.teachers}
+        held = [
+            (p.nbytes, p.requires_grad) for n, p in self.model.named_parameters() if owner(n, adapters) in takes_part
+        ]
+        return sum(size * (4 if is_trained else 1) for size, is_trained in held)
+
 
 def fits(args: Arguments, shape: str, n_teachers: int) -> bool:
     """Whether the updates, keys and values of all teachers, three copies each way, stay below `max_gb`."""
@@ -143,13 +163,15 @@ def fits(args: Arguments, shape: str, n_teachers: int) -> bool:
 def compare_steps(args: Arguments, shape: str, n_teachers: int) -> list[dict[str, Any]]:
     """Measures all methods side by side; returns a row for each."""
     every = fits(args, shape, n_teachers)
-    methods = ["plain", *(m for m in args.methods if every or m in CARRIERS or steps_of(m) > 1)]
+    cheap = (*CARRIERS, *(m for m in args.methods if steps_of(m) > 1 or rank_of(m)))
+    methods = ["plain", *(method for method in args.methods if every or method in cheap)]
     steps = Steps(args, shape, n_teachers)
     times = compare(
         {m: (partial(steps.prepare, m), partial(steps.step, m)) for m in methods}, args.rounds, args.device
     )
     times = {m: [seconds / steps_of(m) for seconds in of_method] for m, of_method in times.items()}
     held = {method: steps.held_bytes(method) for method in methods}
+    total = {method: steps.state_bytes(method) + held[method] for method in methods}
     return [
         {
             "shape": shape,
@@ -161,6 +183,8 @@ def compare_steps(args: Arguments, shape: str, n_teachers: int) -> list[dict[str
             "time_ratio": round(ratio(times[method], times["plain"]), 3),
             "peak_mb": round(held[method] / 1e6, 1),
             "peak_ratio": round(held[method] / held["plain"], 3),
+            "total_mb": round(total[method] / 1e6, 1),
+            "total_ratio": round(total[method] / total["plain"], 3),
         }
         for method in methods
     ]
@@ -198,14 +222,14 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
 def header(args: Arguments) -> str:
     """Return the header of the printed rows."""
     columns = f"{'shape':<12}{'teachers':>9}  {'method':<12}{'ms':>10}{'time':>8}{'peak MB':>10}{'memory':>8}"
-    return f"{args.batch} sequences, ratios to `plain`\n{columns}"
+    return f"{args.batch} sequences, ratios to `plain`\n{columns}{'total MB':>10}"
 
 
 def line(row: dict[str, Any]) -> str:
     """Return the printed line of a row."""
     return (
         f"{row['shape']:<12}{row['teachers']:>9}  {row['method']:<12}{row['ms']:>10.1f}{row['time_ratio']:>8.2f}"
-        f"{row['peak_mb']:>10.1f}{row['peak_ratio']:>8.2f}"
+        f"{row['peak_mb']:>10.1f}{row['peak_ratio']:>8.2f}{row['total_mb']:>10.1f}"
     )
 
 

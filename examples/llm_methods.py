@@ -25,6 +25,7 @@ MERGES: dict[str, dict[str, Any]] = {  # of PEFT, with their options
     "dare_ties": {"density": 0.5},
     "cat": {},
 }
+FUSION_RANK = 32  # whole matrices in each projection would hold more weights than SmolLM2
 EXPORT_TOLERANCE = 1e-6  # relative, in float32
 
 
@@ -181,7 +182,8 @@ class Onboarding:
     def learn_weights(self) -> TaskDistillationTrainer:
         """Return the trainer of a student at the weighted mean of its teachers; the weights are learned once."""
         began = time.perf_counter()
-        model = self.start_student(had.DistillationConfig([str(folder) for folder in self.teachers]))
+        teachers = [str(folder) for folder in self.teachers]
+        model = self.start_student(had.DistillationConfig(teachers, fusion_rank=FUSION_RANK))
         model.train_adapter(self.new.name)
         if self.weights is not None:
             start_at_weights(model, active_block(model), self.weights)

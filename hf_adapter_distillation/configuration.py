@@ -53,6 +53,11 @@ def _check_not_negative(name: str, value: object) -> None:
         raise _out_of_range(name, value, "finite and not negative")
 
 
+def _check_count(name: str, value: object, unset: object, allowed: str) -> None:
+    if value != unset and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise _out_of_range(name, value, allowed)
+
+
 @dataclass
 class DistillationConfig:
     """Settings of the distillation of a student adapter, for `model.add_adapter(..., distill_from=config)`.
@@ -92,6 +97,9 @@ class DistillationConfig:
         weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
             training data before the first step (`rank_teachers`) and keeps the best ones above chance.
+        fusion_rank: The width of query and key of the fusions, which then have no value matrix. Default: the width of
+            the updates, with a value matrix, as in the paper; three such matrices in each projection of a language
+            model can hold more weights than the model.
 
     Raises:
         ValueError: If a value is unknown or out of its range. `add_adapter` and `DistillationTrainer.train` check the
@@ -108,6 +116,7 @@ class DistillationConfig:
     beta: float = 0.0
     teacher_selection: int | Literal["all"] = "all"
     weights_per_layer: bool = False
+    fusion_rank: int | None = None
 
     @classmethod
     def paper(cls, teachers: Sequence[str]) -> "DistillationConfig":
@@ -135,9 +144,8 @@ class DistillationConfig:
             raise ValueError(f"beta={self.beta:g} needs the objective 'logits', not {self.objective!r}; leave it out.")
         if self.layer_weights is not None:
             self._check_layer_weights(self.layer_weights)
-        k = self.teacher_selection
-        if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise _out_of_range("teacher_selection", k, "'all' or a number of teachers")
+        _check_count("teacher_selection", self.teacher_selection, "all", "'all' or a number of teachers")
+        _check_count("fusion_rank", self.fusion_rank, None, "None or a width")
         if not isinstance(self.weights_per_layer, bool):
             raise _out_of_range("weights_per_layer", self.weights_per_layer, "True or False")
         if self.weights_per_layer and self.student_start != "weighted":

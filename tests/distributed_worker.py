@@ -100,6 +100,13 @@ def trainer_of(
     )  # fmt: skip
 
 
+class InDtypeOfScores(torch.nn.MSELoss):
+    """The squared error of scores in float64 and labels that CosineSimilarityLoss casts to float32."""
+
+    def forward(self, scores, labels):
+        return super().forward(scores, labels.to(scores))
+
+
 def other_trainer_of(folder, trainer, gradient_accumulation_steps=1):
     batch_size = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", 1)) // gradient_accumulation_steps
     arguments = {
@@ -122,7 +129,7 @@ def other_trainer_of(folder, trainer, gradient_accumulation_steps=1):
     base = tempfile.mkdtemp()  # for this process alone
     model = embedding_model(Path(base), save_tiny_encoder(base), dropout=0.0, dtype=torch.float64)
     args = embeddings.SentenceTransformerDistillationTrainingArguments(str(folder), **arguments)
-    loss = CosineSimilarityLoss(model)
+    loss = CosineSimilarityLoss(model, loss_fct=InDtypeOfScores())
     data = SCORED.select(range(GLOBAL_BATCH))  # all in each step, since the order is another in two processes
     return embeddings.SentenceTransformerDistillationTrainer(model, args, train_dataset=data, loss=loss)
 

@@ -55,6 +55,8 @@ def test_the_setting_of_the_paper():
         ({"teacher_selection": 0}, "teacher_selection=0 is out of range; it must be 'all' or a number of teachers."),
         ({"teacher_selection": "best"}, "teacher_selection='best' is out of range"),
         ({"teacher_selection": 1.5}, "teacher_selection=1.5 is out of range"),
+        ({"fusion_rank": 0}, "fusion_rank=0 is out of range; it must be None or a width."),
+        ({"fusion_rank": 1.5}, "fusion_rank=1.5 is out of range"),
         ({"teacher_selection": True}, "teacher_selection=True is out of range"),
         ({"weights_per_layer": 1}, "weights_per_layer=1 is out of range; it must be True or False."),
         (

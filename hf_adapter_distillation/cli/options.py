@@ -102,6 +102,7 @@ class TrainArguments(DataArguments):
     temperature: float = option("Temperature of the objectives of the output.", 2.0)
     beta: float = option("Divergence of the objective logits: 0 forward KL, 1 reverse KL, between them JSD.", 0.0)
     weights_per_layer: bool = option("Learn weights of the teachers for each layer (student_start=weighted).", False)
+    fusion_rank: int | None = option("Width of query and key, without a value. Default: as in the paper.", None)
     teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
 
     def __post_init__(self) -> None:

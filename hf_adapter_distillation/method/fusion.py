@@ -25,9 +25,10 @@ class TeacherFusion(nn.Module):
     with h the input of the layer's adapters, u_n the update of teacher n, and w_n its weight for the task, all equal
     unless they were learned (`set_weights`). What is left of the weights belongs to a null teacher, whose update is
     zero. The key has no bias: it would add the same number to each teacher's score and vanish in the softmax. The
-    value starts at the identity, so the first fused output is a convex combination of the updates. The size of the
-    module does not depend on the number of teachers. It also holds the layer's weights of the objective
-    `task_specific`.
+    value starts at the identity, so the first fused output is a convex combination of the updates. With a `rank`,
+    query and key project to this width, and the value stays the identity, without weights: the size of the module
+    then follows d, and not its square. It does not depend on the number of teachers. The module also holds the
+    layer's weights of the objective `task_specific`.
 
     Sources: Wang et al., https://arxiv.org/abs/2312.16261 (Q_l, K_l, V_l of each layer); AdapterFusion,
     https://arxiv.org/abs/2005.00247 (the form of the attention).
@@ -37,6 +38,7 @@ class TeacherFusion(nn.Module):
         output_size: The width of their updates. By default the same.
         location: The name of the layer in the base model, for logs and plots.
         in_decoder: Whether the layer reads states of a decoder, where padding follows the decoder's mask.
+        rank: The width of query and key. Default: that of the updates, with a value matrix.
     """
 
     def __init__(
@@ -47,18 +49,22 @@ class TeacherFusion(nn.Module):
         in_decoder: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         self.location = location
         self.in_decoder = in_decoder
         output_size = output_size or hidden_size
-        self.query = nn.Linear(hidden_size, output_size, device=device, dtype=dtype)
-        self.key = nn.Linear(output_size, output_size, bias=False, device=device, dtype=dtype)
-        self.value = nn.Linear(output_size, output_size, bias=False, device=device, dtype=dtype)
+        width = rank or output_size
+        self.query = nn.Linear(hidden_size, width, device=device, dtype=dtype)
+        self.key = nn.Linear(output_size, width, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.query.weight, std=0.02)
         nn.init.zeros_(self.query.bias)
         nn.init.normal_(self.key.weight, std=0.02)
-        nn.init.eye_(self.value.weight)
+        self.value: nn.Linear | None = None
+        if rank is None:
+            self.value = nn.Linear(output_size, output_size, bias=False, device=device, dtype=dtype)
+            nn.init.eye_(self.value.weight)
         self.layer_weight = 1.0  # in the mean of the layers' losses
         self.task_specific: TaskSpecificLoss | None = None
         self.weighted_names: tuple[str, ...] = ()
@@ -69,7 +75,7 @@ class TeacherFusion(nn.Module):
         """Let the attention start at weights of the teachers that sum to 1 or less; the rest is the null teacher's."""
         self.weighted_names = tuple(weights)
         values = torch.tensor([*weights.values(), 1 - sum(weights.values())], dtype=torch.float64)
-        weight = self.value.weight
+        weight = self.key.weight
         self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(weight.device, at_least_float32(weight.dtype))
 
     def weights(self) -> dict[str, float]:
@@ -82,7 +88,7 @@ class TeacherFusion(nn.Module):
         """Return the weights of adapters, (n,), which with the null teacher's sum to 1."""
         log_weights = self.log_weights_of(names)
         if log_weights is None:
-            return torch.full((len(names),), 1 / len(names), dtype=at_least_float32(self.value.weight.dtype))
+            return torch.full((len(names),), 1 / len(names), dtype=at_least_float32(self.key.weight.dtype))
         return log_weights.softmax(dim=0, dtype=at_least_float32(log_weights.dtype))[:-1]
 
     def log_weights_of(self, names: Sequence[str]) -> torch.Tensor | None:
@@ -116,7 +122,11 @@ class TeacherFusion(nn.Module):
         scores = torch.einsum("btd,btnd->btn", query, updates.to(query.dtype))  # (B, T, N)
         attention = _softmax(scores, log_weights)  # (B, T, N)
         fused_update = torch.einsum("btn,btnd->btd", attention.to(updates.dtype), updates)  # (B, T, d)
-        return self.value(fused_update), attention.detach()  # (B, T, d), (B, T, N)
+        return self.apply_value(fused_update), attention.detach()  # (B, T, d), (B, T, N)
+
+    def apply_value(self, fused_update: torch.Tensor) -> torch.Tensor:
+        """Multiply a fused update, (batch, seq_len, output), with the value."""
+        return fused_update if self.value is None else self.value(fused_update)
 
     def fuse_stacked(
         self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
@@ -138,15 +148,15 @@ class TeacherFusion(nn.Module):
             stacks: The adapters, in the order of the returned attention.
             features: The features of each stack, (batch, seq_len, n, m).
         """
-        width = sum(stacked.up.shape[1] for stacked in stacks)
+        width, rank = sum(stacked.up.shape[1] for stacked in stacks), len(self.key.weight)
         tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
         in_graph = int(hidden_states.requires_grad)
         # Multiply-adds of each order, forward and backward, divided by the hidden size, without their common part.
         # Updates of another width than the input (LoRA in feed-forward blocks) count as if they had the same width.
-        product_first = 3 * hidden_size + 2 * tokens < 5 * tokens  # K^T Q before K^T Q h
-        query_cost = (min(3 * hidden_size + 2 * tokens, 5 * tokens) + in_graph * tokens) * hidden_size
-        keys_first = width * (5 * hidden_size + in_graph * tokens) < query_cost
-        values_first = width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size
+        product_cost = 3 * rank * hidden_size + (2 + in_graph) * tokens * hidden_size  # K^T Q before K^T Q h
+        states_cost = (5 + in_graph) * tokens * rank
+        keys_first = width * (5 * rank + in_graph * tokens) < min(product_cost, states_cost)
+        values_first = self.value is not None and width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size
 
         query, key = self.query, self.key.weight
         projections: list[tuple[torch.Tensor, torch.Tensor | None]] = [(stacked.up, None) for stacked in stacks]
@@ -154,7 +164,7 @@ class TeacherFusion(nn.Module):
             projected_query = hidden_states  # (B, T, d)
             keys = [key @ stacked.up for stacked in stacks]  # (d, n * m + n) each
             projections = [(query.weight.T @ k, query.bias @ k) for k in keys]
-        elif product_first:
+        elif product_cost < states_cost:
             projected_query = linear(hidden_states, key.T @ query.weight, query.bias @ key)  # (B, T, d), K^T q
         else:
             projected_query = query(hidden_states) @ key  # (B, T, d), K^T q
@@ -163,14 +173,14 @@ class TeacherFusion(nn.Module):
         attention = _softmax(torch.cat(scores, dim=-1), self.log_weights_of(names))  # (B, T, N)
 
         parts = attention.split([len(stacked.names) for stacked in stacks], dim=-1)
-        if values_first:
+        if self.value is not None and values_first:
             stacks = [stacked._replace(up=self.value.weight @ stacked.up) for stacked in stacks]
         updates = [
             stacked.weighted_update(part.to(z.dtype), z)  # (B, T, d)
             for stacked, part, z in zip(stacks, parts, features, strict=True)
         ]
         fused_update = sum(updates[1:], updates[0])
-        return fused_update if values_first else self.value(fused_update), attention.detach()
+        return fused_update if values_first else self.apply_value(fused_update), attention.detach()
 
 
 def _scores(

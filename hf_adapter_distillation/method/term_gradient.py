@@ -35,8 +35,8 @@ class _Carrier(Function):
     def forward(ctx: Any, tensor: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Return the tensor unchanged."""
         ctx.is_loss, ctx.dtype, ctx.device = tensor.dim() == 0, zero.dtype, zero.device
-        # Trainers change a loss in place, which autograd forbids for a view.
-        return tensor.clone() if ctx.is_loss else tensor.view_as(tensor)
+        # Trainers change a loss in place, and poolings hidden states, which autograd forbids for a view.
+        return tensor.clone() if ctx.is_loss else tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

@@ -20,8 +20,8 @@ def sum_terms(current: TrainingPass) -> tuple[torch.Tensor, DistillationRecord]:
         weighted = [weight * means[name] for name, weight in config.objectives.items()]
         distillation_loss = sum(weighted[1:], weighted[0]) + current.logit_loss
         regularization = torch.zeros_like(distillation_loss)
-        if current.runs_teachers and current.fusions:  # all layers may be skipped
-            values = (fusion.value.weight for fusion in current.fusions.values())
+        values = [fusion.value.weight for fusion in current.fusions.values() if fusion.value is not None]
+        if current.runs_teachers and values:  # all layers may be skipped
             regularization = settings.regularization * value_regularization(values)
         added = added + settings.weight * distillation_loss + regularization
         record.distillation_loss, record.fusion_regularization = distillation_loss.detach(), regularization.detach()

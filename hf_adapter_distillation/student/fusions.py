@@ -38,7 +38,8 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
         if student not in fusions:
             in_decoder = layer in decoder and not _reads_encoder(name, layer)
             device = next(layer.parameters()).device  # layers may be on several
-            fusions[student] = TeacherFusion(*sizes, name, in_decoder, device, dtype)
+            rank = distillation.config.fusion_rank
+            fusions[student] = TeacherFusion(*sizes, name, in_decoder, device, dtype, rank)
         fusion = fusions[student]
         if distillation.config.layer_weights is not None:
             fusion.layer_weight = _layer_weight(model, distillation.config.layer_weights, name)
@@ -64,8 +65,9 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
     kind = kind_of_labels(model, student)
     for fusion in fusions_of(model, student):
         if fusion.task_specific is None:
-            weight = fusion.value.weight
-            fusion.task_specific = TaskSpecificLoss(len(weight), n_labels, weight.device, weight.dtype, kind)
+            weight = fusion.key.weight  # (rank or output, output)
+            size = weight.shape[1]
+            fusion.task_specific = TaskSpecificLoss(size, n_labels, weight.device, weight.dtype, kind)
             fusion.task_specific.train(fusion.training)
 
 

@@ -154,7 +154,7 @@ class Learner:
         self.distillation = distillation_of(model, block.student)
         fusions = fusions_of(model, block.student)
         self.places = {fusion.location: number * per_layer for number, fusion in enumerate(fusions)}
-        weight, size = fusions[0].value.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
+        weight, size = fusions[0].key.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
         dtype = at_least_float32(weight.dtype)
         self.scores = torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=True)
         self.pass_ = WeighingPass(self.scores, self.places, block.teachers)

@@ -94,10 +94,8 @@ class Reference:
             scores = [score + log(values[name]) for name, score in zip(updates, scores, strict=True)]
             scores.append(torch.full_like(scores[0], log(null)))
         attention = torch.stack(scores, dim=-1).softmax(dim=-1)
-        return sum(
-            attention[..., n : n + 1] * (update @ fusion["value.weight"].T)
-            for n, update in enumerate(updates.values())
-        )
+        fused = sum(attention[..., n : n + 1] * update for n, update in enumerate(updates.values()))
+        return fused @ fusion["value.weight"].T if "value.weight" in fusion else fused
 
     def match(self, fusion, states, own, updates):
         """Fuse the updates, and note the student's and the fused one; return the fused one."""
@@ -234,7 +232,7 @@ class Reference:
             for name, p in self.parameters.items()
             if name.endswith("value.weight") and ".distillation_fusion." in name
         ]
-        regularization = sum(((value - torch.eye(len(value))) ** 2).sum() for value in values)
+        regularization = sum((((value - torch.eye(len(value))) ** 2).sum() for value in values), logits.new_zeros(()))
         return Terms(logits, loss, sum(losses) / len(losses) + of_logits, regularization)
 
     @staticmethod

@@ -57,18 +57,20 @@ def cases(draw, family):
     lengths = draw(st.lists(st.integers(0, seq_len), min_size=batch, max_size=batch))
     parts = draw(st.lists(st.integers(0, 5), min_size=len(configs), max_size=len(configs)))  # the null teacher's last
     weights = [part / sum(parts) for part in parts[:-1]] if any(parts) else None
-    return configs, lengths, seq_len, weights, draw(st.integers(0, 10**6)), draw(st.sampled_from([1e-3, 0.3, 1.0]))
+    seed, scale = draw(st.integers(0, 10**6)), draw(st.sampled_from([1e-3, 0.3, 1.0]))
+    return configs, lengths, seq_len, weights, draw(st.sampled_from([None, None, 1, 3])), seed, scale
 
 
 def make_case(family, carrier, case):
     """The model, its reference, and the inputs."""
-    configs, lengths, seq_len, weights, seed, scale = case
+    configs, lengths, seq_len, weights, rank, seed, scale = case
     names = [f"t{i}" for i in range(len(configs) - 1)] + ["insurance"]
     model = make_model(family, "tagging", dtype=torch.float64)
     model.dropout.p = 0.0
     torch.manual_seed(seed)
+    settings = had.DistillationConfig(names[:-1], carrier=carrier, student_start="random", fusion_rank=rank)
     for name, config in zip(names, configs, strict=True):
-        how = {"distill_from": had.DistillationConfig(names[:-1], carrier=carrier, student_start="random")}
+        how = {"distill_from": settings}
         model.add_adapter(name, config=config, **(how if name == "insurance" else {}))
         noisy(model, name, scale if name == "t0" else 0.3)
     model = model.double()

@@ -18,16 +18,20 @@ def reference(fusion, hidden_states, updates):
         query = fusion.query.weight @ hidden_states[b, t] + fusion.query.bias
         scores = [query @ (fusion.key.weight @ update) for update in updates[b, t]]
         weights = torch.stack(scores).softmax(0)
-        fused[b, t] = sum(w * (fusion.value.weight @ u) for w, u in zip(weights, updates[b, t], strict=True))
+        value = torch.eye(updates.shape[3]).double() if fusion.value is None else fusion.value.weight
+        fused[b, t] = sum(w * (value @ u) for w, u in zip(weights, updates[b, t], strict=True))
         attention[b, t] = weights
     return fused, attention
 
 
+RANKS = st.sampled_from([None, 1, 3])
+
+
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(0, 10**6))
-def test_equals_the_equation(batch, seq_len, n_teachers, hidden, seed):
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), RANKS, st.integers(0, 10**6))
+def test_equals_the_equation(batch, seq_len, n_teachers, hidden, rank, seed):
     torch.manual_seed(seed)
-    fusion = TeacherFusion(hidden, dtype=torch.float64)
+    fusion = TeacherFusion(hidden, dtype=torch.float64, rank=rank)
     for parameter in fusion.parameters():
         torch.nn.init.normal_(parameter)
     hidden_states = torch.randn(batch, seq_len, hidden, dtype=torch.float64, requires_grad=True)
@@ -66,6 +70,11 @@ def test_size_does_not_depend_on_the_teachers():
     assert sum(p.numel() for p in fusion.parameters()) == 3 * 8 * 8 + 8
     for n in (1, 30):
         assert fusion(torch.randn(1, 1, 8), torch.randn(1, 1, n, 8))[0].shape == (1, 1, 8)
+
+
+def test_size_with_a_rank_has_no_square_of_the_width():
+    fusion = TeacherFusion(8, 16, rank=2)
+    assert sum(p.numel() for p in fusion.parameters()) == 2 * (8 + 16) + 2
 
 
 def test_order_of_teachers_does_not_matter():
@@ -118,8 +127,8 @@ def both_forms(fusion, hidden_states, stacks, autocast=False):
         yield fused, attention, torch.autograd.grad((fused * weight).sum(), inputs)
 
 
-def random_fusion(hidden, dtype=torch.float64):
-    fusion = TeacherFusion(hidden, dtype=dtype)
+def random_fusion(hidden, dtype=torch.float64, rank=None):
+    fusion = TeacherFusion(hidden, dtype=dtype, rank=rank)
     for parameter in fusion.parameters():
         nn.init.normal_(parameter, std=hidden**-0.5)
     return fusion
@@ -133,15 +142,16 @@ def random_fusion(hidden, dtype=torch.float64):
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=3),
     st.booleans(),
     st.booleans(),
+    RANKS,
     st.integers(0, 10**6),
 )
-def test_the_stacked_form_equals_the_plain_one(batch, seq_len, hidden, shapes, reaches_input, student, seed):
+def test_the_stacked_form_equals_the_plain_one(batch, seq_len, hidden, shapes, reaches_input, student, rank, seed):
     torch.manual_seed(seed)
     stacks = [make_stack(n, width, hidden) for n, width in shapes]
     if student:
         stacks.append(make_stack(1, 2, hidden, live=True))
     hidden_states = torch.randn(batch, seq_len, hidden, dtype=torch.float64, requires_grad=reaches_input)
-    stacked, plain = both_forms(random_fusion(hidden), hidden_states, stacks)
+    stacked, plain = both_forms(random_fusion(hidden, rank=rank), hidden_states, stacks)
     torch.testing.assert_close(stacked, plain, rtol=1e-10, atol=1e-10)
 
 
@@ -195,6 +205,19 @@ def test_products_are_taken_in_the_cheapest_order(order, shape, reaches_input):
     if through_up >= 2:
         query_key, through_up = "up-projections", through_up - 2
     assert (query_key, "up-projections" if through_up else "states") == order
+
+
+@pytest.mark.parametrize(("tokens", "n"), [(4, 40), (64, 1)])
+def test_with_a_rank_no_product_has_the_square_of_the_width(tokens, n):
+    """The hidden states meet the query first, and with many tokens and few teachers the up-projections the key."""
+    hidden, rank, width = 16, 2, 2
+    fusion, stacked = random_fusion(hidden, rank=rank), make_stack(n, width, hidden)
+    hidden_states = torch.randn(1, tokens, hidden, dtype=torch.float64)
+    features = [stacked.features(hidden_states)]
+    with Shapes() as shapes:
+        fusion.fuse_stacked(hidden_states, [stacked], features)
+    assert (hidden, hidden) not in shapes.products
+    assert ((rank, n * width + n) in shapes.products) == (n == 1)  # K U
 
 
 @pytest.mark.parametrize("reaches_input", [False, True])

@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from marks import needs_compiler
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -79,6 +80,18 @@ def test_the_gradient_is_that_of_the_sum(loss, checkpointed):
 
 
 @pytest.mark.timeout(900)  # which a busy machine may need to compile
+def test_an_output_can_be_changed_in_place():
+    """As poolings do, which set the states of padding to a number."""
+    weight = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    output, _ = carry(
+        {"states": 2 * weight}, weight.square().sum(), torch.ones(()), torch.ones(()), follows_loss=False
+    )
+    output["states"][0] = -1e9
+    output["states"].sum().backward()
+    assert weight.grad.tolist() == [2.0, 4.0 + 2.0, 6.0 + 2.0]
+
+
+@needs_compiler
 def test_the_gradient_of_compiled_code_is_that_of_the_sum():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -50,8 +50,12 @@ def imported(nodes):
 
 
 def distributions_of(roots):
-    owners = importlib.metadata.packages_distributions()
-    return {owners[root][0].lower().replace("_", "-") for root in roots}
+    """The distributions that some modules belong to; by their files, since not every wheel has a top_level.txt."""
+    owners = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            owners.setdefault(file.parts[0].removesuffix(".py"), distribution.metadata["Name"])
+    return {owners[root].lower().replace("_", "-") for root in roots}
 
 
 def test_requirements_are_what_is_imported(setup_arguments):

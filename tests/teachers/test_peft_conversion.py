@@ -127,7 +127,7 @@ def damaged(folder, what):
         ("LoHaConfig", {"target_modules": ["attention.output.dense"]}, "",
          "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA"),
         ("LoHaConfig", LOHA, "wide", "of type LOHA that cannot be converted: Error(s) in loading state_dict"),
-        ("LoHaConfig", LOHA, "foreign", "layer.7.attention.self.query.hada_w1_a has no place in the bert; use one of"),
+        ("LoHaConfig", LOHA, "foreign", " has no place in the bert; use one of the same base model."),
         ("LoHaConfig", LOHA, "half", "layer.1.attention.self.query.hada_w1_a.default is missing; save it again."),
     ],
 )  # fmt: skip
