@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from hub_server import Hub
 from huggingface_hub import constants
 from tiny_encoder import save_tiny_encoder
-from transformers import logging
+from transformers import logging, set_seed
 
 import hf_adapter_distillation as had
 
@@ -24,6 +24,12 @@ VERBOSITY = logging.get_verbosity()
 def pytest_collection_modifyitems(config, items):
     """Keep the ids of all tests before some are deselected."""
     config.collected = [item.nodeid for item in items]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Start each test, and its fixtures, at the same random numbers, whatever ran before it in the process."""
+    set_seed(0)
 
 
 @pytest.fixture

@@ -53,9 +53,10 @@ def distributions_of(roots):
     """The distributions that some modules belong to; by their files, since not every wheel has a top_level.txt."""
     owners = {}
     for distribution in importlib.metadata.distributions():
-        for file in distribution.files or ():
-            owners.setdefault(file.parts[0].removesuffix(".py"), distribution.metadata["Name"])
-    return {owners[root].lower().replace("_", "-") for root in roots}
+        owned = {file.parts[0].removesuffix(".py") for file in distribution.files or ()} & roots
+        owners |= dict.fromkeys(owned, distribution.name.lower().replace("_", "-"))
+    assert owners.keys() == roots
+    return set(owners.values())
 
 
 def test_requirements_are_what_is_imported(setup_arguments):
