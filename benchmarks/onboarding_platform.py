@@ -33,7 +33,8 @@ from faq_data import BUNDLED, Tenant, load_tenants  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
 from tenant_students import Outcome  # noqa: E402
 
-TEACHER_STEPS = 30
+RAY, USUAL = "Ray", "one process, usual steps"
+TEACHER_STEPS, TEACHER_QUERIES = 10, 4
 
 
 @dataclass
@@ -42,16 +43,17 @@ class Arguments:
 
     data: str = field(default=str(BUNDLED), metadata={"help": "JSON file, CLINC150 folder, or Hub dataset id."})
     tenants: int = field(default=50, metadata={"help": "Tenants that the FAQs are dealt to."})
-    teachers: int = field(default=8, metadata={"help": "Bundled tenants that teach."})
-    alone: int = field(default=10, metadata={"help": "Tenants that one process onboards, too."})
+    teachers: int = field(default=4, metadata={"help": "Bundled tenants that teach."})
+    alone: int = field(default=6, metadata={"help": "Tenants that one process onboards, too."})
     workers: int = field(default=2, metadata={"help": "Workers of Ray; 0 for this process, without Ray."})
-    shots: int = field(default=3, metadata={"help": "Training queries for each FAQ."})
-    steps: int = field(default=20, metadata={"help": "Steps of a student."})
+    shots: int = field(default=2, metadata={"help": "Training queries for each FAQ."})
+    steps: int = field(default=6, metadata={"help": "Steps of a student, few for a short run."})
+    long_steps: int = field(default=50, metadata={"help": "Steps of two students, for the cost of usual ones."})
     model: str | None = field(default=None, metadata={"help": "Encoder id or path. Default: the packaged MiniLM."})
     output: str = field(default="outputs/onboarding_platform.json", metadata={"help": "The JSON file."})
 
     def __post_init__(self) -> None:
-        least = {"tenants": 2, "teachers": 1, "alone": 2, "workers": 0, "shots": 1, "steps": 1}
+        least = {"tenants": 2, "teachers": 1, "alone": 2, "workers": 0, "shots": 1, "steps": 1, "long_steps": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {lowest}.")
@@ -88,7 +90,7 @@ def train_teachers(args: Arguments, folder: Path) -> None:
     for tenant in load_tenants(str(BUNDLED), seed=1)[: args.teachers]:
         name = f"{tenant.name}-teacher"
         platform.new_adapter(name)
-        queries = labelled_queries(tenant, "train", 10)
+        queries = labelled_queries(tenant, "train", TEACHER_QUERIES)
         platform.train(tenant, queries, max_steps=TEACHER_STEPS, learning_rate=2e-3, per_device_train_batch_size=16)
         platform.model.save_adapter(str(folder / name), name, use_safetensors=True)
 
@@ -108,11 +110,10 @@ class Run:
     seconds: list[float]
     megabytes: list[float]
 
-    def row(self, way: str, workers: int) -> dict[str, Any]:
+    def row(self, workers: int) -> dict[str, Any]:
         """Return the costs: `start_s` until the first worker begins, and what a student takes from then on."""
         start = min(at - outcome.seconds for at, outcome in zip(self.seconds, self.outcomes, strict=True))
         return {
-            "way": way,
             "workers": workers,
             "students": len(self.outcomes),
             "start_s": round(start, 1),
@@ -156,24 +157,33 @@ def measure(args: Arguments, tenants: Sequence[Tenant], folder: Path) -> dict[st
     write_tenants(tenants, folder / "tenants.json")
     train_teachers(args, folder / "teachers")
 
-    def arguments(output: str, workers: int) -> onboard.Arguments:
+    def arguments(output: str, workers: int, steps: int = args.steps) -> onboard.Arguments:
         return onboard.Arguments(
             str(folder / "teachers"), str(folder / "tenants.json"), str(folder / output), args.model, workers=workers,
-            shots=args.shots, steps=args.steps,
+            shots=args.shots, steps=steps,
         )  # fmt: skip
 
     names = [tenant.name for tenant in tenants[: args.alone]]
     half = args.alone // 2
     before = run(arguments("before", 0), names[:half])
     on_ray = run(arguments("ray", args.workers))
+    print(f"Ray: {on_ray.row(args.workers)}", flush=True)
     after = run(arguments("after", 0), names[half:])
+    usual = run(arguments("usual", 0, args.long_steps), names[:2])
     for number, name in enumerate(names):
         alone = folder / ("before" if number < half else "after") / name
         if list(files(alone)) != list(files(folder / "ray" / name)):
             raise RuntimeError(f"The student of {name} differs on Ray and in one process.")
     sizes = [sum(len(content) for _, content in files(folder / "ray" / tenant.name)) for tenant in tenants]
-    rows = [one.row(way, 1) for way, one in (("one process, before", before), ("one process, after", after))]
-    rows.insert(1, on_ray.row("Ray", args.workers))
+    runs = {"one process, before": before, RAY: on_ray, "one process, after": after, USUAL: usual}
+    rows = [
+        {
+            "way": way,
+            "steps": args.long_steps if way == USUAL else args.steps,
+            **of_way.row(args.workers if way == RAY else 1),
+        }
+        for way, of_way in runs.items()
+    ]
     return {"faqs": len(tenants[0].faqs), "student_mb": round(median(sizes) / 1e6, 3), "rows": rows}
 
 

@@ -12,6 +12,7 @@ of workers; `--workers 0` makes them in this process, without Ray.
 `save_adapter` writes it, with the tenant's FAQs in `faqs.json`.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -209,11 +210,15 @@ def run_here(maker: StudentMaker, tenants: Sequence[Tenant]) -> Iterator[Outcome
     Yields:
         The outcome of each tenant as it comes.
     """
-    for tenant in tenants:
-        try:
-            yield maker.make(tenant)
-        except OSError as error:
-            yield Outcome(tenant.name, error=first_line(error))
+    maker.ready()
+    try:
+        for tenant in tenants:
+            try:
+                yield maker.make(tenant)
+            except OSError as error:
+                yield Outcome(tenant.name, error=first_line(error))
+    finally:
+        gc.unfreeze()
 
 
 def prepare(args: Arguments) -> tuple[StudentMaker, list[Tenant], list[Tenant]]:

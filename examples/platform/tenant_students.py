@@ -4,6 +4,7 @@
 tenant and the settings alone, not on the students before it or on the process.
 """
 
+import gc
 import json
 import logging
 import os
@@ -108,6 +109,7 @@ class StudentMaker:
     def load(self) -> EmbeddingPlatform:
         """Load the base model and the teachers, if that is not done yet."""
         if self.platform is None:
+            gc.unfreeze()  # so that a model that was dropped is collected
             folder = str(Path(tempfile.gettempdir()) / "onboarding")  # nothing is written there
             platform, names = EmbeddingPlatform(self.settings.model, folder), []
             for path in teacher_folders(self.settings.teachers):
@@ -124,7 +126,12 @@ class StudentMaker:
         return settings | {f"teacher {name}": adapter_digest(model, name)[:12] for name in self.teachers}
 
     def ready(self) -> None:
-        """Return at once: a worker that answers has loaded its model."""
+        """Leave what is loaded out of the collections of garbage, one of which begins each training.
+
+        A worker that answers has loaded its model.
+        """
+        gc.collect()
+        gc.freeze()
 
     def make(self, tenant: Tenant) -> Outcome:
         """Train the student of a tenant on all its training queries, and save it.
@@ -138,6 +145,9 @@ class StudentMaker:
         began, cpu_began, settings = time.perf_counter(), time.process_time(), self.settings
         try:
             check_unicode(tenant)
+            if self.platform is None:
+                self.load()
+                self.ready()
             platform = self.load()
             queries = labelled_queries(tenant, "train", max(len(faq.train) for faq in tenant.faqs))
             platform.new_adapter(tenant.name, had.DistillationConfig(self.teachers), settings.seed)
