@@ -149,7 +149,10 @@ def start_ray(ray: Any, args: Arguments) -> int:
             **quiet,
         )
     else:
-        ray.init(args.address, **quiet)
+        try:
+            ray.init(args.address, **quiet)
+        except RuntimeError as error:  # such as another version of Ray or Python there
+            raise ValueError(f"--address {args.address}: {first_line(error)}") from error
     cpus = int(ray.cluster_resources().get("CPU", 0))
     workers = args.workers or max(1, cpus // args.threads)
     if workers * args.threads > cpus:
