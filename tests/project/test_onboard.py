@@ -30,7 +30,6 @@ QUERIES = {"my card": ["my card is gone", "the card is gone", "is my card gone"]
 FAQS = [{"question": f"what is {name}", "queries": queries} for name, queries in QUERIES.items()]
 TOO_LONG = "x" * 250  # with what is added, too long for the name of a folder
 UNREADABLE = {"question": "half \ud800", "queries": ["how is it"]}
-
 NO_QUERIES = {"question": "why", "queries": []}
 
 
@@ -59,10 +58,7 @@ def runs(request, inputs, tmp_path_factory):
     pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(inputs, folder, dirs_exist_ok=True)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     command = [sys.executable, str(ROOT / "tests" / "onboarding_runs.py"), str(folder), str(request.param)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
