@@ -24,6 +24,7 @@ extras = {
         "scipy>=1.13",
     ],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    "platform": ["ray[default,serve]>=2.50"],
     "peft": ["peft>=0.19"],
     "llm": [*plots, "gguf>=0.10", "peft>=0.19"],
     "sentence-transformers": sentence_transformers,
@@ -46,7 +47,7 @@ extras = {
 extras["dev"] = [
     *(
         package
-        for name in ("demo", "serve", "trl", "onnx", "notebooks", "test", "docs", "release")
+        for name in ("demo", "serve", "platform", "trl", "onnx", "notebooks", "test", "docs", "release")
         for package in extras[name]
     ),
     "codespell==2.4.3",

@@ -4,6 +4,8 @@ python benchmarks/report.py stage2_step benchmarks/results/stage2_step.json
 python benchmarks/report.py inference benchmarks/results/inference.json
 python benchmarks/report.py profile_training benchmarks/results/profile_training.json
 python benchmarks/report.py serving benchmarks/results/serving.json
+python benchmarks/report.py onboarding_platform benchmarks/results/onboarding_platform.json
+python benchmarks/report.py onboarding_on_paper benchmarks/results/onboarding_platform.json
 python benchmarks/report.py faq_retrieval benchmarks/results/faq_retrieval.json
 python benchmarks/report.py llm_routing benchmarks/results/llm_skills.json
 python benchmarks/report.py llm_answers benchmarks/results/llm_skills.json
@@ -115,6 +117,56 @@ def serving(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def onboarding_platform(results: dict[str, Any]) -> str:
+    """Return a row per way to onboard the tenants."""
+    header = [
+        "way",
+        "workers",
+        "steps",
+        "students",
+        "start, s",
+        "s per student",
+        "CPU s per student",
+        "busy",
+        "MB of a worker",
+    ]
+    rows = (
+        [
+            row["way"],
+            row["workers"],
+            row["steps"],
+            row["students"],
+            f"{row['start_s']:.0f}",
+            f"{row['wall_s_per_student']:.1f}",
+            f"{row['cpu_s_in_worker']:.1f}",
+            f"{100 * row['busy']:.0f}%",
+            " to ".join(f"{megabytes:,}" for megabytes in dict.fromkeys(row["worker_mb"])),
+        ]
+        for row in results["rows"]
+    )
+    return markdown(header, rows)
+
+
+PAPER_TENANTS, PAPER_WORKERS = 10_000, (2, 16, 64, 256)
+
+
+def onboarding_on_paper(results: dict[str, Any]) -> str:
+    """Return the hours and gigabytes that 10,000 tenants would take, by number of workers and by steps."""
+    rows = {row["way"]: row for row in results["rows"]}
+    ray, usual = rows["Ray"], rows["one process, usual steps"]
+    hours = [PAPER_TENANTS * row["cpu_s_in_worker"] / ray["busy"] / 3600 for row in (ray, usual)]
+    disk = f"{PAPER_TENANTS * results['student_mb'] / 1000:.1f}"
+    columns = (f"hours, {row['steps']} steps" for row in (ray, usual))
+    header = ["workers, a core each", *columns, "GB of memory for the workers", "GB of disk for the students"]
+    return markdown(
+        header,
+        (
+            [n, *(f"{of_one / n:.1f}" for of_one in hours), f"{n * ray['worker_mb'][-1] / 1000:,.1f}", disk]
+            for n in PAPER_WORKERS
+        ),
+    )
+
+
 def adapter_memory(results: dict[str, Any]) -> str:
     """Return a row per number of LoRA: the megabytes of all parameters on one base model and on a model for each."""
     header = ["LoRA", "base model, MB", "all LoRA, MB", "one base model, MB", "a model for each, MB"]
@@ -197,6 +249,8 @@ TABLES = {
         inference,
         profile_training,
         serving,
+        onboarding_platform,
+        onboarding_on_paper,
         adapter_memory,
         faq_retrieval,
         llm_routing,

@@ -13,7 +13,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers
 
-SETTINGS = {"max_steps": 10, "distillation_start": 0.2, "distillation_weight": 20.0, "learning_rate": 1e-2}
+SETTINGS = {"max_steps": 10, "distillation_start": 0.2, "distillation_weight": 20.0, "learning_rate": 2e-2}
 
 
 def train(model, args, **kwargs):

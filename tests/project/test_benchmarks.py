@@ -22,6 +22,7 @@ import adapter_memory  # noqa: E402
 import embedding_runs  # noqa: E402
 import inference  # noqa: E402
 import measure  # noqa: E402
+import onboarding_platform  # noqa: E402
 import pools  # noqa: E402
 import quality  # noqa: E402
 import quality_embeddings  # noqa: E402
@@ -179,6 +180,50 @@ def test_wrong_arguments_of_serving_in_one_line(run, arguments, message, monkeyp
     with pytest.raises(SystemExit, match=f"^serving.py: .*{message}") as caught:
         run(serving, *arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_onboarding_platform(run, tiny_encoder, monkeypatch):
+    for name in ("PYTHONPATH", "RAY_worker_niceness"):  # the benchmark sets them
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(onboarding_platform, "TEACHER_STEPS", 1)
+    short = "--tenants 3 --teachers 2 --alone 2 --shots 1 --steps 2 --long_steps 3 --workers 0"
+    results, out = run(onboarding_platform, *f"{short} --model {tiny_encoder}".split())
+    assert [(row["way"], row["steps"], row["students"]) for row in results["rows"]] == [
+        ("one process, before", 2, 1), ("Ray", 2, 3), ("one process, after", 2, 1), ("one process, usual steps", 3, 1)
+    ]  # fmt: skip
+    for row in results["rows"]:
+        assert 0 < row["cpu_s_in_worker"]
+        assert 0 < row["busy"] <= 1
+        assert str(row) in out
+    assert results["faqs"] == 40
+    assert results["student_mb"] > 0
+    assert len(report.onboarding_platform(results).splitlines()) == 6
+    assert len(report.onboarding_on_paper(results).splitlines()) == 6
+    monkeypatch.setattr(onboarding_platform, "files", lambda folder: [str(folder)])
+    with pytest.raises(RuntimeError, match="The student of tenant0 differs on Ray and in one process"):
+        run(onboarding_platform, *f"{short} --model {tiny_encoder}".split())
+
+
+def test_the_paper_of_onboarding_by_hand():
+    ray = {"way": "Ray", "steps": 6, "cpu_s_in_worker": 3.6, "busy": 0.5, "worker_mb": [900, 1000]}
+    usual = {"way": "one process, usual steps", "steps": 50, "cpu_s_in_worker": 36.0, "busy": 1.0}
+    table = report.onboarding_on_paper({"rows": [ray, usual], "student_mb": 1.2}).splitlines()
+    assert table[0].startswith("| workers, a core each | hours, 6 steps | hours, 50 steps |")
+    assert table[2] == "| 2 | 10.0 | 100.0 | 2.0 | 12.0 |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--workers -1", "--workers -1 is out of range; it must be at least 0"),
+        ("--tenants 3 --alone 4", "--alone 4 is more than --tenants 3; lower it"),
+        ("--tenants 61", "--tenants 61 need two FAQs each, and the data has 120; lower it"),
+    ],
+)
+def test_wrong_arguments_of_onboarding_in_one_line(run, arguments, message, monkeypatch):
+    monkeypatch.setattr(onboarding_platform, "measure", None)
+    with pytest.raises(SystemExit, match=f"^onboarding_platform.py: {message}"):
+        run(onboarding_platform, *arguments.split())
 
 
 @pytest.mark.parametrize("module", [stage2_step, inference])
