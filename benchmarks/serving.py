@@ -4,11 +4,13 @@ Each batch has questions of `--in_batch` of the tenants. All ways answer the sam
 batch. A way that cannot mix tenants runs a pass for each tenant of the batch. A question waits until its pass is done.
 Adapters have random weights. A few copies of the encoder stand for those of all tenants: they outgrow the caches, too.
 
-Afterwards `--compared` answers of mixed batches are compared with the tenant's adapter alone, and `--seconds` of load
-over HTTP go to `examples/platform/serve.py` with Ray Serve on this machine, with questions of all tenants and of one.
+`--compared` compares answers of mixed batches with the answers of the tenant's adapter alone. `--seconds` loads
+`examples/platform/serve.py` with Ray Serve over HTTP here, with questions of all tenants and of one in turns.
 
     python benchmarks/serving.py
-    python benchmarks/serving.py --tenants 4 --in_batch 2 --batches 4 --rounds 1 --compared 8 --seconds 0
+    python benchmarks/serving.py --rounds 0 --compared 10000 --output outputs/serving_answers.json
+    python benchmarks/serving.py --rounds 0 --seconds 40 --output outputs/serving_http.json
+    python benchmarks/serving.py --tenants 4 --in_batch 2 --batches 4 --rounds 1
     python benchmarks/report.py serving benchmarks/results/serving.json
 """
 
@@ -16,21 +18,19 @@ import copy
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from adapters import Fuse
 from measure import environment, ratio, write
+from serving_http import load_over_http, percentiles
 from transformers import HfArgumentParser
 
 import hf_adapter_distillation as had  # noqa: F401
@@ -48,7 +48,6 @@ MIXED, BATCH_SPLIT, PLAIN = "mixed batches", "mixed batches by BatchSplit", "one
 COPIES, FUSION = "an encoder per tenant", "AdapterFusion of 8"
 N_COPIES, N_FUSED = 8, 8
 TOLERANCE = 1e-5  # of a score in float32
-USERS = 16  # that ask over HTTP, each one question after another
 
 
 @dataclass
@@ -58,16 +57,16 @@ class Arguments:
     tenants: int = field(default=64, metadata={"help": "Tenants of the platform."})
     in_batch: int = field(default=8, metadata={"help": "Tenants in a batch."})
     batches: list[int] = field(default_factory=lambda: [8, 32], metadata={"help": "Numbers of questions in a batch."})
-    rounds: int = field(default=3, metadata={"help": "Times that each tenant stands in a batch."})
-    compared: int = field(default=10_000, metadata={"help": "Answers that are compared with the tenant alone."})
-    seconds: float = field(default=40.0, metadata={"help": "Seconds of load over HTTP with Ray; 0 leaves it out."})
+    rounds: int = field(default=3, metadata={"help": "Times that each tenant stands in a batch; 0 leaves it out."})
+    compared: int = field(default=0, metadata={"help": "Answers that are compared with the tenant alone."})
+    seconds: float = field(default=0.0, metadata={"help": "Seconds of load over HTTP with Ray."})
     model: str | None = field(default=None, metadata={"help": "Encoder id or path. Default: the packaged MiniLM."})
     output: str = field(default="outputs/serving.json", metadata={"help": "The JSON file."})
 
     def __post_init__(self) -> None:
-        for name in ("tenants", "in_batch", "rounds", "compared"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
+        for name, lowest in (("tenants", 1), ("in_batch", 1), ("rounds", 0), ("compared", 0), ("seconds", 0)):
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {lowest}.")
         if self.tenants % self.in_batch:
             raise ValueError(f"--tenants {self.tenants} is out of range; it must be a multiple of --in_batch.")
         for size in self.batches:
@@ -185,11 +184,6 @@ def bytes_of(models: Iterable[torch.nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Return the 50th and 99th percentile in milliseconds."""
-    return {f"p{p}_ms": round(1000 * float(np.percentile(seconds, p)), 1) for p in (50, 99)}
-
-
 def measure_batches(setting: Setting, size: int) -> list[dict[str, Any]]:
     """Measure all ways on batches of a size, in turns; return a row for each."""
     rng, args = random.Random(size), setting.args
@@ -229,6 +223,7 @@ def compare_answers(setting: Setting) -> dict[str, Any]:
     wanted: dict[int, dict[str, float]] = {}
     for name in setting.names:
         numbers = [number for number, question in enumerate(asked) if question.tenant == name]
+        numbers.sort(key=lambda number: len(asked[number].text))  # with little padding, unlike the mixed batches
         for first in range(0, len(numbers), max(args.batches)):
             of_batch = numbers[first : first + max(args.batches)]
             answers = setting.split.answer([asked[number] for number in of_batch])
@@ -249,60 +244,6 @@ def compare_answers(setting: Setting) -> dict[str, Any]:
     }
 
 
-def load_over_http(setting: Setting, students: Path) -> list[dict[str, Any]]:
-    """Load the service with Ray Serve in turns with questions of all tenants and of one; return a row for each."""
-    import httpx
-
-    port, args = 8765, setting.args
-    script = EXAMPLES / "platform" / "serve.py"
-    command = [sys.executable, script, "--students", students, "--port", port, "--max_batch", max(args.batches)]
-    command += ["--max_loaded", args.tenants, *(["--model", args.model] if args.model else [])]
-    service = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert any("Serving on" in line for line in service.stdout), "the service ended"
-        waits: dict[str, list[float]] = {"all tenants": [], "one tenant": []}
-        batched: dict[str, list[int]] = {kind: [] for kind in waits}
-        spent = dict.fromkeys(waits, 0.0)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-
-            def ask(tenant: str, text: str) -> Any:
-                return client.post("/answer", json={"tenant": tenant, "question": text}).raise_for_status().json()
-
-            def user(kind: str, seed: int, end: float) -> None:
-                rng = random.Random(seed)
-                while time.perf_counter() < end:
-                    tenant = rng.choice(setting.names) if kind == "all tenants" else setting.names[0]
-                    began = time.perf_counter()
-                    answer = ask(tenant, rng.choice(setting.questions[tenant]))
-                    waits[kind].append(time.perf_counter() - began)
-                    batched[kind].append(answer["batched"])
-
-            with ThreadPoolExecutor(USERS) as users:
-                list(users.map(lambda name: ask(name, "load the student"), setting.names))
-                for turn in range(4):
-                    for kind in random.Random(turn).sample(list(waits), 2):
-                        began = time.perf_counter()
-                        end = began + args.seconds / 8
-                        seeds = range(USERS * turn, USERS * (turn + 1))
-                        list(users.map(lambda seed, kind=kind, end=end: user(kind, seed, end), seeds))
-                        spent[kind] += time.perf_counter() - began
-    finally:
-        service.terminate()
-        service.wait(60)
-    rates = {kind: len(waits[kind]) / spent[kind] for kind in waits}
-    return [
-        {
-            "asked": kind,
-            "users": USERS,
-            "queries_per_s": round(rates[kind], 2),
-            "rate_ratio": round(rates[kind] / rates["one tenant"], 3),
-            **percentiles(waits[kind]),
-            "mean_batch": round(float(np.mean(batched[kind])), 1),
-        }
-        for kind in waits
-    ]
-
-
 def main() -> None:
     """Run the benchmark."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -320,7 +261,7 @@ def main() -> None:
         print(f"\n{args.tenants} tenants, {args.in_batch} in a batch; ratios to `{PLAIN}`")
         columns = f"{'queries/s':>10}{'ratio':>7}{'p50 ms':>9}{'p99 ms':>9}{'passes':>7}{'MB':>9}"
         print(f"{'batch':>5}  {'method':<30}{columns}")
-        for size in args.batches:
+        for size in args.batches if args.rounds else ():
             for row in measure_batches(setting, size):
                 results["rows"].append(row)
                 print(
@@ -328,12 +269,12 @@ def main() -> None:
                     f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}{row['passes']:>7}{row['parameters_mb']:>9.1f}",
                     flush=True,
                 )
-        write(Path(args.output), results)
-        results["http"] = load_over_http(setting, Path(folder) / "students") if args.seconds else []
-        write(Path(args.output), results)
-        print(*results["http"], sep="\n", flush=True)
-        results["answers"] = compare_answers(setting)
-        print(results["answers"])
+        if args.seconds:
+            results["http"] = load_over_http(args, setting.questions, Path(folder) / "students")
+            print(*results["http"], sep="\n", flush=True)
+        if args.compared:
+            results["answers"] = compare_answers(setting)
+            print(results["answers"])
     write(Path(args.output), results)
 
 

@@ -40,5 +40,6 @@ class Metrics:
             names = [f"{name}_{part}" for part in ("bucket", "sum", "count")] if is_histogram else [name]
             if is_histogram or name in self.values:
                 lines += [f"# HELP {name} {text}", f"# TYPE {name} {'histogram' if is_histogram else 'counter'}"]
-                lines += [f"{of}{labels} {value:g}" for of in names for labels, value in self.values[of].items()]
+                # The thread of the model may add meanwhile, so a copy is read.
+                lines += [f"{of}{labels} {value:g}" for of in names for labels, value in dict(self.values[of]).items()]
         return "\n".join(lines) + "\n"

@@ -115,7 +115,7 @@ def test_adapter_memory(run):
 
 
 def test_serving(run, tiny_encoder):
-    short = "--tenants 4 --in_batch 2 --batches 2 4 --rounds 2 --compared 30 --seconds 0"
+    short = "--tenants 4 --in_batch 2 --batches 2 4 --rounds 2 --compared 30"
     results, out = run(serving, *f"{short} --model {tiny_encoder}".split())
     ways = [serving.MIXED, serving.BATCH_SPLIT, serving.PLAIN, serving.COPIES, serving.FUSION]
     assert [(row["batch"], row["method"]) for row in results["rows"]] == [(n, way) for n in (2, 4) for way in ways]
@@ -184,7 +184,7 @@ def test_a_wrong_answer_of_a_mixed_batch_is_counted(tiny_encoder, tmp_path):
         (["--tenants", "0"], "--tenants 0 is out of range; it must be at least 1"),
         (["--tenants", "9"], "--tenants 9 is out of range; it must be a multiple of --in_batch"),
         (["--batches", "8", "9"], "--batches 9 is out of range; it must be a multiple of --in_batch"),
-        (["--rounds", "0"], "--rounds 0 is out of range; it must be at least 1"),
+        (["--rounds", "-1"], "--rounds -1 is out of range; it must be at least 0"),
         (["--model", "no/such/model"], "no/such/model"),
     ],
 )
