@@ -101,20 +101,48 @@ def profile_training(results: dict[str, Any]) -> str:
 
 
 def serving(results: dict[str, Any]) -> str:
-    """Return a row per number of tenants and way to serve them."""
-    header = ["tenants", "way", "queries per second", "/ a model per tenant", "forward passes", "MB of parameters"]
+    """Return a row per size of a batch and way to serve its tenants."""
+    header = ["questions", "way", "queries per second", "/ one adapter", "p50, ms", "p99, ms", "passes", "MB"]
     rows = (
         [
-            row["tenants"],
+            row["batch"],
             row["method"],
             f"{row['queries_per_s']:.1f}",
             f"{row['rate_ratio']:.2f}",
-            row["batches"],
+            f"{row['p50_ms']:,.0f}",
+            f"{row['p99_ms']:,.0f}",
+            row["passes"],
             f"{row['parameters_mb']:,.0f}",
         ]
         for row in results["rows"]
     )
     return markdown(header, rows)
+
+
+def serving_http(results: dict[str, Any]) -> str:
+    """Return a row for the load of all tenants, and one for the load of one tenant."""
+    header = ["questions of", "users", "queries per second", "/ one tenant", "p50, ms", "p99, ms", "mean batch"]
+    rows = (
+        [
+            row["asked"],
+            row["users"],
+            f"{row['queries_per_s']:.1f}",
+            f"{row['rate_ratio']:.2f}",
+            f"{row['p50_ms']:,.0f}",
+            f"{row['p99_ms']:,.0f}",
+            f"{row['mean_batch']:.1f}",
+        ]
+        for row in results["http"]
+    )
+    return markdown(header, rows)
+
+
+def serving_answers(results: dict[str, Any]) -> str:
+    """Return what came of the comparison of mixed batches with each tenant alone."""
+    answers = results["answers"]
+    header = ["answers compared", "wrong", "largest difference of a score", "ms to load a student"]
+    cells = (answers["compared"], answers["wrong"], answers["largest_difference"], answers["load_ms"])
+    return markdown(header, [[f"{cells[0]:,}", cells[1], f"{cells[2]:.1e}", f"{cells[3]:.0f}"]])
 
 
 def onboarding_platform(results: dict[str, Any]) -> str:
@@ -249,6 +277,8 @@ TABLES = {
         inference,
         profile_training,
         serving,
+        serving_http,
+        serving_answers,
         onboarding_platform,
         onboarding_on_paper,
         adapter_memory,

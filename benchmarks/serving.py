@@ -1,155 +1,182 @@
-"""Serving many tenants: mixed batches on one base model, a model for each tenant, and AdapterFusion.
+"""Serving many tenants: mixed batches on one base model against a model for each tenant, one adapter, and `Fuse`.
 
-A stream of questions, equally many of each tenant in random order, is there at the beginning; each way answers all of
-it in batches of at most `--max_batch` questions: an encoder embeds them, and they are compared with the embeddings of
-their tenant's FAQs. The mixed batches are those of the service in `examples/serving`, without HTTP and waiting.
-Adapters have random weights, and the encoders of the tenants are copies: the time does not depend on their values.
+Each batch has questions of `--in_batch` of the tenants. All ways answer the same batches, and take turns, batch by
+batch. A way that cannot mix tenants runs a pass for each tenant of the batch. A question waits until its pass is done.
+Adapters have random weights. A few copies of the encoder stand for those of all tenants: they outgrow the caches, too.
+
+`--compared` compares answers of mixed batches with the answers of the tenant's adapter alone. `--seconds` loads
+`examples/platform/serve.py` with Ray Serve over HTTP here, with questions of all tenants and of one in turns.
 
     python benchmarks/serving.py
-    python benchmarks/serving.py --tenants 2 --requests 8 --rounds 1
+    python benchmarks/serving.py --rounds 0 --compared 10000 --output outputs/serving_answers.json
+    python benchmarks/serving.py --rounds 0 --seconds 40 --output outputs/serving_http.json
+    python benchmarks/serving.py --tenants 4 --in_batch 2 --batches 4 --rounds 1
     python benchmarks/report.py serving benchmarks/results/serving.json
 """
 
 import copy
+import json
 import os
 import random
 import sys
-from collections import deque
+import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import transformers
 from adapters import Fuse
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
-from measure import compare, environment, ratio, write
+from measure import environment, ratio, write
+from serving_http import load_over_http, percentiles
 from transformers import HfArgumentParser
 
 import hf_adapter_distillation as had  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "serving")]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "platform")]
 
-from faq_data import BUNDLED, Faq, Tenant, load_tenants  # noqa: E402
-from faq_embeddings import ADAPTER, EmbeddingPlatform  # noqa: E402
-from tenant_batches import Waiting, take_batch  # noqa: E402
-from tenant_model import Question, TenantModel  # noqa: E402
+from batched_adapters import SPLIT, LoadedAdapter, TenantAdapters  # noqa: E402
+from faq_data import BUNDLED, load_tenants  # noqa: E402
+from faq_embeddings import ADAPTER, EmbeddingPlatform, search, tokenized  # noqa: E402
+from student_folder import Question  # noqa: E402
+from tenant_service import TenantService  # noqa: E402
 
-MIXED, COPIES, FUSION = "one encoder, mixed batches", "an encoder per tenant", "AdapterFusion"
+MIXED, BATCH_SPLIT, PLAIN = "mixed batches", "mixed batches by BatchSplit", "one plain adapter"
+COPIES, FUSION = "an encoder per tenant", "AdapterFusion of 8"
+N_COPIES, N_FUSED = 8, 8
+TOLERANCE = 1e-5  # of a score in float32
 
 
 @dataclass
 class Arguments:
     """The arguments of the benchmark."""
 
-    tenants: list[int] = field(default_factory=lambda: [2, 8, 32], metadata={"help": "Numbers of tenants."})
-    requests: int = field(default=64, metadata={"help": "Questions in the stream."})
-    max_batch: int = field(default=16, metadata={"help": "Questions in a batch, at most."})
-    rounds: int = field(default=4, metadata={"help": "Times that each way answers the stream."})
+    tenants: int = field(default=64, metadata={"help": "Tenants of the platform."})
+    in_batch: int = field(default=8, metadata={"help": "Tenants in a batch."})
+    batches: list[int] = field(default_factory=lambda: [8, 32], metadata={"help": "Numbers of questions in a batch."})
+    rounds: int = field(default=3, metadata={"help": "Times that each tenant stands in a batch; 0 leaves it out."})
+    compared: int = field(default=0, metadata={"help": "Answers that are compared with the tenant alone."})
+    seconds: float = field(default=0.0, metadata={"help": "Seconds of load over HTTP with Ray."})
     model: str | None = field(default=None, metadata={"help": "Encoder id or path. Default: the packaged MiniLM."})
-    output: str = field(
-        default="outputs/serving.json", metadata={"help": "The JSON file; the plot is written beside it."}
-    )
+    output: str = field(default="outputs/serving.json", metadata={"help": "The JSON file."})
 
     def __post_init__(self) -> None:
-        for name in ("requests", "max_batch", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
-        if not self.tenants or min(self.tenants) < 1:
-            raise ValueError(f"--tenants {self.tenants} is out of range; each must be at least 1.")
-        if self.requests < max(self.tenants):
-            raise ValueError(f"--requests {self.requests} is out of range; it must be at least one for each tenant.")
+        for name, lowest in (("tenants", 1), ("in_batch", 1), ("rounds", 0), ("compared", 0), ("seconds", 0)):
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {lowest}.")
+        if self.tenants % self.in_batch:
+            raise ValueError(f"--tenants {self.tenants} is out of range; it must be a multiple of --in_batch.")
+        for size in self.batches:
+            if size < 1 or size % self.in_batch:
+                raise ValueError(f"--batches {size} is out of range; it must be a multiple of --in_batch.")
 
 
-class EncoderPerTenant(TenantModel):
-    """A copy of the encoder for each tenant, without an adapter, as if fine-tuned as a whole."""
+class SplitAdapters(TenantAdapters):
+    """Adapters that stay on the model, where one tenant's is plain and several stand in a `BatchSplit`."""
 
-    def __init__(self, platform: EmbeddingPlatform, tenants: list[Tenant]) -> None:
-        self.platforms = {tenant.name: copy.deepcopy(platform) for tenant in tenants}
-        super().__init__(platform, tenants)
-
-    def activate(self, tenants: list[str], sizes: list[int]) -> None:
-        """Activate the encoder of the batch's tenant."""
-        (tenant,) = tenants
-        self.platform = self.platforms[tenant]
-        self.encoder = self.platform.encoder.eval()
+    def load(self, folder: Path, label: str) -> LoadedAdapter:
+        """Load a saved adapter."""
+        return super().load(folder, label)._replace(way=SPLIT)
 
 
-class FusionOfAll(TenantModel):
-    """AdapterFusion over the adapters of all tenants."""
-
-    def embed_faqs(self, tenant: Tenant) -> torch.Tensor:
-        """Return random embeddings: the time to find an FAQ does not depend on their values."""
-        shape = (len(tenant.faqs), self.platform.model.config.hidden_size)
-        return torch.nn.functional.normalize(torch.randn(shape), dim=-1)
-
-    def activate(self, tenants: list[str], sizes: list[int]) -> None:
-        """Run all adapters for the batch of a tenant."""
-        self.platform.model.set_active_adapters(Fuse(*self.faqs, name="fusion"))
+def write_students(args: Arguments, base: EmbeddingPlatform, folder: Path) -> dict[str, list[str]]:
+    """Write a student with random weights for each tenant, and return the questions of each tenant."""
+    bundled, questions = load_tenants(str(BUNDLED), seed=0), {}
+    platform = copy.deepcopy(base)
+    for number in range(args.tenants):
+        name, faqs = f"tenant{number}", bundled[number % len(bundled)].faqs
+        transformers.set_seed(number)
+        platform.model.add_adapter(name, config=ADAPTER)
+        for key, parameter in platform.model.named_parameters():
+            if f".{name}." in key:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        (folder / name).mkdir(parents=True)
+        platform.model.save_adapter(str(folder / name), name)
+        platform.model.delete_adapter(name)
+        rows = [{"question": faq.question, "queries": []} for faq in faqs]
+        (folder / name / "faqs.json").write_text(json.dumps(rows))
+        questions[name] = [query for faq in faqs for query in faq.train]
+    return questions
 
 
 class Setting:
-    """The three ways to serve a number of tenants.
+    """All ways to serve the tenants.
 
     Args:
         args: The arguments.
         base: The platform without adapters; it is copied.
-        n_tenants: The number of tenants.
+        folder: An empty folder for the students.
     """
 
-    def __init__(self, args: Arguments, base: EmbeddingPlatform, n_tenants: int) -> None:
+    def __init__(self, args: Arguments, base: EmbeddingPlatform, folder: Path) -> None:
         self.args = args
-        bundled = load_tenants(str(BUNDLED), seed=0)
-        queries = {f"tenant{n}": bundled[n % len(bundled)].faqs for n in range(n_tenants)}
-        tenants = [Tenant(name, [Faq(faq.question) for faq in faqs]) for name, faqs in queries.items()]
-        names = list(queries)
-        shared = copy.deepcopy(base)
+        self.questions = write_students(args, base, folder)
+        self.names = list(self.questions)
+        self.mixed = TenantService(copy.deepcopy(base), folder, args.tenants)
+        self.split = TenantService(copy.deepcopy(base), folder, args.tenants)
+        self.split.pool.adapters = SplitAdapters(self.split.pool.platform.model)
+        began = time.perf_counter()
+        self.students = self.mixed.pool.get(self.names)
+        self.load_ms = 1000 * (time.perf_counter() - began) / args.tenants
+        self.split.pool.get(self.names)
+        self.copies = [copy.deepcopy(base.encoder).eval() for _ in range(min(N_COPIES, args.tenants))]
+        fused = copy.deepcopy(base)
+        names = [f"fused{number}" for number in range(N_FUSED)]
         for name in names:
-            shared.model.add_adapter(name, config=ADAPTER)
-        self.fusion_bytes = -bytes_of([shared.model])
-        shared.model.add_adapter_fusion(Fuse(*names, name="fusion"))
-        self.fusion_bytes += bytes_of([shared.model])
-        self.ways = {
-            MIXED: TenantModel(shared, tenants),
-            COPIES: EncoderPerTenant(base, tenants),
-            FUSION: FusionOfAll(shared, tenants),
+            fused.model.add_adapter(name, config=ADAPTER)
+        self.adapter_bytes = (bytes_of([fused.model]) - bytes_of([base.model])) // N_FUSED
+        self.fusion_bytes = -bytes_of([fused.model])
+        fused.model.add_adapter_fusion(Fuse(*names))
+        self.fusion_bytes += bytes_of([fused.model])
+        fused.model.set_active_adapters(Fuse(*names))
+        self.base_bytes, self.fused = bytes_of([base.model]), fused.encoder.eval()
+        self.answer: dict[str, Callable[[list[Question]], Any]] = {
+            MIXED: self.mixed.answer,
+            BATCH_SPLIT: self.split.answer,
+            PLAIN: lambda batch: self.split.answer([Question(self.names[0], text) for _, text in batch]),
+            COPIES: lambda batch: self.answer_by(self.copies[self.number(batch) % len(self.copies)], batch),
+            FUSION: lambda batch: self.answer_by(self.fused, batch),
         }
-        self.ways[MIXED].check()
-        rng = random.Random(0)
-        asking = [names[n % n_tenants] for n in range(args.requests)]
-        rng.shuffle(asking)
-        stream = [Question(name, rng.choice(rng.choice(queries[name]).train)) for name in asking]
-        of_tenants = [[question for question in stream if question.tenant == name] for name in names]
-        separate = [batch for questions in of_tenants for batch in self.batches(questions)]
-        self.batches_of = {MIXED: self.batches(stream), COPIES: separate, FUSION: separate}
 
-    def batches(self, questions: list[Question]) -> list[list[Question]]:
-        """Split waiting questions into the batches that the service would make of them."""
-        waiting = deque(Waiting(question, 0.0, None) for question in questions)
-        batches = []
-        while waiting:
-            batches.append([entry.question for entry in take_batch(waiting, self.args.max_batch)])
-        return batches
+    def number(self, batch: list[Question]) -> int:
+        """Return the number of a tenant."""
+        return self.names.index(batch[0].tenant)
 
-    def answer(self, way: str) -> None:
-        """Answers the stream."""
-        for batch in self.batches_of[way]:
-            self.ways[way].answer(batch)
+    @torch.inference_mode()
+    def answer_by(self, encoder: Any, batch: list[Question]) -> list[Any]:
+        """Answer questions of one tenant by an encoder."""
+        embeddings = encoder(dict(tokenized(encoder, [question.text for question in batch])))["sentence_embedding"]
+        faqs = self.students[batch[0].tenant].embeddings
+        return search(torch.nn.functional.normalize(embeddings, dim=-1), faqs, top_k=len(faqs))
+
+    def passes(self, way: str, batch: list[Question]) -> list[list[Question]]:
+        """Return what a way answers together."""
+        if way in (MIXED, BATCH_SPLIT, PLAIN):
+            return [batch]
+        return [[q for q in batch if q.tenant == name] for name in dict.fromkeys(q.tenant for q in batch)]
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of the parameters that each way of serving holds, with a fusion for each tenant."""
-        shared = bytes_of([self.ways[MIXED].platform.model]) - self.fusion_bytes
-        copies = self.ways[COPIES].platforms
+        """Return the bytes of the parameters that each way holds for all tenants, with a fusion for each."""
+        all_adapters = self.base_bytes + self.args.tenants * self.adapter_bytes
         return {
-            MIXED: shared,
-            COPIES: bytes_of(platform.model for platform in copies.values()),
-            FUSION: shared + len(copies) * self.fusion_bytes,
+            MIXED: all_adapters,
+            BATCH_SPLIT: all_adapters,
+            PLAIN: self.base_bytes + self.adapter_bytes,
+            COPIES: self.args.tenants * self.base_bytes,
+            FUSION: all_adapters + self.args.tenants * self.fusion_bytes,
         }
+
+    def draw(self, size: int, rng: random.Random) -> list[list[Question]]:
+        """Return batches in which each tenant stands in one, with as many questions as the others."""
+        names, n = rng.sample(self.names, len(self.names)), self.args.in_batch
+        groups = [names[first : first + n] for first in range(0, len(names), n)]
+        batches = [[Question(t, rng.choice(self.questions[t])) for t in group * (size // n)] for group in groups]
+        for batch in batches:
+            rng.shuffle(batch)
+        return batches
 
 
 def bytes_of(models: Iterable[torch.nn.Module]) -> int:
@@ -157,46 +184,64 @@ def bytes_of(models: Iterable[torch.nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
-def measure_tenants(args: Arguments, base: EmbeddingPlatform, n_tenants: int) -> list[dict[str, Any]]:
-    """Measures the three ways side by side; returns a row for each."""
-    setting = Setting(args, base, n_tenants)
-    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        way: (lambda: None, partial(setting.answer, way)) for way in setting.ways
-    }
-    times = compare(calls, args.rounds, "cpu")
+def measure_batches(setting: Setting, size: int) -> list[dict[str, Any]]:
+    """Measure all ways on batches of a size, in turns; return a row for each."""
+    rng, args = random.Random(size), setting.args
+    batches = [batch for _ in range(args.rounds) for batch in setting.draw(size, rng)]
+    times: dict[str, list[float]] = {way: [] for way in setting.answer}
+    waits: dict[str, list[float]] = {way: [] for way in setting.answer}
+    for number, batch in enumerate([batches[0], *batches]):
+        for way in rng.sample(list(setting.answer), len(setting.answer)):
+            began = time.perf_counter()
+            for of_pass in setting.passes(way, batch):
+                setting.answer[way](of_pass)
+                if number > 0:  # the first batch is not counted
+                    waits[way] += [time.perf_counter() - began] * len(of_pass)
+            if number > 0:
+                times[way].append(time.perf_counter() - began)
     memory = setting.memory()
     return [
         {
-            "tenants": n_tenants,
+            "batch": size,
             "method": way,
-            "queries_per_s": round(args.requests / median(times[way]), 2),
-            "rate_ratio": round(ratio(times[COPIES], times[way]), 3),
+            "queries_per_s": round(size * len(batches) / sum(times[way]), 2),
+            "rate_ratio": round(ratio(times[PLAIN], times[way]), 3),
+            **percentiles(waits[way]),
+            "passes": len(setting.passes(way, batches[0])),
             "parameters_mb": round(memory[way] / 1e6, 1),
-            "batches": len(setting.batches_of[way]),
         }
-        for way in setting.ways
+        for way in setting.answer
     ]
 
 
-def draw(rows: list[dict[str, Any]], title: str) -> Figure:
-    """Draw queries per second and memory by number of tenants."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
-    panels = figure.subplots(1, 2)
-    keys = (("queries_per_s", "queries a second", "linear"), ("parameters_mb", "MB of parameters", "log"))
-    for ax, (key, label, scale) in zip(panels, keys, strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            of_method = [row for row in rows if row["method"] == method]
-            ax.plot([row["tenants"] for row in of_method], [row[key] for row in of_method], "o-", label=method)
-        ax.set(xlabel="tenants", ylabel=label, xscale="log", yscale=scale)
-        ticks = sorted({row["tenants"] for row in rows})
-        ax.set_xticks(ticks, labels=map(str, ticks), minor=False)
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-    panels[0].set_ylim(bottom=0)
-    panels[1].yaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter=ScalarFormatter())
-    panels[0].legend(fontsize="small")
-    figure.suptitle(title, fontsize="medium")
-    return figure
+def compare_answers(setting: Setting) -> dict[str, Any]:
+    """Compare answers of mixed batches with the answers of the tenant's adapter alone."""
+    args, rng = setting.args, random.Random(1)
+    pairs = [Question(name, text) for name, texts in setting.questions.items() for text in texts]
+    asked = rng.sample(pairs, min(args.compared, len(pairs)))
+    asked += rng.choices(pairs, k=args.compared - len(asked))
+    wanted: dict[int, dict[str, float]] = {}
+    for name in setting.names:
+        numbers = [number for number, question in enumerate(asked) if question.tenant == name]
+        numbers.sort(key=lambda number: len(asked[number].text))  # with little padding, unlike the mixed batches
+        for first in range(0, len(numbers), max(args.batches)):
+            of_batch = numbers[first : first + max(args.batches)]
+            answers = setting.split.answer([asked[number] for number in of_batch])
+            wanted |= {n: dict(answer.found) for n, answer in zip(of_batch, answers, strict=True)}
+    largest, wrong = 0.0, 0
+    for first in range(0, len(asked), max(args.batches)):
+        answers = setting.mixed.answer(asked[first : first + max(args.batches)])
+        for number, answer in enumerate(answers, first):
+            found = dict(answer.found)
+            assert found.keys() == wanted[number].keys()
+            difference = max(abs(found[faq] - score) for faq, score in wanted[number].items())
+            largest, wrong = max(largest, difference), wrong + (difference > TOLERANCE)
+    return {
+        "compared": len(asked),
+        "wrong": wrong,
+        "largest_difference": largest,
+        "load_ms": round(setting.load_ms, 1),
+    }
 
 
 def main() -> None:
@@ -206,25 +251,31 @@ def main() -> None:
     try:
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
         base = EmbeddingPlatform(args.model)
-        name = args.model or "all-MiniLM-L6-v2"
     except (ValueError, OSError) as error:
         raise SystemExit(f"serving.py: {str(error).splitlines()[0]}") from error
     about = environment("cpu")
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    print(f"\n{name}, {args.requests} questions; ratios to `{COPIES}`")
-    print(f"{'tenants':>7}  {'method':<30}{'queries/s':>10}{'ratio':>7}{'MB':>9}{'batches':>9}")
-    rows: list[dict[str, Any]] = []
-    for n_tenants in args.tenants:
-        for row in measure_tenants(args, base, n_tenants):
-            rows.append(row)
-            print(
-                f"{row['tenants']:>7}  {row['method']:<30}{row['queries_per_s']:>10.1f}{row['rate_ratio']:>7.2f}"
-                f"{row['parameters_mb']:>9.1f}{row['batches']:>9}",
-                flush=True,
-            )
-        write(Path(args.output), {"environment": about, "arguments": asdict(args), "rows": rows})
-    title = f"{name}, {args.requests} questions\n{about['device']}"
-    draw(rows, title).savefig(Path(args.output).with_suffix(".png"))
+    results: dict[str, Any] = {"environment": about, "arguments": asdict(args), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(args, base, Path(folder) / "students")
+        print(f"\n{args.tenants} tenants, {args.in_batch} in a batch; ratios to `{PLAIN}`")
+        columns = f"{'queries/s':>10}{'ratio':>7}{'p50 ms':>9}{'p99 ms':>9}{'passes':>7}{'MB':>9}"
+        print(f"{'batch':>5}  {'method':<30}{columns}")
+        for size in args.batches if args.rounds else ():
+            for row in measure_batches(setting, size):
+                results["rows"].append(row)
+                print(
+                    f"{row['batch']:>5}  {row['method']:<30}{row['queries_per_s']:>10.1f}{row['rate_ratio']:>7.2f}"
+                    f"{row['p50_ms']:>9.1f}{row['p99_ms']:>9.1f}{row['passes']:>7}{row['parameters_mb']:>9.1f}",
+                    flush=True,
+                )
+        if args.seconds:
+            results["http"] = load_over_http(args, setting.questions, Path(folder) / "students")
+            print(*results["http"], sep="\n", flush=True)
+        if args.compared:
+            results["answers"] = compare_answers(setting)
+            print(results["answers"])
+    write(Path(args.output), results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -114,69 +115,82 @@ def test_adapter_memory(run):
     assert len(report.adapter_memory(results).splitlines()) == 4
 
 
-def test_serving(run, tmp_path, tiny_encoder):
-    short = "--tenants 1 3 --requests 6 --max_batch 4 --rounds 2"
+def test_serving(run, tiny_encoder):
+    short = "--tenants 4 --in_batch 2 --batches 2 4 --rounds 2 --compared 30"
     results, out = run(serving, *f"{short} --model {tiny_encoder}".split())
-    ways = [serving.MIXED, serving.COPIES, serving.FUSION]
-    assert [(row["tenants"], row["method"]) for row in results["rows"]] == [(n, way) for n in (1, 3) for way in ways]
-    rows = {row["method"]: row for row in results["rows"] if row["tenants"] == 3}
-    # Six questions of three tenants: four and two mixed, two of each tenant.
-    assert [rows[way]["batches"] for way in ways] == [2, 3, 3]
-    assert rows[serving.COPIES]["rate_ratio"] == 1
+    ways = [serving.MIXED, serving.BATCH_SPLIT, serving.PLAIN, serving.COPIES, serving.FUSION]
+    assert [(row["batch"], row["method"]) for row in results["rows"]] == [(n, way) for n in (2, 4) for way in ways]
+    rows = {row["method"]: row for row in results["rows"] if row["batch"] == 4}
+    assert [rows[way]["passes"] for way in ways] == [1, 1, 1, 2, 2]
+    assert rows[serving.PLAIN]["rate_ratio"] == 1
     for row in results["rows"]:
-        assert row["queries_per_s"] > 0
         assert row["rate_ratio"] > 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert f"{row['queries_per_s']:.1f}" in out
-    assert rows[serving.MIXED]["parameters_mb"] <= rows[serving.FUSION]["parameters_mb"]
+    answers = results["answers"]
+    assert (answers["compared"], answers["wrong"]) == (30, 0)
+    assert answers["largest_difference"] < serving.TOLERANCE
     assert results["environment"]["torch"] == torch.__version__
-    assert (tmp_path / "serving.png").stat().st_size > 10_000
     table = report.serving(results).splitlines()
-    assert len(table) == 8
-    assert table[2].startswith("| 1 | one encoder, mixed batches |")
+    assert len(table) == 12
+    assert table[2].startswith("| 2 | mixed batches |")
     assert len({line.count("|") for line in table}) == 1
+    assert report.serving_answers(results).splitlines()[2].startswith("| 30 | 0 | ")
 
 
-def test_the_three_ways_to_serve_answer_alike_and_hold_what_they_say(tiny_encoder):
-    args = serving.Arguments(tenants=[3], requests=6, max_batch=4, model=tiny_encoder)
+def test_the_ways_to_serve_answer_what_they_say(tiny_encoder, tmp_path):
+    args = serving.Arguments(tenants=4, in_batch=2, batches=[4], model=tiny_encoder)
     base = EmbeddingPlatform(tiny_encoder)
-    setting = serving.Setting(args, base, 3)
-    asked = {way: sorted(sum(batches, [])) for way, batches in setting.batches_of.items()}
-    assert asked[serving.MIXED] == asked[serving.COPIES] == asked[serving.FUSION]
-    assert len(asked[serving.MIXED]) == 6
-    tenants = [question.tenant for question in asked[serving.MIXED]]
-    assert tenants == ["tenant0"] * 2 + ["tenant1"] * 2 + ["tenant2"] * 2
-    copies = [platform.encoder for platform in setting.ways[serving.COPIES].platforms.values()]
+    setting = serving.Setting(args, base, tmp_path / "students")
+    batches = setting.draw(4, random.Random(0))
+    asked = [question.tenant for batch in batches for question in batch]
+    assert sorted(asked) == sorted(setting.names * 2)
+    assert all(len({question.tenant for question in batch}) == 2 for batch in batches)
     seen = []
-    for encoder in [*copies, setting.ways[serving.MIXED].encoder]:
+    for encoder in [*setting.copies, setting.fused, setting.mixed.encoder, setting.split.encoder]:
         encoder.register_forward_hook(lambda module, args, output: seen.append(module))
-    setting.answer(serving.COPIES)
-    assert seen == copies
-    del seen[:]
-    setting.answer(serving.MIXED)
-    assert len(seen) == 2
-    size = serving.bytes_of([base.model])
-    shared = setting.ways[serving.MIXED].platform.model
-    a_fusion = serving.bytes_of([layer for name, layer in shared.named_modules() if name.endswith("fusion_layer")])
-    adapters = serving.bytes_of([shared]) - size - a_fusion
-    assert adapters > 0
-    assert a_fusion > 0
-    memory = setting.memory()
-    assert memory[serving.COPIES] == 3 * size
-    assert memory[serving.MIXED] == size + adapters
-    assert memory[serving.FUSION] == memory[serving.MIXED] + 3 * a_fusion
+    wanted = {
+        serving.MIXED: [setting.mixed.encoder],
+        serving.BATCH_SPLIT: [setting.split.encoder],
+        serving.PLAIN: [setting.split.encoder],
+        serving.COPIES: [setting.copies[setting.number(of)] for of in setting.passes(serving.COPIES, batches[0])],
+        serving.FUSION: [setting.fused] * 2,
+    }
+    for way, encoders in wanted.items():
+        for of_pass in setting.passes(way, batches[0]):
+            setting.answer[way](of_pass)
+        assert seen == encoders, way
+        seen.clear()
+    memory, size = setting.memory(), serving.bytes_of([base.model])
+    adapter = memory[serving.PLAIN] - size
+    assert memory[serving.MIXED] == size + 4 * adapter
+    assert memory[serving.COPIES] == 4 * size
+    assert memory[serving.FUSION] > memory[serving.MIXED] > size
+
+
+def test_a_wrong_answer_of_a_mixed_batch_is_counted(tiny_encoder, tmp_path):
+    args = serving.Arguments(tenants=2, in_batch=2, batches=[4], compared=8, model=tiny_encoder)
+    setting = serving.Setting(args, EmbeddingPlatform(tiny_encoder), tmp_path / "students")
+    setting.mixed.pool.adapters.activate = lambda rows: type(setting.mixed.pool.adapters).activate(
+        setting.mixed.pool.adapters, rows[::-1]
+    )
+    answers = serving.compare_answers(setting)
+    assert answers["wrong"] > 0
+    assert answers["largest_difference"] > serving.TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tenants", "0"], r"--tenants \[0\] is out of range; each must be at least 1"),
-        (["--tenants", "2", "9", "--requests", "8"], "--requests 8 is out of range; it must be at least one for each"),
-        (["--rounds", "0"], "--rounds 0 is out of range; it must be at least 1"),
+        (["--tenants", "0"], "--tenants 0 is out of range; it must be at least 1"),
+        (["--tenants", "9"], "--tenants 9 is out of range; it must be a multiple of --in_batch"),
+        (["--batches", "8", "9"], "--batches 9 is out of range; it must be a multiple of --in_batch"),
+        (["--rounds", "-1"], "--rounds -1 is out of range; it must be at least 0"),
         (["--model", "no/such/model"], "no/such/model"),
     ],
 )
 def test_wrong_arguments_of_serving_in_one_line(run, arguments, message, monkeypatch):
-    monkeypatch.setattr(serving, "measure_tenants", None)
+    monkeypatch.setattr(serving, "Setting", None)
     with pytest.raises(SystemExit, match=f"^serving.py: .*{message}") as caught:
         run(serving, *arguments)
     assert "\n" not in str(caught.value)

@@ -1,10 +1,10 @@
 """Students to serve: trains adapters for a few tenants and distils them into students of others.
 
 Writes one folder for each tenant, the teachers' too, as `save_adapter` does, with the FAQs in `faqs.json`: what
-`serve_tenants.py` serves.
+`serve.py` serves.
 
-    python examples/serving/demo_students.py --quick
-    python examples/serving/demo_students.py --output outputs/students
+    python examples/platform/demo_students.py --quick
+    python examples/platform/demo_students.py --output outputs/students
 """
 
 import json
@@ -114,7 +114,7 @@ def main() -> None:
     for tenant in students:
         distil(platform, tenant, names, settings)
     write(platform, [*teachers, *students], Path(args.output))
-    print(f"python examples/serving/serve_tenants.py --students {args.output}")
+    print(f"python examples/platform/serve.py --students {args.output}")
 
 
 if __name__ == "__main__":
