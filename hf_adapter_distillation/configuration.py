@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from math import inf
 from numbers import Real
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class DistillationConfig:
 
     Args:
         teachers: Names of adapters on the model, local folders of saved adapters, or Hub ids (`"user/adapter"`,
-            `"user/adapter@revision"`).
+            `"user/adapter@revision"`). Or a pool: the path of one folder that holds the folders of saved adapters, of
+            which `teacher_selection` become teachers.
         carrier: The output that a layer passes on in stage 2. `"student"`: the student's, which the fusion of the
             teachers learns to explain; `"fused"`: the fusion of teachers and student, which then learns from the task
             as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from 1 to 0 over stage 2,
@@ -91,7 +93,8 @@ class DistillationConfig:
             reverse, and between them the generalised Jensen-Shannon divergence, as in trl's `GKDConfig`.
         weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
-            training data before the first step (`rank_teachers`) and keeps the best ones above chance.
+            training data before the first step (`rank_teachers`) and keeps the best ones above chance. Of a pool it
+            loads the best ones alone (`choose_teachers`).
 
     Raises:
         ValueError: If a value is unknown or out of its range. `add_adapter` and `DistillationTrainer.train` check the
@@ -138,10 +141,20 @@ class DistillationConfig:
         k = self.teacher_selection
         if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise _out_of_range("teacher_selection", k, "'all' or a number of teachers")
+        self._check_pool()
         if not isinstance(self.weights_per_layer, bool):
             raise _out_of_range("weights_per_layer", self.weights_per_layer, "True or False")
         if self.weights_per_layer and self.student_start != "weighted":
             raise ValueError(f"weights_per_layer=True needs student_start='weighted', not {self.student_start!r}.")
+
+    def _check_pool(self) -> None:
+        if isinstance(self.teachers, PathLike):
+            self.teachers = str(self.teachers)
+        if isinstance(self.teachers, str) and self.teacher_selection == "all":
+            raise ValueError(
+                f"teachers={self.teachers!r} is a pool, of which the best become teachers; give their number as "
+                f"teacher_selection, or a list of teachers, [{self.teachers!r}]."
+            )
 
     def _check_layer_weights(self, weights: object) -> None:
         if not isinstance(weights, Sequence) or isinstance(weights, str):
