@@ -12,6 +12,7 @@ from adapters import ModelAdaptersMixin, Stack
 from torch import nn
 from transformers.utils import logging
 
+from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..teachers.compatibility import choose_level
@@ -177,7 +178,7 @@ def choose_again(model: ModelAdaptersMixin, block: AdapterDistillation, checkpoi
     """
     pool = distillation_of(model, block.student).candidates
     names = [teacher.name for teacher in read_provenance(Path(checkpoint) / block.student).teachers]
-    if missing := [name for name in names if name not in pool]:
+    if missing := [name for name in names if not Path(pool.get(name, "")).joinpath(ADAPTER_CONFIG_NAME).is_file()]:
         raise ValueError(
             f"The checkpoint {checkpoint} was made with the teacher {missing[0]!r}, which the pool "
             f"{_folder_of(pool)!r} does not have; put it back, or start again without resume_from_checkpoint."

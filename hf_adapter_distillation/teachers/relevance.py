@@ -29,7 +29,7 @@ from ..method.predictions import without_dropout
 from .weighing import Batches, Learner, Loss
 
 BATCHES = 16  # of which the gradients are taken
-TOKENS = 256  # of each place, all batches together: those with the largest gradients
+TOKENS = 128  # of each place, all batches together: those with the largest gradients
 
 
 class TappingPass(LayerPass):
@@ -73,6 +73,23 @@ class Site(NamedTuple):
     adapter_input: AdapterInput  # (1, n_tokens, hidden) each
     gradient: torch.Tensor  # (1, n_tokens, hidden)
 
+    def shortened(self) -> "Site":
+        """Return the site with the tokens that have the largest gradients."""
+        norms = self.gradient[0].norm(dim=-1)
+        kept = norms.topk(min(TOKENS, len(norms))).indices
+        hidden_states, residual = self.adapter_input
+        residual = residual[:, kept] if isinstance(residual, torch.Tensor) else residual
+        return Site(self.adapter, AdapterInput(hidden_states[:, kept], residual), self.gradient[:, kept])
+
+    def joined(self, other: "Site") -> "Site":
+        """Return the site with the tokens of other batches as well."""
+        states = torch.cat([self.adapter_input.hidden_states, other.adapter_input.hidden_states], dim=1)
+        residual = self.adapter_input.residual
+        if isinstance(residual, torch.Tensor) and isinstance(other.adapter_input.residual, torch.Tensor):
+            residual = torch.cat([residual, other.adapter_input.residual], dim=1)
+        gradient = torch.cat([self.gradient, other.gradient], dim=1)
+        return Site(self.adapter, AdapterInput(states, residual), gradient).shortened()
+
 
 def measure_relevance(
     model: ModelAdaptersMixin,
@@ -98,7 +115,7 @@ def measure_relevance(
     """
     learner = Learner(model, block, loss, False, beside, reduce, loss_scale)
     distillation, read = distillation_of(model, block.student), list(islice(batches(), BATCHES))
-    sites: list[Site] = []
+    sites: dict[nn.Module, Site] = {}
     gradients: list[list[torch.Tensor]] = []
     with learner.without_teachers(), learner.running():
         if learner.trained:
@@ -111,11 +128,10 @@ def measure_relevance(
                     (loss_scale * value).backward()
             taps = [(place, tap.grad) for place, tap in tapping.taps if tap.grad is not None]
             if distillation.level == "adapter":
-                of_batch = [_some_tokens(place, gradient, len(read), block) for place, gradient in taps]
-                sites += of_batch
-                gradients.append([site.gradient for site in of_batch])
-            else:
-                gradients.append([gradient for _, gradient in taps])
+                for place, gradient in taps:
+                    site = _site(place, gradient, block.teachers[0])
+                    sites[site.adapter] = site.joined(sites[site.adapter]) if site.adapter in sites else site
+            gradients.append([gradient for _, gradient in taps])
     if not any(gradients):
         raise ValueError(
             "The loss of a batch does not depend on the teachers; compute it from the output of the model, with "
@@ -124,27 +140,23 @@ def measure_relevance(
     if not all(gradient.isfinite().all() for each in gradients for gradient in each):
         raise ValueError("The gradients of the task are not finite without any adapter; train in bfloat16 or float32.")
     if distillation.level == "adapter":
-        return lambda: _relevance_inside(sites)
+        return lambda: _relevance_inside(list(sites.values()))
     return lambda: _relevance_of_layers(model, distillation, block.teachers[0], loss, read, gradients)
 
 
-def _some_tokens(place: Place, gradient: torch.Tensor, n_batches: int, block: AdapterDistillation) -> Site:
-    """Keep the tokens of a place with the largest gradients."""
+def _site(place: Place, gradient: torch.Tensor, teacher: str) -> Site:
+    """Return the tokens of a place of a teacher with the largest gradients."""
     assert isinstance(place, AdapterPlace)
-    (name,) = block.teachers
-    flat = gradient.reshape(-1, gradient.shape[-1]).float()  # (B T, d)
-    number = min(len(flat), max(1, TOKENS // n_batches))
-    chosen = flat.norm(dim=-1).topk(number).indices
 
-    def of_tokens(states: torch.Tensor | float) -> torch.Tensor | float:
-        if not isinstance(states, torch.Tensor):
-            return states
-        return states.detach().reshape(-1, states.shape[-1])[chosen].unsqueeze(0)
+    def in_a_row(states: torch.Tensor | float) -> torch.Tensor | float:
+        is_tensor = isinstance(states, torch.Tensor)
+        return states.detach().reshape(1, -1, states.shape[-1]) if is_tensor else states
 
-    hidden_states, residual = map(of_tokens, place.adapter_input(name))
+    hidden_states, residual = map(in_a_row, place.adapter_input(teacher))
     assert isinstance(hidden_states, torch.Tensor)
-    kept = AdapterInput(hidden_states, residual)
-    return Site(place.layer.adapter_modules[name], kept, flat[chosen].unsqueeze(0))
+    adapter = place.layer.adapter_modules[teacher]
+    row = gradient.reshape(1, -1, gradient.shape[-1]).float()
+    return Site(adapter, AdapterInput(hidden_states, residual), row).shortened()
 
 
 @torch.no_grad()
