@@ -149,8 +149,7 @@ def _site(place: Place, gradient: torch.Tensor, teacher: str) -> Site:
     assert isinstance(place, AdapterPlace)
 
     def in_a_row(states: torch.Tensor | float) -> torch.Tensor | float:
-        is_tensor = isinstance(states, torch.Tensor)
-        return states.detach().reshape(1, -1, states.shape[-1]) if is_tensor else states
+        return states.detach().reshape(1, -1, states.shape[-1]) if isinstance(states, torch.Tensor) else states
 
     hidden_states, residual = map(in_a_row, place.adapter_input(teacher))
     assert isinstance(hidden_states, torch.Tensor)
