@@ -1,9 +1,9 @@
 """A pool of saved adapters: the time to choose teachers from it, beside the training of one student, and the memory.
 
-The tenants of the examples but one train an adapter each on the first layers of the packaged MiniLM. The rest of the pool has random
-weights with the norms of theirs. The new tenant's student chooses its teachers from the pool and trains. Times are CPU
-seconds, which other programs on the machine hardly change. The memory is the resident set of the process, read many
-times a second, against its size before the choice.
+The tenants of the examples but one train an adapter each on the first layers of the packaged MiniLM. The rest of the
+pool has random weights with the norms of theirs. The new tenant's student chooses its teachers from the pool and
+trains. Times are CPU seconds, which other programs on the machine hardly change. The memory is the resident set of the
+process, read many times a second, against its size before the choice.
 
     python benchmarks/pool.py
     python benchmarks/pool.py --sizes 20 --steps 4 --teacher_steps 2

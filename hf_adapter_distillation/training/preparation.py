@@ -28,7 +28,7 @@ from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
-from .data import Examples
+from .data import Examples, Labelled
 from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
@@ -112,6 +112,16 @@ def _show(table: str, show: bool) -> None:
         tqdm.write(table)
 
 
+def _learning(labelled: Labelled, accelerator: Accelerator) -> dict[str, Any]:
+    """Return how a choice or weights are learned from the labels."""
+    return {
+        "steps": labelled.steps,
+        "beside": labelled.beside,
+        "reduce": partial(accelerator.reduce, reduction="mean"),
+        "loss_scale": 1.0 if accelerator.scaler is None else FLOAT16_SCALE,
+    }
+
+
 def _drawn_batches(examples: Examples, reason: str) -> list[dict[str, Any]]:
     drawn = examples.draw(RANKED_EXAMPLES)
     if drawn is None:
@@ -141,16 +151,7 @@ def choose(
                 f"The teachers of {block.student!r} are chosen from a pool by labelled examples; pass a train_dataset "
                 "with two or more, which can be read twice, or call had.choose_teachers before the training."
             )
-        ranked = choose_from_pool(
-            model,
-            block,
-            labelled.loss,
-            labelled.halves,
-            steps=labelled.steps,
-            beside=labelled.beside,
-            reduce=partial(accelerator.reduce, reduction="mean"),
-            loss_scale=1.0 if accelerator.scaler is None else FLOAT16_SCALE,
-        )
+        ranked = choose_from_pool(model, block, labelled.loss, labelled.halves, **_learning(labelled, accelerator))
     block = active_block(model)
     lines = [f"{f'best of {len(ranked)} adapters':<32}{'relevance':>10}"]
     lines += [f"{name:<32}{ranked[name]:>10.4f}" for name in block.teachers]
@@ -194,11 +195,7 @@ def select_teachers(
 
 
 def weigh(
-    model: ModelAdaptersMixin,
-    block: AdapterDistillation,
-    examples: Examples,
-    accelerator: Accelerator,
-    show: bool,
+    model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator, show: bool
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
     distillation = distillation_of(model, block.student)
@@ -216,17 +213,8 @@ def weigh(
                 "silence this."
             )
             return block
-        weights = learn_weights(
-            model,
-            block,
-            labelled.loss,
-            labelled.halves,
-            steps=labelled.steps,
-            per_layer=distillation.config.weights_per_layer,
-            beside=labelled.beside,
-            reduce=partial(accelerator.reduce, reduction="mean"),
-            loss_scale=1.0 if accelerator.scaler is None else FLOAT16_SCALE,
-        )
+        learning = _learning(labelled, accelerator) | {"per_layer": distillation.config.weights_per_layer}
+        weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
     start_at_weights(model, block, weights)
     kept, means = active_block(model).teachers, weights.mean()
     lines = [f"{'teacher':<32}{'weight':>10}"]

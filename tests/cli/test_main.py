@@ -132,7 +132,7 @@ def test_teachers_are_chosen_from_a_pool(here):
     options.insert(options.index("--teachers") + 1, "adapters")
     assert main([*options, "--teacher_selection=2", "--output_dir=chosen"]) == 0
     provenance = read_provenance("chosen/insurance")
-    assert len(provenance.teachers) == 2
+    assert 1 <= len(provenance.teachers) <= 2, "those that lower the loss, of three"
     assert {Path(teacher.source).parent for teacher in provenance.teachers} == {Path("adapters")}
     saved = json.loads(Path("chosen/insurance/adapter_config.json").read_text())
     assert saved["config"]["reduction_factor"] == 4, "the config that all of them have"
