@@ -138,23 +138,16 @@ class DistillationConfig:
             raise ValueError(f"beta={self.beta:g} needs the objective 'logits', not {self.objective!r}; leave it out.")
         if self.layer_weights is not None:
             self._check_layer_weights(self.layer_weights)
-        k = self.teacher_selection
-        if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise _out_of_range("teacher_selection", k, "'all' or a number of teachers")
-        self._check_pool()
+        self.teachers = str(self.teachers) if isinstance(self.teachers, PathLike) else self.teachers
+        self._check_selection(self.teacher_selection)
         if not isinstance(self.weights_per_layer, bool):
             raise _out_of_range("weights_per_layer", self.weights_per_layer, "True or False")
         if self.weights_per_layer and self.student_start != "weighted":
             raise ValueError(f"weights_per_layer=True needs student_start='weighted', not {self.student_start!r}.")
 
-    def _check_pool(self) -> None:
-        if isinstance(self.teachers, PathLike):
-            self.teachers = str(self.teachers)
-        if isinstance(self.teachers, str) and self.teacher_selection == "all":
-            raise ValueError(
-                f"teachers={self.teachers!r} is a pool, of which the best become teachers; give their number as "
-                f"teacher_selection, or a list of teachers, [{self.teachers!r}]."
-            )
+    def _check_selection(self, k: object) -> None:
+        if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise _out_of_range("teacher_selection", k, "'all' or a number of teachers")
 
     def _check_layer_weights(self, weights: object) -> None:
         if not isinstance(weights, Sequence) or isinstance(weights, str):

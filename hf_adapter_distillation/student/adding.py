@@ -7,7 +7,7 @@ from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, 
 
 from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
-from ..downloads import one_line
+from ..downloads import is_pool, one_line
 from ..method.distillation import Distillation, add_distillation
 from ..teachers.compatibility import check_supported, choose_level
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_config, remove_adapter
@@ -36,7 +36,12 @@ def add_student(
         check_teachers(student, distill_from)
     settings = distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(distill_from)
     check_name(student, "The student", "call it something")
-    if isinstance(settings.teachers, str):
+    if isinstance(settings.teachers, str) and settings.teacher_selection == "all" and is_pool(settings.teachers):
+        raise ValueError(
+            f"teachers={settings.teachers!r} is a pool, of which the best become teachers; give their number as "
+            "teacher_selection."
+        )
+    if isinstance(settings.teachers, str) and settings.teacher_selection != "all":
         return _add_student_of_pool(model, add_adapter, student, config, settings, settings.teachers)
     check_teachers(student, settings.teachers)
     student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)

@@ -186,8 +186,8 @@ def test_without_a_choice_there_is_no_training_step_and_without_labels_no_choice
 
 
 def test_settings_of_a_pool(pool):
-    with pytest.raises(ValueError, match=one_line(start="teachers='pool' is a pool", part="teacher_selection")):
-        had.DistillationConfig("pool")
+    with pytest.raises(ValueError, match=one_line(start="teachers='", part="is a pool, of which the best become")):
+        make_model().add_adapter("new", distill_from=had.DistillationConfig(str(pool)))
     with pytest.raises(ValueError, match=one_line(start="teacher_selection=0.5 is out of range")):
         had.DistillationConfig("pool", teacher_selection=0.5)
     assert had.DistillationConfig(pool, teacher_selection=2).teachers == str(pool)
