@@ -205,6 +205,28 @@ def adapter_memory(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def pool(results: dict[str, Any]) -> str:
+    """Return a row per size of the pool: times in CPU seconds, and megabytes."""
+    header = [
+        "adapters in the pool", "choice, s", "training of the student, s", "choice / training", "plain adapter, s",
+        "memory of the choice, MB", "all adapters, MB", "place of the relative",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"{row['adapters']:,}",
+            f"{row['adding'] + row['ranking']:.1f}",
+            f"{row['training']:.1f}",
+            f"{(row['adding'] + row['ranking']) / row['training']:.2f}",
+            f"{row['plain']:.1f}",
+            f"{row['ranking_bytes'] / 1e6:,.0f}",
+            f"{row['all_bytes'] / 1e6:,.0f}",
+            row["place_of_relative"],
+        ]
+        for row in results["rows"]
+    ]
+    return markdown(header, rows)
+
+
 def faq_retrieval(results: dict[str, Any]) -> str:
     """Return the table of the example, a row per way to onboard the tenant."""
     header, *rows = faq_table.cells(results["rows"])
@@ -282,6 +304,7 @@ TABLES = {
         onboarding_platform,
         onboarding_on_paper,
         adapter_memory,
+        pool,
         faq_retrieval,
         llm_routing,
         llm_answers,

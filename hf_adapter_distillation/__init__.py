@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .method.distillation import StageSettings, distillation_of
     from .method.fusion import TeacherFusion
     from .registration import register, unregister
+    from .student.choosing import choose_teachers
     from .student.peft_export import save_adapter_as_peft
     from .teachers.peft_model import from_peft
     from .teachers.weighing import weigh_teachers
@@ -53,6 +54,7 @@ __all__ = [
     "StageSettings",
     "TeacherFusion",
     "TeacherWeights",
+    "choose_teachers",
     "distillation_of",
     "from_peft",
     "leave_one_teacher_out",
@@ -75,6 +77,7 @@ _LAZY = {
     "AdapterDistillation": "composition",
     "DistillationMixin": "training.mixin",
     "TeacherFusion": "method.fusion",
+    "choose_teachers": "student.choosing",
     "from_peft": "teachers.peft_model",
     "save_adapter_as_peft": "student.peft_export",
     "weigh_teachers": "teachers.weighing",

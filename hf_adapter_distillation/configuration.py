@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from math import inf
 from numbers import Real
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class DistillationConfig:
 
     Args:
         teachers: Names of adapters on the model, local folders of saved adapters, or Hub ids (`"user/adapter"`,
-            `"user/adapter@revision"`).
+            `"user/adapter@revision"`). Or a pool: the path of one folder that holds the folders of saved adapters, of
+            which `teacher_selection` become teachers.
         carrier: The output that a layer passes on in stage 2. `"student"`: the student's, which the fusion of the
             teachers learns to explain; `"fused"`: the fusion of teachers and student, which then learns from the task
             as AdapterFusion does; `"mixed"`: the fused output with a probability that falls from 1 to 0 over stage 2,
@@ -96,7 +98,8 @@ class DistillationConfig:
             reverse, and between them the generalised Jensen-Shannon divergence, as in trl's `GKDConfig`.
         weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
-            training data before the first step (`rank_teachers`) and keeps the best ones above chance.
+            training data before the first step (`rank_teachers`) and keeps the best ones above chance. Of a pool it
+            loads the best ones alone (`choose_teachers`).
         fusion_rank: The width of query and key of the fusions, which then have no value matrix. Default: the width of
             the updates, with a value matrix, as in the paper; three such matrices in each projection of a language
             model can hold more weights than the model.
@@ -144,6 +147,7 @@ class DistillationConfig:
             raise ValueError(f"beta={self.beta:g} needs the objective 'logits', not {self.objective!r}; leave it out.")
         if self.layer_weights is not None:
             self._check_layer_weights(self.layer_weights)
+        self.teachers = str(self.teachers) if isinstance(self.teachers, PathLike) else self.teachers
         _check_count("teacher_selection", self.teacher_selection, "all", "'all' or a number of teachers")
         _check_count("fusion_rank", self.fusion_rank, None, "None or a width")
         if not isinstance(self.weights_per_layer, bool):

@@ -69,6 +69,12 @@ def locate_saved(source: str, files: Sequence[str]) -> Path:
         raise OSError(f"{source!r} is no local folder, and the Hub did not give it: {hub_reason(error)}.") from error
 
 
+def is_pool(folder: str | Path) -> bool:
+    """Return whether a folder holds folders of saved adapters, and is none itself."""
+    path = Path(folder)
+    return not (path / ADAPTER_CONFIG_NAME).is_file() and any(path.glob(f"*/{ADAPTER_CONFIG_NAME}"))
+
+
 def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[str, Any]:
     """Read the `adapter_config.json` of a folder; `label` (by default the folder) is the adapter in messages."""
     path = Path(folder) / ADAPTER_CONFIG_NAME

@@ -26,7 +26,8 @@ from .student.provenance import Provenance, note_loaded
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
     distill_from (list of str or DistillationConfig, optional):
-        The teachers of the new adapter: names of adapters on the model, local folders or Hub ids.
+        The teachers of the new adapter: names of adapters on the model, local folders or Hub ids;
+        in a `DistillationConfig` also the folder of a pool of saved adapters.
 """
 
 # The replaced attributes: (owner, attribute, original). Empty while nothing is registered.

@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 from ..downloads import is_repo_id, locate_saved, one_line
 from ..student.provenance import read_saved
 from ..teachers.loading import ADAPTER_FILES, locate_teacher, read_config
+from ..teachers.pool import read_pool
 from .options import EvalArguments, PredictArguments, TrainArguments, parse_value
 
 
@@ -58,8 +59,9 @@ def _student_config(model: ModelAdaptersMixin, args: TrainArguments) -> Any:
     """Return the method of the student: the one of the options, else the one that all teachers have."""
     if args.adapter_config is not None:
         return parse_value("adapter_config", args.adapter_config)
-    configs = {}
-    for entry in args.teachers:
+    configs, pool = {}, args.pool()
+    entries = args.teachers if pool is None else read_pool(model, pool, args.student, 1).values()
+    for entry in entries:
         teacher = locate_teacher(model, entry)
         if teacher.saved is not None:
             configs[entry] = read_config(teacher.label, teacher.saved.config)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from ..configuration import Carrier, DistillationConfig, Level, StudentStart, option
+from ..downloads import is_pool
 from .saved import check_writable
 
 Task = Literal["auto", "classification", "regression", "tokens", "retrieval"]
@@ -79,7 +80,10 @@ class TrainArguments(DataArguments):
     """Teachers and student."""
 
     model: str = option("Base model of the adapters: a folder or a Hub id.")
-    teachers: list[str] = option("Folders or Hub ids (with @revision) of saved adapters.")
+    teachers: list[str] = option(
+        "Folders or Hub ids (with @revision) of saved adapters, or a pool: one folder with the folders of many, of "
+        "which --teacher_selection are chosen."
+    )
     student: str = option("Name of the new adapter, and of its folder in output_dir.")
     task: Task = option(
         "Kind of the labels; auto: tokens for lists of tags, else classification. retrieval: an embedding model of "
@@ -103,7 +107,7 @@ class TrainArguments(DataArguments):
     beta: float = option("Divergence of the objective logits: 0 forward KL, 1 reverse KL, between them JSD.", 0.0)
     weights_per_layer: bool = option("Learn weights of the teachers for each layer (student_start=weighted).", False)
     fusion_rank: int | None = option("Width of query and key, without a value. Default: as in the paper.", None)
-    teacher_selection: str = option("`all`, or a number of teachers: the best on the training data are kept.", "all")
+    teacher_selection: str = option("`all`, or a number: the best teachers on the training data are kept.", "all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,9 +118,15 @@ class TrainArguments(DataArguments):
         check_task(self.task, self.text_pair_column)
         self.distillation()
 
+    def pool(self) -> str | None:
+        """Return the folder of a pool, if that is given for the teachers."""
+        return self.teachers[0] if len(self.teachers) == 1 and is_pool(self.teachers[0]) else None
+
     def distillation(self) -> DistillationConfig:
         """Return the config of the distillation, which checks its values."""
         values = {field.name: vars(self)[field.name] for field in fields(DistillationConfig)}
+        if (pool := self.pool()) is not None:
+            values["teachers"] = pool
         for name in ("objective", "teacher_selection"):
             values[name] = parse_value(name, values[name])
         return DistillationConfig(**values)

@@ -135,8 +135,12 @@ class Distillation:
         sources: The origin of each teacher: `{"source": name, folder or Hub id, "revision": commit or None}`.
         start_digests: The digests of the student's weights if they started at the average of its teachers, one for
             each data type to which the model may be cast since.
-        ranking: The scores by which the teachers were chosen (`teachers.ranking.rank_teachers`), the best first.
+        ranking: The scores by which the teachers were chosen, the best first: of all by `rank_teachers`, or of those
+            that were chosen from a pool by `choose_teachers`.
         weights: The weights of the teachers for the task, with `student_start="weighted"`.
+        candidates: The folders, by name, of the saved adapters of a pool from which the teachers are still to be
+            chosen; until then one of them stands in. Empty once they are chosen.
+        is_from_pool: Whether the teachers are, or will be, chosen from a pool.
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
@@ -152,6 +156,8 @@ class Distillation:
     start_digests: frozenset[str] = frozenset()
     ranking: dict[str, float] | None = None
     weights: TeacherWeights | None = None
+    candidates: dict[str, str] = field(default_factory=dict)
+    is_from_pool: bool = False
     is_loaded: bool = False
     run: Any = None
     settings: StageSettings = DEFAULTS

@@ -73,6 +73,9 @@ def call_with_distillation(
 
     Evaluation, and training of anything but a distillation block, runs only `original`, which is adapters' own
     `ForwardContext._call_forward`.
+
+    Raises:
+        RuntimeError: If the student's teachers are not chosen from their pool yet.
     """
     block = block_of(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
@@ -80,6 +83,11 @@ def call_with_distillation(
     if block is None or distillation is None or not (training or distillation.inspection):
         return original(context, model, forward, *args, **kwargs)
 
+    if distillation.candidates and not distillation.inspection:
+        raise RuntimeError(
+            f"The teachers of {block.student!r} are not chosen from their pool yet; call had.choose_teachers(model, "
+            "batches) first, or train with had.DistillationTrainer."
+        )
     _share_parameters(context, model)
     layer_pass = distillation.inspection or _training_pass(distillation)
     named = named_arguments(model, args, kwargs)

@@ -96,7 +96,7 @@ class AdapterPlace(Place):
         teachers = {name: modules[name] for name in self.block.teachers if name in modules}
         return teachers | {self.block.student: self.student} if with_student else teachers
 
-    def _adapter_input(self, name: str) -> AdapterInput:
+    def adapter_input(self, name: str) -> AdapterInput:
         """Return the student's input, or what an adapter of another kind reads of the state."""
         adapter = self.layer.adapter_modules[name]
         if input_kind(adapter) == input_kind(self.student):
@@ -107,7 +107,7 @@ class AdapterPlace(Place):
     def updates(self, with_student: bool = False) -> dict[str, torch.Tensor]:
         """Compute the updates one by one, (batch, seq_len, hidden) each."""
         adapters = self._adapters(with_student).items()
-        return {name: adapter_update(adapter, *self._adapter_input(name)) for name, adapter in adapters}
+        return {name: adapter_update(adapter, *self.adapter_input(name)) for name, adapter in adapters}
 
     def _stacks(self) -> list[StackedAdapters] | None:
         device = self.query_states.device.type
@@ -115,7 +115,7 @@ class AdapterPlace(Place):
         return stack_alike(self._adapters(False), self.layer.adapters_config, dtype)
 
     def _features(self, stacks: Sequence[StackedAdapters]) -> list[torch.Tensor]:
-        return [stacked.features(self._adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
+        return [stacked.features(self.adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
 
     def mix(self, weigh: Weigh) -> torch.Tensor:
         """Sum from the bottleneck features of stacked adapters, or with one update in memory at a time."""
@@ -126,7 +126,7 @@ class AdapterPlace(Place):
         stacks = self._stacks()
         if stacks is None:
             for name, adapter in adapters.items():
-                mixed = mixed + of_names[name] * adapter_update(adapter, *self._adapter_input(name)).to(mixed.dtype)
+                mixed = mixed + of_names[name] * adapter_update(adapter, *self.adapter_input(name)).to(mixed.dtype)
             return mixed.to(dtype)
         for stacked, features in zip(stacks, self._features(stacks), strict=True):
             of_stack = torch.stack([of_names[name] for name in stacked.names]).to(features.dtype)

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 
-from .._compat import heads_of
 from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
-from ..downloads import one_line
+from ..downloads import is_pool, one_line
 from ..method.distillation import Distillation, add_distillation
-from ..teachers.compatibility import check_supported, check_weights, choose_level
-from ..teachers.loading import Teacher, add_saved_adapter, locate_teacher, read_config
+from ..teachers.compatibility import check_supported, choose_level
+from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_config, remove_adapter
+from ..teachers.pool import add_stand_in, read_pool
+from .digests import rounded_digests
 from .warm_start import start_at_average
 
 
@@ -31,8 +32,17 @@ def add_student(
         ValueError: If teachers and student do not fit, or a name or a config makes no adapter. The model is then what
             it was, but a student that was to be replaced may be gone.
     """
+    if not isinstance(distill_from, DistillationConfig):
+        check_teachers(student, distill_from)
     settings = distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(distill_from)
     check_name(student, "The student", "call it something")
+    if isinstance(settings.teachers, str) and settings.teacher_selection == "all" and is_pool(settings.teachers):
+        raise ValueError(
+            f"teachers={settings.teachers!r} is a pool, of which the best become teachers; give their number as "
+            "teacher_selection."
+        )
+    if isinstance(settings.teachers, str) and settings.teacher_selection != "all":
+        return _add_student_of_pool(model, add_adapter, student, config, settings, settings.teachers)
     check_teachers(student, settings.teachers)
     student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
     check_supported(f"Student {student!r}", student_config)
@@ -40,15 +50,13 @@ def add_student(
     active_head = model.active_head if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else None
     try:
         for teacher in teachers.values():
-            _load(model, teacher)
+            load_teacher(model, teacher)
         labels = {name: teacher.label for name, teacher in teachers.items()}
         level, reason = choose_level(model, settings.level, labels, student_config)
         _add(model, add_adapter, student)
     except BaseException:
         for name in [name for name, teacher in teachers.items() if teacher.saved]:
-            model.delete_adapter(name)
-            if name in heads_of(model):
-                model.delete_head(name)
+            remove_adapter(model, name)
         raise
     finally:
         if active_head is not None:
@@ -75,12 +83,35 @@ def _locate(model: ModelAdaptersMixin, student: str, entries: Sequence[str]) -> 
     return teachers
 
 
-def _load(model: ModelAdaptersMixin, teacher: Teacher) -> None:
-    """Load and freeze a teacher that is not on the model, and check its weights."""
-    if teacher.saved:
-        add_saved_adapter(model, teacher.saved, teacher.name)
-        model.apply_to_adapter_layers(lambda i, layer: layer.freeze_adapter(teacher.name))
-    check_weights(model, teacher.label, teacher.name)
+def _add_student_of_pool(
+    model: ModelAdaptersMixin,
+    add_adapter: Callable[[], None],
+    student: str,
+    config: str | dict | AdapterConfig | None,
+    settings: DistillationConfig,
+    folder: str,
+) -> None:
+    """Add a student whose teachers are chosen from a pool before its training; one adapter of it stands in until then.
+
+    The student starts at its own initialisation, from which the choice moves it to its teachers.
+    """
+    student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
+    check_supported(f"Student {student!r}", student_config)
+    assert isinstance(settings.teacher_selection, int)
+    pool = read_pool(model, folder, student, settings.teacher_selection)
+    _add(model, add_adapter, student)
+    try:
+        stand_in = add_stand_in(model, pool.values(), student, settings.level)
+    except BaseException:
+        model.delete_adapter(student)
+        raise
+    name = stand_in.name
+    level, reason = choose_level(model, settings.level, {name: stand_in.label}, student_config)
+    distillation = Distillation(replace(settings, teachers=[name]), level, reason, {name: stand_in.source})
+    distillation.candidates, distillation.is_from_pool = pool, True
+    add_distillation(model.adapters_config, student, distillation)
+    if settings.student_start != "random":
+        distillation.start_digests = rounded_digests(model, student)
 
 
 def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: str) -> None:

@@ -168,7 +168,10 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     active, by_student = block_of(model.active_adapters), distillations(model.adapters_config)
     if name in by_student:
         drop_fusion(model, name)
-        del by_student[name]
+        forgotten = by_student.pop(name)
+        if forgotten.candidates:  # for which one adapter stands in
+            for stand_in in forgotten.config.teachers:
+                model.delete_adapter(stand_in)
     if active is not None and name in active.children:
         model.set_active_adapters(None)
     for student, distillation in by_student.items():

@@ -115,8 +115,10 @@ def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
 
 
 def teacher_sources(distillation: "Distillation", digests: Mapping[str, str]) -> list[TeacherSource]:
-    """Return the teachers of a student, with the digests of their weights."""
-    teachers = []
+    """Return the teachers of a student, with the digests of their weights; none before they are chosen from a pool."""
+    teachers: list[TeacherSource] = []
+    if distillation.candidates:
+        return teachers
     for name in distillation.config.teachers:
         source = distillation.sources[name]
         digest, conversion = digests[name], source.get("conversion")

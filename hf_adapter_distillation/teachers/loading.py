@@ -12,6 +12,7 @@ from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAd
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
 from ..downloads import download, hub_reason, is_hub_id, one_line, read_adapter_config, suggestion
+from .compatibility import check_weights
 from .peft_conversion import lora_by_peft
 from .peft_lora import PEFT_WEIGHTS_NAME, PeftLoRA, add_peft_lora, convert_peft_lora, is_peft, read_peft_weights
 
@@ -135,14 +136,39 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
     return SavedAdapter(folder, label, None, lora.config, lora, conversion)
 
 
-def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: str) -> None:
-    """Add an adapter that `check_saved_adapter` returned, with its head; refuse missing and unreadable weights."""
+def load_teacher(model: ModelAdaptersMixin, teacher: Teacher, with_head: bool = True) -> None:
+    """Load and freeze a teacher that is not on the model, and check its weights.
+
+    Raises:
+        ValueError: If the weights cannot be loaded, or are not finite. The model is then what it was.
+    """
+    saved, name = teacher.saved, teacher.name
+    try:
+        if saved:
+            add_saved_adapter(model, saved, name, with_head)
+            model.apply_to_adapter_layers(lambda i, layer: layer.freeze_adapter(name))
+        check_weights(model, teacher.label, name)
+    except BaseException:
+        if saved:
+            remove_adapter(model, name)
+        raise
+
+
+def remove_adapter(model: ModelAdaptersMixin, name: str) -> None:
+    """Remove an adapter with its head from a model, as far as they are on it."""
+    model.delete_adapter(name)
+    if name in heads_of(model):
+        model.delete_head(name)
+
+
+def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: str, with_head: bool = True) -> None:
+    """Add an adapter that `check_saved_adapter` returned; refuse missing and unreadable weights."""
     folder, label, saved_name = adapter.folder, adapter.label, adapter.saved_name
     if adapter.lora is not None:
         return add_peft_lora(model, name, adapter.lora)
     info: dict[str, list[str]] = {}
     # A static head is the model's only one: loading a saved head would overwrite it.
-    with_head = isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
+    with_head = with_head and isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
     # A file of the head "bank" holds that of "bank2", too, if the model had one.
     heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if with_head else {}
     try:

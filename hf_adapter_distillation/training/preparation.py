@@ -20,6 +20,7 @@ from ..method.fusion import fusions_of
 from ..method.heads import check_head, check_objectives, text_head
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
+from ..student.choosing import choose_again, choose_from_pool
 from ..student.digests import teacher_digests
 from ..student.fusions import silent_teachers
 from ..student.preparing import keep_teachers, start_at_weights, train_again
@@ -27,7 +28,7 @@ from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
-from .data import Examples
+from .data import Examples, Labelled
 from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
@@ -74,6 +75,7 @@ def prepare_training(
     train_again(model, block)
     if needs_head:
         check_head(model, block.student)
+    block = choose(model, block, examples, accelerator, checkpoint, show)
     check_objectives(model, block)
     block = select_teachers(model, block, examples, accelerator, show)
     if checkpoint is not None:
@@ -110,11 +112,51 @@ def _show(table: str, show: bool) -> None:
         tqdm.write(table)
 
 
+def _learning(labelled: Labelled, accelerator: Accelerator) -> dict[str, Any]:
+    """Return how a choice or weights are learned from the labels."""
+    return {
+        "steps": labelled.steps,
+        "beside": labelled.beside,
+        "reduce": partial(accelerator.reduce, reduction="mean"),
+        "loss_scale": 1.0 if accelerator.scaler is None else FLOAT16_SCALE,
+    }
+
+
 def _drawn_batches(examples: Examples, reason: str) -> list[dict[str, Any]]:
     drawn = examples.draw(RANKED_EXAMPLES)
     if drawn is None:
         raise ValueError(f"{reason} reads examples before the training; pass a train_dataset that can be read twice.")
     return list(drawn())
+
+
+def choose(
+    model: ModelAdaptersMixin,
+    block: AdapterDistillation,
+    examples: Examples,
+    accelerator: Accelerator,
+    checkpoint: str | None,
+    show: bool,
+) -> AdapterDistillation:
+    """Choose the teachers from their pool, unless they are, or take those of a checkpoint; return the block."""
+    distillation = distillation_of(model, block.student)
+    if not distillation.candidates:
+        return block
+    with torch.random.fork_rng():  # the order of the training data stays the same
+        if checkpoint is not None:
+            choose_again(model, block, checkpoint)
+            return active_block(model)
+        labelled = examples.labelled()
+        if labelled is None:
+            raise ValueError(
+                f"The teachers of {block.student!r} are chosen from a pool by labelled examples; pass a train_dataset "
+                "with two or more, which can be read twice, or call had.choose_teachers before the training."
+            )
+        ranked = choose_from_pool(model, block, labelled.loss, labelled.halves, **_learning(labelled, accelerator))
+    block = active_block(model)
+    lines = [f"{f'best of {len(ranked)} adapters':<32}{'relevance':>10}"]
+    lines += [f"{name:<32}{ranked[name]:>10.4f}" for name in block.teachers]
+    _show("\n".join(lines), show)
+    return block
 
 
 def select_teachers(
@@ -127,7 +169,7 @@ def select_teachers(
     """
     distillation = distillation_of(model, block.student)
     k = distillation.config.teacher_selection
-    if k == "all":
+    if k == "all" or distillation.is_from_pool:
         return block
     with torch.random.fork_rng():  # the order of the training data stays the same
         ranking = rank_teachers(model, block, _drawn_batches(examples, f"teacher_selection={k}"))
@@ -153,11 +195,7 @@ def select_teachers(
 
 
 def weigh(
-    model: ModelAdaptersMixin,
-    block: AdapterDistillation,
-    examples: Examples,
-    accelerator: Accelerator,
-    show: bool,
+    model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator, show: bool
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
     distillation = distillation_of(model, block.student)
@@ -175,17 +213,8 @@ def weigh(
                 "silence this."
             )
             return block
-        weights = learn_weights(
-            model,
-            block,
-            labelled.loss,
-            labelled.halves,
-            steps=labelled.steps,
-            per_layer=distillation.config.weights_per_layer,
-            beside=labelled.beside,
-            reduce=partial(accelerator.reduce, reduction="mean"),
-            loss_scale=1.0 if accelerator.scaler is None else FLOAT16_SCALE,
-        )
+        learning = _learning(labelled, accelerator) | {"per_layer": distillation.config.weights_per_layer}
+        weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
     start_at_weights(model, block, weights)
     kept, means = active_block(model).teachers, weights.mean()
     lines = [f"{'teacher':<32}{'weight':>10}"]

@@ -127,6 +127,17 @@ def test_train_prints_results_alone_and_can_be_repeated(here, capsys):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_teachers_are_chosen_from_a_pool(here):
+    options = [option for option in TRAIN if not option.startswith(("adapters/", "--adapter_config"))]
+    options.insert(options.index("--teachers") + 1, "adapters")
+    assert main([*options, "--teacher_selection=2", "--output_dir=chosen"]) == 0
+    provenance = read_provenance("chosen/insurance")
+    assert 1 <= len(provenance.teachers) <= 2, "those that lower the loss, of three"
+    assert {Path(teacher.source).parent for teacher in provenance.teachers} == {Path("adapters")}
+    saved = json.loads(Path("chosen/insurance/adapter_config.json").read_text())
+    assert saved["config"]["reduction_factor"] == 4, "the config that all of them have"
+
+
 def test_a_config_file_gives_options_and_the_command_line_wins(here, capsys):
     names = [f.name for f in fields(had.DistillationConfig)]
     assert set(names) <= {f.name for f in fields(TrainArguments)}

@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from paths import ROOT
 from transformers import BertConfig
 
+from hf_adapter_distillation.student.choosing import choose_from_pool
 from hf_adapter_distillation.training import preparation
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -24,6 +25,7 @@ import embedding_runs  # noqa: E402
 import inference  # noqa: E402
 import measure  # noqa: E402
 import onboarding_platform  # noqa: E402
+import pool  # noqa: E402
 import pools  # noqa: E402
 import quality  # noqa: E402
 import quality_embeddings  # noqa: E402
@@ -113,6 +115,17 @@ def test_adapter_memory(run):
     assert three["shared"] == three["base"] + 3 * size
     assert three["separate"] == 3 * one["shared"]
     assert len(report.adapter_memory(results).splitlines()) == 4
+
+
+def test_pool(run, tiny_encoder):
+    results, _ = run(pool, *f"--sizes 12 --k 3 --steps 2 --teacher_steps 2 --model {tiny_encoder}".split())
+    (row,) = results["rows"]
+    assert row["adapters"] == 12
+    assert 1 <= row["place_of_relative"] <= 12
+    assert row["all_bytes"] == 4 * row["loaded_bytes"]
+    assert len(row["best"]) == 5
+    assert preparation.choose_from_pool is choose_from_pool
+    assert len(report.pool(results).splitlines()) == 3
 
 
 def test_serving(run, tiny_encoder):

@@ -437,6 +437,7 @@ def test_the_figures_of_when_to_use_it_match_the_result_files():
         ("how_to/serve", 1),
         ("how_to/onboard", 2),
         ("how_to/peft", 1),
+        ("how_to/choose_teachers", 1),
         ("language_models", 2),
     ],
 )
