@@ -24,7 +24,7 @@ extras = {
         "scipy>=1.13",
     ],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-    "platform": ["ray[default,serve]>=2.50"],
+    "platform": ["ray[default,serve]>=2.60"],
     "peft": ["peft>=0.19"],
     "llm": [*plots, "gguf>=0.10", "peft>=0.19"],
     "sentence-transformers": sentence_transformers,

@@ -1,12 +1,12 @@
 """A pool of saved adapters: the time to choose teachers from it, beside the training of one student, and the memory.
 
-The tenants of the examples but one train an adapter each on the first layers of the packaged MiniLM. The rest of the
+The tenants of the examples but one train an adapter each on the packaged MiniLM. The rest of the
 pool has random weights with the norms of theirs. The new tenant's student chooses its teachers from the pool and
 trains. Times are CPU seconds, which other programs on the machine hardly change. The memory is the resident set of the
 process, read many times a second, against its size before the choice.
 
     python benchmarks/pool.py
-    python benchmarks/pool.py --sizes 20 --steps 4 --teacher_steps 2
+    python benchmarks/pool.py --sizes 20 --steps 4 --teacher_steps 2 --layers 2
     python benchmarks/report.py pool benchmarks/results/pool.json
 """
 
@@ -48,10 +48,10 @@ class Arguments:
     shots: int = field(default=3, metadata={"help": "Training queries per FAQ of the new tenant."})
     steps: int = field(default=60, metadata={"help": "Optimizer steps of the student, and of a plain adapter."})
     teacher_queries: int = field(default=10, metadata={"help": "Training queries per FAQ of the others."})
-    teacher_steps: int = field(default=10, metadata={"help": "Optimizer steps of each teacher."})
+    teacher_steps: int = field(default=30, metadata={"help": "Optimizer steps of each teacher."})
     batch_size: int = field(default=16, metadata={"help": "Queries in a batch."})
     model: str | None = field(default=None, metadata={"help": "Encoder id or path. Default: the packaged MiniLM."})
-    layers: int = field(default=2, metadata={"help": "Layers of the encoder that are kept."})
+    layers: int = field(default=6, metadata={"help": "Layers of the encoder that are kept."})
     output: str = field(default="benchmarks/results/pool.json", metadata={"help": "The JSON file."})
 
 

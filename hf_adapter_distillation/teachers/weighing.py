@@ -85,8 +85,8 @@ def weigh_teachers(
         per_layer: Whether each place of the model has weights of its own.
 
     Raises:
-        ValueError: If no distilled student is active, there are no batches or steps, or the loss does not depend on
-            the teachers. Nothing on the model has changed then, too.
+        ValueError: If no distilled student is active, its teachers are still to be chosen from a pool, there are no
+            batches or steps, or the loss does not depend on the teachers. Nothing on the model has changed then, too.
     """
     block, read = active_block(model), list(batches)
     if not read:
@@ -94,6 +94,8 @@ def weigh_teachers(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 2.")
     halves: list[Batches] = [lambda: read[::2], lambda: read[1::2] or read]
+    if distillation_of(model, block.student).candidates:
+        raise ValueError(f"The teachers of {block.student!r} are not chosen yet; call had.choose_teachers first.")
     of_batch = loss or (lambda batch: model(**batch)["loss"])
     return learn_weights(model, block, of_batch, halves, steps=steps, per_layer=per_layer)
 

@@ -175,6 +175,10 @@ def test_without_a_choice_there_is_no_training_step_and_without_labels_no_choice
         ValueError, match=exactly("There are no batches to choose teachers with; give at least one, with labels.")
     ):
         had.choose_teachers(model, [])
+    with pytest.raises(
+        ValueError, match=exactly("The teachers of 'new' are not chosen yet; call had.choose_teachers first.")
+    ):
+        had.weigh_teachers(model, [make_batch()])
     with pytest.raises(ValueError, match=one_line(start="The teachers of 'new' are chosen from a pool by labelled")):
         trainer_for(model, trainer_args(), train_dataset=make_dataset(1)).train()
     assert everything(model) == before

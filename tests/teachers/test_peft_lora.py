@@ -177,7 +177,7 @@ def test_teachers_of_peft_and_of_adapters_are_distilled_together(tmp_path, train
     model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank"), "travel"])
     model.add_classification_head("insurance")
     model.train_adapter("insurance")
-    args = trainer_args(distillation_start=0.0, max_steps=10, distillation_weight=20.0)
+    args = trainer_args(distillation_start=0.0, max_steps=10, distillation_weight=20.0, learning_rate=1e-3)
     trainer = had.DistillationTrainer(model, args, train_dataset=make_dataset())
     trainer.train()
     logs = [log["distillation_loss"] for log in trainer.state.log_history if "distillation_loss" in log]
