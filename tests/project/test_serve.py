@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
-import tenant_students
+import served_students
 from paths import ROOT
-from tenant_students import FAQS, QUESTIONS, alone, write_student, write_students
+from served_students import FAQS, QUESTIONS, alone, write_student, write_students
 
 TestClient = pytest.importorskip("fastapi.testclient").TestClient
 uvicorn = pytest.importorskip("uvicorn")
@@ -39,7 +39,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder, tmp_path_factory):
-    return tenant_students.uneven_encoder(tiny_encoder, tmp_path_factory.mktemp("encoder"))
+    return served_students.uneven_encoder(tiny_encoder, tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")

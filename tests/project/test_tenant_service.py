@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from itertools import combinations
 
 import pytest
-import tenant_students
+import served_students
 import torch
 from adapters import AdapterSetup, AutoAdapterModel, BatchSplit, Fuse
-from tenant_students import FAQS, QUESTIONS, alone, write_student, write_students
+from served_students import FAQS, QUESTIONS, alone, write_student, write_students
 from tiny_models import noisy
 from transformers import AutoTokenizer, set_seed
 
@@ -24,7 +24,7 @@ from tenant_service import TenantService, load_service  # isort: skip
 
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder, tmp_path_factory):
-    return tenant_students.uneven_encoder(tiny_encoder, tmp_path_factory.mktemp("encoder"))
+    return served_students.uneven_encoder(tiny_encoder, tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
