@@ -114,7 +114,7 @@ class Steps:
         if method not in self.optimizers:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.optimizers[method] = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        if method in CARRIERS or steps_of(method) > 1:
+        if method in CARRIERS or steps_of(method) > 1 or rank_of(method):
             settings = had.StageSettings(fused_probability=0.5)  # its mean over stage 2, for `mixed`
             had.distillation_of(self.model, method).settings = settings
 

@@ -434,7 +434,7 @@ def test_the_figures_of_when_to_use_it_match_the_result_files():
         ("performance", 8),
         ("quality", 12),
         ("when_to_use", 1),
-        ("how_to/serve", 1),
+        ("how_to/serve", 3),
         ("how_to/onboard", 2),
         ("how_to/peft", 1),
         ("how_to/choose_teachers", 1),
