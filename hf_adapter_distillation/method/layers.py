@@ -1,13 +1,22 @@
 """The layers that hold adapters: the student runs in them, and its teachers beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from adapters import ModelAdaptersMixin
 from torch import nn
 
-from .._compat import Adapter, BottleneckLayer, BottleneckState, LoRA, LoRALinear, LoRAState, ParallelAdapter
+from .._compat import (
+    Adapter,
+    AdapterLayerBase,
+    BottleneckLayer,
+    BottleneckState,
+    LoRA,
+    LoRALinear,
+    LoRAState,
+    ParallelAdapter,
+)
 from ..composition import AdapterDistillation
 from .fusion import fusions_at
 from .layer_pass import Fused, Place, Weigh, current_pass
@@ -19,8 +28,51 @@ FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold
 
 def adapter_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, FusedLayer]]:
     """Return the layers of the base model that hold an adapter and can fuse it, with their names."""
-    modules = model.base_model.named_modules()
-    return [(name, m) for name, m in modules if isinstance(m, FusedLayer) and adapter in m.adapter_modules]
+    layers: dict[FusedLayer, str] = {}  # a layer that stands in several places has the name of the first
+    for name, layer in _fused_layers(model.base_model):
+        if adapter in layer.adapter_modules:
+            layers.setdefault(layer, name)
+    return [(name, layer) for layer, name in layers.items()]
+
+
+def _fused_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, FusedLayer]]:
+    """Yield the layers that can fuse adapters; the walk leaves out the adapters, which may be hundreds in each."""
+    adapters = module.adapter_modules if isinstance(module, FusedLayer) else None
+    for name, child in module.named_children():
+        if child is adapters:
+            continue
+        if isinstance(child, FusedLayer):
+            yield prefix + name, child
+        yield from _fused_layers(child, f"{prefix}{name}.")
+
+
+def adapters_of(model: ModelAdaptersMixin, names: Iterable[str]) -> dict[str, dict[int, dict[str, nn.Module]]]:
+    """Return what `model.get_adapter` returns, for several adapters by one walk over the model.
+
+    The result of each adapter has its modules by the number of the layer, -1 for those outside, and their location.
+    """
+    base = model.base_model
+    layers = [
+        (number, module)
+        for number, (_, layer) in enumerate(base.iter_layers())
+        for module in layer.modules()
+        if isinstance(module, AdapterLayerBase)
+    ]
+    found: dict[str, dict[int, dict[str, nn.Module]]] = {}
+    for name in names:
+        prompt = base.prompt_tuning.get_adapter(name) if hasattr(base, "prompt_tuning") else None
+        invertible = getattr(base, "invertible_adapters", {})
+        outside = {"shared": base.shared_parameters[name]} if name in base.shared_parameters else {}
+        outside |= {"invertible": invertible[name]} if name in invertible else {}
+        outside |= {} if prompt is None else {"prompt": prompt}
+        modules = found[name] = {-1: outside} if outside else {}
+        for number, layer in layers:
+            if (module := layer.get_adapter(name)) is not None:
+                of_layer = modules.setdefault(number, {})
+                other = of_layer.get(layer.location_key)  # such as that of another projection
+                others = other if isinstance(other, nn.ModuleList) else [] if other is None else [other]
+                of_layer[layer.location_key] = nn.ModuleList([*others, module]) if others else module
+    return found
 
 
 def compose_distillation(

@@ -9,7 +9,7 @@ from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
 from ..downloads import is_pool, one_line
 from ..method.distillation import Distillation, add_distillation
-from ..teachers.compatibility import check_supported, choose_level
+from ..teachers.compatibility import check_supported, check_weights, choose_level
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_config, remove_adapter
 from ..teachers.pool import add_stand_in, read_pool
 from .digests import rounded_digests
@@ -49,9 +49,10 @@ def add_student(
     teachers = _locate(model, student, settings.teachers)
     active_head = model.active_head if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else None
     try:
-        for teacher in teachers.values():
-            load_teacher(model, teacher)
         labels = {name: teacher.label for name, teacher in teachers.items()}
+        check_weights(model, {name: labels[name] for name, teacher in teachers.items() if not teacher.saved})
+        for teacher in [teacher for teacher in teachers.values() if teacher.saved]:
+            load_teacher(model, teacher)
         level, reason = choose_level(model, settings.level, labels, student_config)
         _add(model, add_adapter, student)
     except BaseException:

@@ -1,6 +1,6 @@
 """Place, find and drop the fusions of a student in a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from adapters import ModelAdaptersMixin
@@ -14,7 +14,7 @@ from ..method.distillation import Distillation, distillation_of, distillations
 from ..method.forward import begin_halves, join_halves
 from ..method.fusion import TeacherFusion, fusions_at, fusions_of
 from ..method.heads import kind_of_labels, number_of_labels
-from ..method.layers import adapter_layers
+from ..method.layers import adapter_layers, adapters_of
 from ..method.losses import TaskSpecificLoss
 from ..method.parameters import owner
 from ..method.stacking import says_nothing, update_sizes
@@ -114,13 +114,13 @@ def _reads_encoder(name: str, layer: nn.Module) -> bool:
 def silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> list[str]:
     """Return the teachers whose update is zero in all layers."""
 
-    def is_silent(name: str) -> bool:
-        held = [module for place in model.get_adapter(name).values() for module in place.values()]
+    def is_silent(places: Mapping[int, Mapping[str, nn.Module]]) -> bool:
+        held = [module for place in places.values() for module in place.values()]
         lists = [module if isinstance(module, nn.ModuleList) else [module] for module in held]  # projections in lists
         modules = [module for modules in lists for module in modules]
         return all(isinstance(module, Adapter | LoRA) and says_nothing(module) for module in modules)
 
-    return [name for name in block.teachers if is_silent(name)]
+    return [name for name, places in adapters_of(model, block.teachers).items() if is_silent(places)]
 
 
 def _add_hooks(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:

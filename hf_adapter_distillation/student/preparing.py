@@ -69,8 +69,7 @@ def _add_written_block(model: ModelAdaptersMixin, block: AdapterDistillation) ->
     for name in (*block.children, *block.teachers):
         check_supported(repr(name), model.adapters_config.get(name))
     labels = {name: f"Teacher {name!r}" for name in block.teachers}
-    for name, label in labels.items():
-        check_weights(model, label, name)
+    check_weights(model, labels)
     config = DistillationConfig(teachers=list(block.teachers), student_start="random")
     sources: dict[str, Source] = {name: {"source": name, "revision": None} for name in block.teachers}
     if before := distillations(model.adapters_config).get(block.student):

@@ -12,7 +12,7 @@ from .._compat import LoRA
 from ..method.distillation import distillation_of
 from ..method.heads import are_alike
 from ..method.layer_pass import LayerPass, Place
-from ..method.layers import AdapterPlace, adapter_layers
+from ..method.layers import AdapterPlace, adapter_layers, adapters_of
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
@@ -98,7 +98,7 @@ def start_at_average(
             "Pass DistillationConfig(student_start='random') to silence this."
         )
         return
-    modules_of_teachers = [model.get_adapter(name) for name in teachers]
+    modules_of_teachers = adapters_of(model, teachers)
     names = {module: name for name, module in model.base_model.named_modules()}
 
     def weights_of(module: nn.Module) -> Mapping[str, float] | None:
@@ -106,9 +106,8 @@ def start_at_average(
 
     for place, modules in model.get_adapter(student).items():
         for location, module in modules.items():
-            here = [name for name, teacher in zip(teachers, modules_of_teachers, strict=True) if place in teacher]
-            if here:
-                of_teachers = {name: model.get_adapter(name)[place][location] for name in here}
+            of_teachers = {name: held[place][location] for name, held in modules_of_teachers.items() if place in held}
+            if of_teachers:
                 _start_module(module, of_teachers, weights_of)
     distillation.start_digests = rounded_digests(model, student)
 

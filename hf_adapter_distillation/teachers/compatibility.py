@@ -140,11 +140,12 @@ def _covers(config: AdapterConfig, index: int) -> bool:
     )
 
 
-def check_weights(model: ModelAdaptersMixin, label: str, name: str) -> None:
-    """Refuse a teacher with weights that are NaN or infinite; `label` is the teacher in messages."""
+def check_weights(model: ModelAdaptersMixin, labels: Mapping[str, str]) -> None:
+    """Refuse teachers with weights that are NaN or infinite; `labels` has them in messages by their names."""
     for key, parameter in model.base_model.named_parameters():
-        if owner(key, {name}) and not torch.isfinite(parameter).all():
-            raise ValueError(f"{label} has weights that are NaN or infinite ({key}); train it again.")
+        name = owner(key, labels)
+        if name and not torch.isfinite(parameter).all():
+            raise ValueError(f"{labels[name]} has weights that are NaN or infinite ({key}); train it again.")
 
 
 def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:

@@ -147,7 +147,7 @@ def load_teacher(model: ModelAdaptersMixin, teacher: Teacher, with_head: bool = 
         if saved:
             add_saved_adapter(model, saved, name, with_head)
             model.apply_to_adapter_layers(lambda i, layer: layer.freeze_adapter(name))
-        check_weights(model, teacher.label, name)
+        check_weights(model, {name: teacher.label})
     except BaseException:
         if saved:
             remove_adapter(model, name)

@@ -18,6 +18,7 @@ from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..method.fusion import fusions_of
 from ..method.heads import check_head, check_objectives, text_head
+from ..method.layers import adapters_of
 from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.choosing import choose_again, choose_from_pool
@@ -85,7 +86,7 @@ def prepare_training(
         block = weigh(model, block, examples, accelerator, show)
     check_trainable(model, block)
     warn_of_silent_teachers(model, block)
-    places = (place for name in block.teachers for place in model.get_adapter(name).values())
+    places = (place for held in adapters_of(model, block.teachers).values() for place in held.values())
     teacher_modules = [module for place in places for module in place.values()]
     digests = teacher_digests(model, block.teachers)
     distillation_of(model, block.student).run = None  # the record of an earlier training

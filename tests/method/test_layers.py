@@ -7,13 +7,40 @@ import torch
 from adapters import Stack
 from marks import LONG, needs_compiler
 from model_state import changed, configure, snapshot, take_terms
-from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student, noisy
+from tiny_models import CONFIGS, TEACHERS, distillation_of, make_batch, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import TeacherFusion, fusions_of
-from hf_adapter_distillation.method.layers import adapter_layers, compose_distillation
+from hf_adapter_distillation.method.layers import FusedLayer, adapter_layers, adapters_of, compose_distillation
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.method.stacking import StackedAdapters
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_modules_of_several_adapters_are_those_that_adapters_returns(family):
+    configs = ["double_seq_bn", "seq_bn_inv", "lora[attn_matrices=['q','k','v']]", "mam", "compacter", "prompt_tuning"]
+    model, added = make_model(family), []
+    for name, config in zip("abcdef", configs, strict=True):
+        try:
+            model.add_adapter(name, config=config)
+            added.append(name)
+        except Exception:  # a method that adapters does not have for the family
+            continue
+
+    def weights(places):
+        return {
+            place: {key: [(name, id(p)) for name, p in module.named_parameters()] for key, module in modules.items()}
+            for place, modules in places.items()
+        }
+
+    found = adapters_of(model, added)
+    assert len(added) >= 3
+    for name in added:
+        assert weights(found[name]) == weights(model.get_adapter(name))
+    for name in added:
+        modules = model.base_model.named_modules()
+        layers = [(key, m) for key, m in modules if isinstance(m, FusedLayer) and name in m.adapter_modules]
+        assert adapter_layers(model, name) == layers
 
 
 def forward_in_stage_2(model, **settings):
