@@ -184,6 +184,12 @@ def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: st
             f"{label} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
             f"use one trained on the same base model."
         )
+    is_shared = name in model.base_model.shared_parameters
+    if is_shared and not any("shared_parameters." in key for key in _saved_keys(folder, *ADAPTER_WEIGHTS)):
+        raise ValueError(
+            f"{label} lacks the weights that its layers share, which adapters leaves out where the model has no head; "
+            "save it again from an AutoAdapterModel."
+        )
 
 
 def _check_foreign_weights(model: ModelAdaptersMixin, folder: Path, saved_name: Any, name: str) -> None:

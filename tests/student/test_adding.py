@@ -210,3 +210,22 @@ def test_bad_folders_leave_the_model_as_it_was(what, message, tmp_path):
     with pytest.raises(ValueError, match=one_line(part=message)):
         model.add_adapter("insurance", distill_from=["work", str(tmp_path / "good"), str(folder)])
     assert everything(model) == before
+
+
+@pytest.mark.parametrize("config", ["compacter[reduction_factor=4]", "vera"])
+def test_a_saved_teacher_without_the_weights_that_its_layers_share_is_named(config, tmp_path):
+    """adapters leaves them out where the model has no head, and then loads the adapter with random ones."""
+    folder, other = tmp_path / "bank", make_model(kind="base")
+    other.add_adapter("bank", config=config)
+    other.save_adapter(str(folder), "bank")
+    model = make_model()
+    before = everything(model)
+    with pytest.raises(ValueError, match=one_line(part="lacks the weights that its layers share")):
+        model.add_adapter("insurance", config=config, distill_from=[str(folder)])
+    assert everything(model) == before
+    whole = make_model()
+    whole.add_adapter("bank", config=config)
+    whole.save_adapter(str(folder), "bank")
+    model.add_adapter("insurance", config=config, distill_from=[str(folder)])
+    for key, weight in whole.base_model.shared_parameters["bank"].items():
+        assert torch.equal(model.base_model.shared_parameters["bank"][key], weight)
