@@ -129,11 +129,6 @@ class TenantAdapters:
         name = f"student{self.n_loaded}"
         try:
             load_saved_adapter(self.model, folder, name, label)
-            if name in self.model.base_model.shared_parameters:
-                raise ValueError(
-                    f"{label} has weights that its layers share, which adapters does not save; train a compacter with "
-                    f"shared_phm_rule=False, or another method."
-                )
         except Exception:
             if name in self.model.adapters_config:
                 self.model.delete_adapter(name)

@@ -382,7 +382,7 @@ def test_what_adapters_saves_without_its_shared_weights_is_named(config, encoder
     write_students(tmp_path, encoder, {"rail": config})
     (outcome,) = exact_service(tmp_path, encoder).answer(QUESTIONS[:1])
     assert outcome.status == 500
-    assert "weights that its layers share, which adapters does not save; train a" in outcome.detail
+    assert "lacks the weights that its layers share" in outcome.detail
 
 
 # The start and the health
