@@ -31,7 +31,7 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "platform")]
 import onboard  # noqa: E402
 from faq_data import BUNDLED, Tenant, load_tenants  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
-from tenant_students import Outcome  # noqa: E402
+from tenant_students import Outcome, saved_faqs  # noqa: E402
 
 RAY, USUAL = "Ray", "one process, usual steps"
 TEACHER_STEPS, TEACHER_QUERIES = 10, 4
@@ -76,10 +76,7 @@ def deal(tenants: Sequence[Tenant], n_tenants: int) -> list[Tenant]:
 
 def write_tenants(tenants: Sequence[Tenant], path: Path) -> None:
     """Write tenants in the form of the bundled ones."""
-    content = [
-        {"name": tenant.name, "faqs": [{"question": faq.question, "queries": faq.train} for faq in tenant.faqs]}
-        for tenant in tenants
-    ]
+    content = [{"name": tenant.name, "faqs": saved_faqs(tenant)} for tenant in tenants]
     path.write_text(json.dumps({"tenants": content}), encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ Writes one folder for each tenant, the teachers' too, as `save_adapter` does, wi
     python examples/platform/demo_students.py --output outputs/students
 """
 
-import json
 import logging
 import os
 import shutil
@@ -21,12 +20,13 @@ from transformers import HfArgumentParser
 
 import hf_adapter_distillation as had
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import demo_embeddings  # noqa: E402
 import faq_retrieval  # noqa: E402
 from faq_data import BUNDLED, Tenant, hold_out, load_tenants  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
+from tenant_students import write_faqs  # noqa: E402
 
 
 @dataclass
@@ -95,9 +95,7 @@ def write(platform: EmbeddingPlatform, tenants: list[Tenant], output: Path) -> N
     for tenant in tenants:
         (partial / tenant.name).mkdir(parents=True)
         platform.model.save_adapter(str(partial / tenant.name), tenant.name)
-        faqs = [{"question": faq.question, "queries": faq.train} for faq in tenant.faqs]
-        text = json.dumps(faqs, indent=1, ensure_ascii=False)
-        (partial / tenant.name / "faqs.json").write_text(f"{text}\n", encoding="utf-8")
+        write_faqs(tenant, partial / tenant.name)
     partial.rename(output)
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+FAQS_NAME = "faqs.json"
 BUSY = 503  # the status of what may succeed in a moment
 UNREADABLE = "The question is not a text that the model can read; type it again."
 
@@ -69,10 +70,10 @@ def read_faqs(folder: Path) -> list[tuple[str, list[str]]]:
     Raises:
         ValueError: If the file is missing or holds anything else.
     """
-    path = folder / "faqs.json"
+    path = folder / FAQS_NAME
     form = 'a JSON list of {"question": text, "queries": list of texts}'
     if not path.is_file():
-        raise ValueError(f"{folder} holds no faqs.json; write the tenant's FAQs there, {form}.")
+        raise ValueError(f"{folder} holds no {FAQS_NAME}; write the tenant's FAQs there, {form}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -24,16 +24,17 @@ import transformers
 
 import hf_adapter_distillation as had
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from faq_data import Tenant  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
+from student_folder import FAQS_NAME, is_unicode  # noqa: E402
 
 from hf_adapter_distillation.composition import check_name  # noqa: E402
 from hf_adapter_distillation.student.digests import adapter_digest  # noqa: E402
 from hf_adapter_distillation.teachers.loading import load_saved_adapter, name_from_folder  # noqa: E402
 
-FAQS_NAME, SETTINGS_NAME, PARTIAL = "faqs.json", "onboarding.json", ".partial"
+SETTINGS_NAME, PARTIAL = "onboarding.json", ".partial"
 
 
 @dataclass(frozen=True)
@@ -197,16 +198,14 @@ def choose_queries(tenants: Sequence[Tenant], shots: int | None, seed: int) -> l
 
 
 def check_unicode(tenant: Tenant) -> None:
-    r"""Check the texts of a tenant: JSON allows half a character (`"\ud800"`), which no tokenizer reads.
+    """Check that a tokenizer can read the texts of a tenant.
 
     Raises:
         ValueError: If UTF-8 cannot encode a text.
     """
     for text in (text for faq in tenant.faqs for text in (faq.question, *faq.train)):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{text[:80]!r} is not valid Unicode; write the text of the FAQ.") from error
+        if not is_unicode(text):
+            raise ValueError(f"{text[:80]!r} is not valid Unicode; write the text of the FAQ.")
 
 
 def saved_faqs(tenant: Tenant) -> list[dict[str, Any]]:
@@ -214,13 +213,18 @@ def saved_faqs(tenant: Tenant) -> list[dict[str, Any]]:
     return [{"question": faq.question, "queries": faq.train} for faq in tenant.faqs]
 
 
+def write_faqs(tenant: Tenant, folder: Path) -> None:
+    """Write the FAQs of a tenant into the folder of its student."""
+    text = json.dumps(saved_faqs(tenant), indent=1, ensure_ascii=False)
+    (folder / FAQS_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+
 def save_student(platform: EmbeddingPlatform, tenant: Tenant, output: Path) -> None:
     """Write a student with its FAQs; the folder gets its name only when it is complete."""
     partial = output / f".{tenant.name}-{uuid.uuid4().hex}{PARTIAL}"
     partial.mkdir()
     platform.model.save_adapter(str(partial), tenant.name, use_safetensors=True)
-    text = json.dumps(saved_faqs(tenant), indent=1, ensure_ascii=False)
-    (partial / FAQS_NAME).write_text(f"{text}\n", encoding="utf-8")
+    write_faqs(tenant, partial)
     for path in partial.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -59,9 +59,9 @@ def adapters_of(model: ModelAdaptersMixin, names: Iterable[str]) -> dict[str, di
         if isinstance(module, AdapterLayerBase)
     ]
     found: dict[str, dict[int, dict[str, nn.Module]]] = {}
+    invertible = getattr(base, "invertible_adapters", {})
     for name in names:
         prompt = base.prompt_tuning.get_adapter(name) if hasattr(base, "prompt_tuning") else None
-        invertible = getattr(base, "invertible_adapters", {})
         outside = {"shared": base.shared_parameters[name]} if name in base.shared_parameters else {}
         outside |= {"invertible": invertible[name]} if name in invertible else {}
         outside |= {} if prompt is None else {"prompt": prompt}
