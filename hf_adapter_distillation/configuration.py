@@ -218,8 +218,9 @@ class DistillationArgumentsMixin(_Arguments):
         1.0,
     )
     weighing_steps: int = option(
-        "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'.",
-        40,
+        "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'. "
+        "Fewer steps are larger ones.",
+        16,
     )
     fusion_learning_rate: float | None = option(
         "Peak learning rate of the fusion (query, key, value). Default: half of learning_rate.", None

@@ -21,9 +21,10 @@ from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
 
-STEPS = 40
-LEARNING_RATE = 0.2  # of the scores, whose softmax the weights are
-HEAD_LEARNING_RATE = 1e-3
+STEPS = 16
+# How far Adam can move a parameter, whatever the number of steps: a step moves it by the learning rate at most.
+SCORE_RANGE = 2.25  # of the scores, whose softmax the weights are: a ratio of up to exp(4.5) = 90
+HEAD_RANGE = 0.01
 
 Batches = Callable[[], Iterable[Any]]  # a new pass over some labelled batches
 Loss = Callable[[Any], torch.Tensor]  # of a batch, with the model as it is
@@ -201,11 +202,12 @@ class Learner:
                 parameter.grad = gradient
 
     def learn(self, batches: Batches, steps: int) -> None:
-        """Train for some steps, over the batches again and again."""
-        groups = [{"params": [self.scores], "lr": LEARNING_RATE}]
-        groups += [{"params": self.trained, "lr": HEAD_LEARNING_RATE}] if self.trained else []
+        """Train for some steps, over the batches again and again; fewer steps are larger ones."""
+        shares = [1 - step / steps for step in range(steps)]  # of the first learning rate
+        groups = [{"params": [self.scores], "lr": SCORE_RANGE / sum(shares)}]
+        groups += [{"params": self.trained, "lr": HEAD_RANGE / sum(shares)}] if self.trained else []
         optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (*shares, 0.0)[step])
         passes = chain.from_iterable(batch() for batch in repeat(batches))
         for _, batch in zip(range(steps), passes, strict=False):
             self._backward(batch)

@@ -186,6 +186,13 @@ def test_the_teacher_of_the_task_gets_the_weight():
     assert alone.heavy() == ["good"]
 
 
+@pytest.mark.parametrize("steps", [4, 8, 40])
+def test_few_steps_go_as_far_as_many(steps):
+    weights = weigh(["shuffled", "good", "random"], steps=steps)
+    assert weights.mean()["good"] > 0.7
+    assert weights.gain > 0.3
+
+
 def test_teachers_that_know_nothing_gain_nothing():
     weights = weigh(["shuffled", "random"])
     assert weights.gain < 0.1
