@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from faq_data import BUNDLED, Tenant, load_tenants  # noqa: E402
+from ray_cluster import check_address, join  # noqa: E402
 from tenant_students import (  # noqa: E402
     Outcome,
     Settings,
@@ -42,7 +43,6 @@ from tenant_students import (  # noqa: E402
 )
 
 OBJECT_STORE_BYTES = 100 * 2**20  # tenants and outcomes are small; /dev/shm may be, too
-ANSWER_S = 5.0  # the longest wait for a cluster's answer, in seconds
 
 
 @dataclass
@@ -113,26 +113,6 @@ def import_ray() -> Any:
     return ray
 
 
-def check_address(address: str) -> None:
-    """Ask a Ray cluster for its health: Ray itself tries for two minutes and then ends the process.
-
-    Raises:
-        ValueError: If no cluster answers.
-    """
-    import grpc  # of ray[default]
-
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        raise ValueError(f"--address {address} is no address of a cluster; give HOST:PORT, as ray start prints it.")
-    try:
-        with grpc.insecure_channel(address) as channel:
-            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=ANSWER_S)
-    except grpc.RpcError as error:
-        raise ValueError(
-            f"--address {address}: no Ray cluster answers there; start one with ray start --head, or leave it out."
-        ) from error
-
-
 def start_ray(ray: Any, args: Arguments) -> int:
     """Join the cluster at an address, or start one on this machine; return the number of workers.
 
@@ -149,10 +129,7 @@ def start_ray(ray: Any, args: Arguments) -> int:
             **quiet,
         )
     else:
-        try:
-            ray.init(args.address, **quiet)
-        except RuntimeError as error:  # such as another version of Ray or Python there
-            raise ValueError(f"--address {args.address}: {first_line(error)}") from error
+        join(args.address, **quiet)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     workers = args.workers or max(1, cpus // args.threads)
     if workers * args.threads > cpus:

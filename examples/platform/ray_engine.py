@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from http_app import FULL, make_app  # noqa: E402
 from metrics import HELP, Metrics  # noqa: E402
+from ray_cluster import join  # noqa: E402
 from student_folder import BUSY, Answer, Failure, Question  # noqa: E402
 
 APP = "tenants"
@@ -115,13 +116,13 @@ def start(settings: dict[str, Any]) -> None:
         settings: The arguments of the service.
 
     Raises:
-        ConnectionError: If the address is not that of a Ray cluster.
+        ValueError: If the cluster at the address does not take this process.
         RuntimeError: If the deployment fails.
     """
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     if settings["address"]:
-        ray.init(settings["address"], runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
+        join(settings["address"], runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
     else:
         os.environ["PYTHONPATH"] = path  # of the processes that Ray starts
         store = {"object_store_memory": OBJECT_STORE_BYTES, "_node_ip_address": "127.0.0.1"}

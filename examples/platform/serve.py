@@ -12,7 +12,6 @@ encoder, whatever the number of FAQs. `--engine local` serves in one process wit
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ except ModuleNotFoundError as error:
 sys.path.insert(0, str(Path(__file__).parent))
 
 from http_app import OneByOne, make_app  # noqa: E402
+from ray_cluster import check_address  # noqa: E402
 from tenant_service import load_service  # noqa: E402
 
 
@@ -66,19 +66,6 @@ class Arguments:
         self.students = os.path.abspath(self.students)  # replicas have a working directory of their own
 
 
-def check_address(address: str) -> None:
-    """Raise `ConnectionError` if nothing listens at an address; Ray itself would try for minutes.
-
-    Raises:
-        ConnectionError: If the address is wrong, or nothing answers.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConnectionError(address) from error
-
-
 def serve_with_ray(args: Arguments) -> None:
     """Serve with Ray until the process is interrupted.
 
@@ -88,17 +75,12 @@ def serve_with_ray(args: Arguments) -> None:
     try:
         import ray_engine
     except ModuleNotFoundError as error:
-        hint = "install it with pip install 'ray[serve]', or serve with --engine local"
+        hint = "install it with pip install 'ray[default,serve]', or serve with --engine local"
         raise ValueError(f"{error.name} is missing; {hint}.") from error
-    try:
-        if args.address:
-            check_address(args.address)
-        load_service(args.students, args.model, args.max_loaded)  # a mistake is seen here, before Ray starts
-        ray_engine.start(asdict(args))
-    except ConnectionError as error:
-        raise ValueError(
-            f"--address {args.address}: no Ray cluster answers; start it, or correct the address."
-        ) from error
+    if args.address:
+        check_address(args.address)
+    load_service(args.students, args.model, args.max_loaded)  # a mistake is seen here, before Ray starts
+    ray_engine.start(asdict(args))
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *received: stopped.set())

@@ -28,6 +28,7 @@ httpx = pytest.importorskip("httpx")
 
 import demo_students  # noqa: E402
 import http_app  # noqa: E402
+import ray_cluster  # noqa: E402
 import serve  # noqa: E402
 from metrics import Metrics  # noqa: E402
 from student_folder import UNREADABLE, Question  # noqa: E402
@@ -366,7 +367,9 @@ def test_wrong_arguments_end_in_one_line(arguments, message, saved, monkeypatch)
 def test_without_ray_the_other_engine_is_named(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "ray_engine", raising=False)
-    with pytest.raises(SystemExit, match=r"^serve.py: ray is .* 'ray\[serve\]', or serve with --engine local.$"):
+    with pytest.raises(
+        SystemExit, match=r"^serve.py: ray is .*'ray\[default,serve\]', or serve with --engine local.$"
+    ):
         run_main(monkeypatch, serve, "--students", saved)
 
 
@@ -444,11 +447,24 @@ def test_ray_serves_many_tenants_in_one_batch_while_they_change(saved, encoder, 
             assert client.get("/").text == http_app.PAGE.read_text()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", "ray://127.0.0.1:99999"])
-def test_an_address_without_a_cluster_is_named(address, saved, encoder, monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", "--address 127.0.0.1:9: no Ray cluster answers there; start one"),
+        ("127.0.0.1:{port}", "--address 127.0.0.1:{port}: no Ray cluster answers there; start one"),
+        ("nowhere", "--address nowhere is no address of a cluster; give HOST:PORT"),
+        ("ray://127.0.0.1:10001", "--address ray://127.0.0.1:10001 is no address of a cluster; give HOST:PORT"),
+    ],
+    ids=["no port", "another service", "no address", "a client's address"],
+)
+def test_an_address_without_a_cluster_is_named(address, message, saved, encoder, monkeypatch):
+    pytest.importorskip("grpc")
     monkeypatch.setitem(sys.modules, "ray_engine", ModuleType("ray_engine"))
-    with pytest.raises(SystemExit, match=f"^serve.py: --address {address}: no Ray cluster answers; start it, or"):
-        run_main(monkeypatch, serve, "--students", saved, "--model", encoder, "--address", address)
+    monkeypatch.setattr(ray_cluster, "ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address, message = (text.format(port=other.getsockname()[1]) for text in (address, message))
+        with pytest.raises(SystemExit, match=f"^serve.py: {re.escape(message)}"):
+            run_main(monkeypatch, serve, "--students", saved, "--model", encoder, "--address", address)
 
 
 # The demo
