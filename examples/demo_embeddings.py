@@ -126,9 +126,11 @@ class Onboarding:
         name, steps = self.tenant.name, self.args.steps
         print("AdapterDistillation, start of the student", flush=True)
         began = time.perf_counter()
-        self.platform.new_adapter(name, had.DistillationConfig(self.teachers), self.args.seed)
-        most = had.DistillationTrainingArguments.weighing_steps
-        settings = training_arguments(self.args, steps) | {"weighing_steps": max(2, min(most, steps))}
+        self.platform.new_adapter(name, had.DistillationConfig(self.teachers, fusion_rank=32), self.args.seed)
+        settings = training_arguments(self.args, steps) | {
+            "weighing_steps": max(2, min(had.DistillationTrainingArguments.weighing_steps, steps)),
+            "distillation_share": 0.25,  # with the rank, this halves the cost of the training
+        }
         trainer = self.platform.trainer(self.tenant, self.labelled, **settings)
         trainer.fit_start()
         seconds = time.perf_counter() - began
