@@ -3,7 +3,7 @@
 In one run, in turns: a plain adapter, the carriers `student`, `fused` and `mixed`, the same with each teacher on its
 own (`per teacher`, the plain path), and adapters' `Fuse`. On demand: `whole layers`, which runs each layer again;
 `every 4` or another number, the carrier `student` with a `distillation_share` of a quarter, the mean over four steps;
-`rank 32` or another number, the carrier `student` with a `fusion_rank`.
+`rank 32` or another number, the carrier `student` with a `fusion_rank`; `rank 32 every 4` is both.
 
     python benchmarks/stage2_step.py
     python benchmarks/stage2_step.py --methods student "whole layers" --teachers 1 2 4 8
@@ -14,6 +14,7 @@ own (`per teacher`, the plain path), and adapters' `Fuse`. On demand: `whole lay
     python benchmarks/stage2_step.py --shapes llama-1b --config lora --methods student --device cuda --dtype bfloat16
 """
 
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,12 +38,14 @@ WHOLE_LAYERS = "whole layers"
 
 def steps_of(method: str) -> int:
     """Return the number of steps of which one runs the teachers."""
-    return int(method.removeprefix("every ")) if method.startswith("every ") else 1
+    found = re.search(r"every (\d+)", method)
+    return int(found[1]) if found else 1
 
 
 def rank_of(method: str) -> int | None:
     """Return the `fusion_rank` of a method."""
-    return int(method.removeprefix("rank ")) if method.startswith("rank ") else None
+    found = re.search(r"rank (\d+)", method)
+    return int(found[1]) if found else None
 
 
 @dataclass
@@ -208,7 +211,7 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_formatter(ScalarFormatter())
                 axis.set_minor_locator(NullLocator())
-            ax.set_ylim(0.9, None)
+            ax.set_ylim(0.9, 1.2 * max(row[value] for row in rows))
             ax.grid(alpha=0.3)
         axes[0][column].set_title(shape)
         axes[1][column].set_xlabel("teachers")

@@ -87,6 +87,16 @@ def test_methods_that_need_too_much_memory_are_left_out(run):
     assert report.stage2_step(results).splitlines()[3].count("–") == 3
 
 
+def test_a_method_can_be_sparse_and_narrow(run):
+    methods = ["rank 2", "every 2", "rank 2 every 2"]
+    arguments = "--shapes tiny --teachers 2 --batch 2 --seq_len 8 --rounds 1 --methods".split()
+    results, _ = run(stage2_step, *arguments, *methods)
+    total = {row["method"]: row["total_mb"] for row in results["rows"]}
+    assert list(total) == ["plain", *methods]
+    assert total["rank 2"] == total["rank 2 every 2"] < total["every 2"]
+    assert [stage2_step.steps_of(method) for method in methods] == [1, 2, 2]
+
+
 def test_inference(run, tmp_path):
     results, out = run(inference, *"--shapes tiny --teachers 3 --batches 1 4 --seq_len 8 --rounds 2".split())
     methods = ["base model", "plain adapter", "distilled student", "Fuse of 3 + own"]

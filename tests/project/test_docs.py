@@ -431,7 +431,7 @@ def test_the_figures_of_when_to_use_it_match_the_result_files():
 @pytest.mark.parametrize(
     ("name", "n_tables"),
     [
-        ("performance", 8),
+        ("performance", 9),
         ("quality", 12),
         ("when_to_use", 1),
         ("how_to/serve", 3),

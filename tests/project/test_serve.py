@@ -414,6 +414,7 @@ def served_by_ray(folder, encoder, log, *arguments):
 
 
 @WITHOUT_RAY
+@pytest.mark.ray
 @pytest.mark.distributed
 @pytest.mark.timeout(480)
 def test_ray_serves_many_tenants_in_one_batch_while_they_change(saved, encoder, tmp_path):
