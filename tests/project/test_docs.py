@@ -428,6 +428,14 @@ def test_the_figures_of_when_to_use_it_match_the_result_files():
     assert f"it had {lost.split()[0].removeprefix('-')} points less AUC than a plain adapter" in page
 
 
+def test_the_memory_of_a_training_of_a_language_model_is_the_measured_one():
+    results = report.read(ROOT / "benchmarks" / "results" / "stage2_step_smollm2.json")
+    total = {row["method"]: row["total_mb"] for row in results["rows"]}
+    said = f"{total['rank 32'] / total['plain']:.2f} times the memory of a plain LoRA's"
+    megabytes = f"({total['rank 32']:,.0f} MB to {total['plain']:,.0f} MB)"
+    assert f"{said} {megabytes}" in " ".join(read("docs/language_models.md").split())
+
+
 @pytest.mark.parametrize(
     ("name", "n_tables"),
     [
@@ -438,7 +446,7 @@ def test_the_figures_of_when_to_use_it_match_the_result_files():
         ("how_to/onboard", 2),
         ("how_to/peft", 1),
         ("how_to/choose_teachers", 1),
-        ("language_models", 2),
+        ("language_models", 3),
     ],
 )
 def test_the_tables_of_a_page_match_the_result_files(name, n_tables):
