@@ -219,7 +219,7 @@ class DistillationArgumentsMixin(_Arguments):
     )
     weighing_steps: int = option(
         "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'. "
-        "Fewer steps are larger ones.",
+        "Fewer steps are larger ones, up to a limit at 16.",
         16,
     )
     fusion_learning_rate: float | None = option(

@@ -7,7 +7,7 @@ from hf_adapter_distillation.cli.main import main
 
 QUICK = [
     "--use_cpu", "--report_to=none", "--max_steps=2", "--save_strategy=no", "--per_device_train_batch_size=4",
-    "--dataloader_pin_memory=false", "--weighing_steps=2",
+    "--dataloader_pin_memory=false", "--weighing_steps=4",
 ]  # fmt: skip
 
 

@@ -22,9 +22,10 @@ from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
 
 STEPS = 16
-# How far Adam can move a parameter, whatever the number of steps: a step moves it by the learning rate at most.
-SCORE_RANGE = 2.25  # of the scores, whose softmax the weights are: a ratio of up to exp(4.5) = 90
-HEAD_RANGE = 0.01
+# How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
+# between two weights. The rate has a limit, since the signs of very few gradients are mostly noise.
+SCORE_RANGE, MAXIMAL_RATE = 2.25, 0.5
+HEAD_RANGE = 0.01  # the same for a head's parameters
 
 Batches = Callable[[], Iterable[Any]]  # a new pass over some labelled batches
 Loss = Callable[[Any], torch.Tensor]  # of a batch, with the model as it is
@@ -202,10 +203,11 @@ class Learner:
                 parameter.grad = gradient
 
     def learn(self, batches: Batches, steps: int) -> None:
-        """Train for some steps, over the batches again and again; fewer steps are larger ones."""
+        """Train for some steps, over the batches again and again; fewer steps are larger ones, up to a limit."""
         shares = [1 - step / steps for step in range(steps)]  # of the first learning rate
-        groups = [{"params": [self.scores], "lr": SCORE_RANGE / sum(shares)}]
-        groups += [{"params": self.trained, "lr": HEAD_RANGE / sum(shares)}] if self.trained else []
+        rate = min(MAXIMAL_RATE, SCORE_RANGE / sum(shares))
+        groups = [{"params": [self.scores], "lr": rate}]
+        groups += [{"params": self.trained, "lr": rate * HEAD_RANGE / SCORE_RANGE}] if self.trained else []
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (*shares, 0.0)[step])
         passes = chain.from_iterable(batch() for batch in repeat(batches))

