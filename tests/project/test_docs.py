@@ -382,14 +382,14 @@ def test_the_quality_in_the_readme_matches_the_result_file():
         f"{percent[plain]:.1f}%. "
         f"The distilled student is at {percent[student]:.1f}%: "
         f"{quality.points(runs['accuracy_at_1'][student], runs['accuracy_at_1'][plain])} against the plain adapter, "
-        f"and above it on each tenant. *Before its first step* it is at {percent[start]:.1f}%, in two thirds of the "
+        f"and not below it on any tenant. *Before its first step* it is at {percent[start]:.1f}%, in a third of the "
         "plain adapter's time."
     ).replace(" [", " points [", 1)
     assert sentences in " ".join((ROOT / "README.md").read_text().split())
     times = [np.mean(list(runs["cpu_seconds"][name].values())) for name in (start, plain)]
-    assert times[0] / times[1] == pytest.approx(2 / 3, abs=0.04)
+    assert times[0] / times[1] == pytest.approx(1 / 3, abs=0.04)
     paired = quality.by_tenant(quality.differences(runs["accuracy_at_1"][student], runs["accuracy_at_1"][plain]))
-    assert min(paired.values()) > 0
+    assert min(paired.values()) >= 0
 
 
 def test_the_default_learning_rate_is_the_one_of_the_benchmark():
