@@ -36,4 +36,4 @@ def join(address: str, **options: Any) -> None:
     try:
         ray.init(address, **options)
     except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"--address {address}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--address {address}: {type(error).__name__}: {str(error).strip()}") from error

@@ -204,12 +204,11 @@ class Learner:
 
     def learn(self, batches: Batches, steps: int) -> None:
         """Train for some steps, over the batches again and again; fewer steps are larger ones, up to a limit."""
-        shares = [1 - step / steps for step in range(steps)]  # of the first learning rate
-        rate = min(MAXIMAL_RATE, SCORE_RANGE / sum(shares))
+        rate = min(MAXIMAL_RATE, 2 * SCORE_RANGE / (steps + 1))  # falls to 0: half of it on average
         groups = [{"params": [self.scores], "lr": rate}]
         groups += [{"params": self.trained, "lr": rate * HEAD_RANGE / SCORE_RANGE}] if self.trained else []
         optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (*shares, 0.0)[step])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
         passes = chain.from_iterable(batch() for batch in repeat(batches))
         for _, batch in zip(range(steps), passes, strict=False):
             self._backward(batch)
