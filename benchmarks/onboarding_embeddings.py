@@ -228,11 +228,8 @@ METHODS = {
     "AdapterDistillation: uniform": _configured(student_start="teachers"),
     "AdapterDistillation: weights alone": Method(partial(untrained_student, start="weighted"), (0.0,)),
     "AdapterDistillation: weighted start": Method(partial(adapter_distillation, distillation_start=1.0), RATES),
-    "AdapterDistillation: lean": Method(
-        partial(adapter_distillation, config=partial(had.DistillationConfig, fusion_rank=32), distillation_share=0.25),
-        RATES,
-        rate_of="AdapterDistillation",
-    ),
+    "AdapterDistillation: exact": Method(partial(adapter_distillation, distillation_share=1.0), RATES),
+    "AdapterDistillation: lean": _configured(fusion_rank=32),
     "AdapterDistillation: similarity": Method(similarity, RATES, rate_of="AdapterDistillation"),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
     "AdapterDistillation: paper": Method(

@@ -129,7 +129,6 @@ class Onboarding:
         self.platform.new_adapter(name, had.DistillationConfig(self.teachers, fusion_rank=32), self.args.seed)
         settings = training_arguments(self.args, steps) | {
             "weighing_steps": max(2, min(had.DistillationTrainingArguments.weighing_steps, steps)),
-            "distillation_share": max(0.25, 1 / steps),  # with the rank, this halves the cost of the training
         }
         trainer = self.platform.trainer(self.tenant, self.labelled, **settings)
         trainer.fit_start()

@@ -79,7 +79,8 @@ class DistillationConfig:
             `DistillationTrainer` then fits to the average of the teachers' updates on the training inputs, before the
             first step and without labels (`fit_start`); `"weighted"`: the same with a weight for each teacher, which
             `DistillationTrainer` learns from the labels first, and with which the fusions start; light teachers are
-            left out (`weigh_teachers`); `"random"`: the adapter's own initialisation.
+            left out (`weigh_teachers`), and a student whose teachers do not help starts at random; `"random"`: the
+            adapter's own initialisation.
         level: The place where teachers are fused and the student is matched. `"adapter"`: each place inside a layer
             where bottleneck adapters or LoRA add their updates; `"layer"`: the output of each layer, which is run
             again with each teacher, at a higher cost and for any mixture of methods; `"auto"`: `"adapter"` if student
@@ -211,11 +212,11 @@ class DistillationArgumentsMixin(_Arguments):
         "weight that is given holds in all steps.",
         None,
     )
-    distillation_share: float = option(
+    distillation_share: float | None = option(
         "Share of the steps of stage 2 in which the teachers run. They are spread evenly, from a step that the seed "
         "draws, and their distillation loss is divided by the share: the mean over the draws is the exact one, 1.0. "
-        "Below 1, for the carrier `student`.",
-        1.0,
+        "Below 1, for the carrier `student`. Default: 1, and a quarter for weighted teachers, with at least 16 steps.",
+        None,
     )
     weighing_steps: int = option(
         "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'. "
@@ -267,8 +268,9 @@ class DistillationArgumentsMixin(_Arguments):
         start = self.distillation_start
         if start is not None and not 0 <= _read_number("distillation_start", start) <= 1:
             raise _out_of_range("distillation_start", start, "a fraction of all steps, from 0 to 1")
-        if not 0 < _read_number("distillation_share", self.distillation_share) <= 1:
-            raise _out_of_range("distillation_share", self.distillation_share, "a fraction above 0, up to 1")
+        share = self.distillation_share
+        if share is not None and not 0 < _read_number("distillation_share", share) <= 1:
+            raise _out_of_range("distillation_share", share, "a fraction above 0, up to 1")
         for name in ("distillation_weight", "fusion_learning_rate"):
             if (value := vars(self)[name]) is not None:
                 _check_not_negative(name, value)

@@ -135,6 +135,7 @@ class Distillation:
         sources: The origin of each teacher: `{"source": name, folder or Hub id, "revision": commit or None}`.
         start_digests: The digests of the student's weights if they started at the average of its teachers, one for
             each data type to which the model may be cast since.
+        own_start: The weights of the student and its head before that, by their places.
         ranking: The scores by which the teachers were chosen, the best first: of all by `rank_teachers`, or of those
             that were chosen from a pool by `choose_teachers`.
         weights: The weights of the teachers for the task, with `student_start="weighted"`.
@@ -154,6 +155,7 @@ class Distillation:
     level_reason: str = ""
     sources: dict[str, dict[str, str | None]] = field(default_factory=dict)
     start_digests: frozenset[str] = frozenset()
+    own_start: dict[str, torch.Tensor] = field(default_factory=dict)
     ranking: dict[str, float] | None = None
     weights: TeacherWeights | None = None
     candidates: dict[str, str] = field(default_factory=dict)

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# Of teachers with random weights, most are below it; see the benchmark of the docs.
+MINIMAL_GAIN = 0.1
+
 
 class TeacherWeights(NamedTuple):
     """Weights of the teachers for a task, as they were learned from its labels.
@@ -16,6 +19,11 @@ class TeacherWeights(NamedTuple):
 
     by_place: dict[str, dict[str, float]]
     gain: float
+
+    @property
+    def help(self) -> bool:
+        """Whether the gain is more than noise; else the student starts as a new adapter."""
+        return self.gain >= MINIMAL_GAIN
 
     def mean(self) -> dict[str, float]:
         """Return the mean weight of each teacher over the places."""

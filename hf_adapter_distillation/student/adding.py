@@ -13,7 +13,7 @@ from ..teachers.compatibility import check_supported, check_weights, choose_leve
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_config, remove_adapter
 from ..teachers.pool import add_stand_in, read_pool
 from .digests import rounded_digests
-from .warm_start import start_at_average
+from .warm_start import keep_own_start, start_at_average
 
 
 def add_student(
@@ -65,6 +65,8 @@ def add_student(
     sources = {name: teacher.source for name, teacher in teachers.items()}
     distillation = Distillation(replace(settings, teachers=list(teachers)), level, reason, sources)
     add_distillation(model.adapters_config, student, distillation)
+    if settings.student_start == "weighted":
+        keep_own_start(model, student)
     if settings.student_start != "random":
         start_at_average(model, student)
 
@@ -111,6 +113,8 @@ def _add_student_of_pool(
     distillation = Distillation(replace(settings, teachers=[name]), level, reason, {name: stand_in.source})
     distillation.candidates, distillation.is_from_pool = pool, True
     add_distillation(model.adapters_config, student, distillation)
+    if settings.student_start == "weighted":
+        keep_own_start(model, student)
     if settings.student_start != "random":
         distillation.start_digests = rounded_digests(model, student)
 

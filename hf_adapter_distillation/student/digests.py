@@ -16,7 +16,7 @@ def adapter_digest(model: ModelAdaptersMixin, name: str) -> str:
     model, with or without heads.
     """
     digest = hashlib.sha256()
-    for place, tensor in _weights(model, name):
+    for place, tensor in adapter_weights(model, name):
         digest.update(f"{place} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
@@ -33,13 +33,13 @@ def rounded_digests(model: ModelAdaptersMixin, name: str) -> frozenset[str]:
 def value_digest(model: ModelAdaptersMixin, name: str, rounding: torch.dtype | None = None) -> str:
     """Return the SHA-256 digest of the values of an adapter, whatever their data type, rounded to one if given."""
     digest = hashlib.sha256()
-    for place, tensor in _weights(model, name):
+    for place, tensor in adapter_weights(model, name):
         digest.update(f"{place} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor.to(rounding).double()))
     return digest.hexdigest()
 
 
-def _weights(model: ModelAdaptersMixin, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def adapter_weights(model: ModelAdaptersMixin, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights and buffers of an adapter with their places in the base model, in a fixed order."""
     for place, modules in sorted(model.get_adapter(name).items()):
         for location, module in sorted(modules.items()):

@@ -14,7 +14,7 @@ from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
 from .fusions import drop_fusion
-from .warm_start import is_at_average, start_at_average, start_head
+from .warm_start import is_at_average, start_as_new, start_at_average, start_head
 
 
 def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
@@ -94,7 +94,8 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
 def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weights: TeacherWeights) -> None:
     """Keep the heavy teachers, or all that a selection has kept, and let the fusions start at their weights.
 
-    A student that is still at the average of its teachers is set to their weighted mean, and so is its head.
+    A student that is still at the average of its teachers is set to their weighted mean, and so is its head; or both
+    to their own start, as those of a new adapter, where the teachers do not help.
     """
     student, at_start = block.student, is_at_average(model, block.student)
     selected = distillation_of(model, student).config.teacher_selection != "all"
@@ -104,7 +105,9 @@ def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weig
     for fusion in fusions_of(model, student):
         fusion.set_weights(weights.at(fusion.location, kept))
     distillation_of(model, student).weights = weights
-    if at_start:
+    if at_start and not weights.help:
+        start_as_new(model, student)
+    elif at_start:
         start_at_average(model, student, lambda module: weights.at(module, kept))
         if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
             start_head(model, student, weights.at("", kept))

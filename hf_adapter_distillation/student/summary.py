@@ -1,8 +1,18 @@
-"""A short table of a finished training."""
+"""Short tables of the weights of the teachers, and of a finished training."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from ..method.weights import MINIMAL_GAIN, TeacherWeights
 from .training_run import TrainingRun
+
+
+def weights_table(weights: TeacherWeights, kept: Collection[str]) -> str:
+    """Return lines with the weights of the teachers, of which some are kept, and their gain."""
+    means = weights.mean()
+    lines = [f"{'teacher':<32}{'weight':>10}"]
+    lines += [f"{name:<32}{weight:>10.3f}{'  kept' if name in kept else ''}" for name, weight in means.items()]
+    lines += [f"{'(none)':<32}{1 - sum(means.values()):>10.3f}", f"{'gain on other labels':<32}{weights.gain:>10.1%}"]
+    return "\n".join(lines)
 
 
 def summary_rows(student: str, run: TrainingRun) -> list[tuple[str, str]]:
@@ -22,7 +32,9 @@ def summary_rows(student: str, run: TrainingRun) -> list[tuple[str, str]]:
     if weights:
         rows.append(("no teacher", f"weight {max(0.0, 1 - sum(weights.values())):.2f}"))
         gain = settings.get("teacher_gain", 0.0)
-        rows.append(("gain of the teachers", f"{gain:.1%} of the task loss, on labels that did not fit the weights"))
+        too_little = ", too little to start at them" if gain < MINIMAL_GAIN else ""
+        of_loss = f"{gain:.1%} of the task loss, on labels that did not fit the weights{too_little}"
+        rows.append(("gain of the teachers", of_loss))
     distance = run.losses.get("2", {}).get("distillation_loss")
     reached = "-, since stage 2 has no logged step" if distance is None else f"{distance:.4g} (distillation loss)"
     rows.append(("distance at the end", reached))

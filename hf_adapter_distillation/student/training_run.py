@@ -85,12 +85,11 @@ class TrainingRun:
         """Record a training at its end, without the attention.
 
         `derived` holds the settings that do not follow from the arguments and the state alone: `distillation_start`,
-        `distillation_weight`, `first_distillation_step`, `batch_size`, and the `ranking`, the `teacher_weights` and
-        their `teacher_gain`, and `start_explained` if there were any.
+        `distillation_weight`, `distillation_share`, `first_distillation_step`, `batch_size`, and the `ranking`, the
+        `teacher_weights` and their `teacher_gain`, and `start_explained` if there were any.
         """
         settings = {
             **derived,
-            "distillation_share": args.distillation_share,
             "fusion_regularization": args.fusion_regularization,
             "learning_rate": args.learning_rate,
             "seed": args.seed,

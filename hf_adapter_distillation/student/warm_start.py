@@ -1,6 +1,6 @@
 """Start of a student: the weighted mean of its teachers' weights, then of their updates."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from adapters import AdapterConfig, ConfigUnion, LoRAConfig, ModelAdaptersMixin,
 from torch import nn
 from transformers.utils import logging
 
-from .._compat import LoRA
+from .._compat import LoRA, heads_of
 from ..method.distillation import distillation_of
 from ..method.heads import are_alike
 from ..method.layer_pass import LayerPass, Place
@@ -16,7 +16,7 @@ from ..method.layers import AdapterPlace, adapter_layers, adapters_of
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
-from .digests import rounded_digests, value_digest
+from .digests import adapter_weights, rounded_digests, value_digest
 from .least_squares import UpProjectionFit
 
 logger = logging.get_logger(__name__)
@@ -160,9 +160,33 @@ def start_head(
         if all(head.config == heads[0].config for head in heads):
             model.average_head(student, list(teachers))
         return
-    head = model.heads[student]
+    head, own_start = model.heads[student], distillation_of(model, student).own_start
     if are_alike([head, *heads]):
+        if own_start:
+            own_start |= {place: weight.clone() for place, weight in _head_weights(head)} | own_start
         head.load_state_dict(_mean(heads, _shares(teachers, weights)))
+
+
+def _head_weights(head: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights and buffers of a head with their places."""
+    for key, tensor in head.state_dict().items():
+        yield f"head.{key}", tensor
+
+
+def keep_own_start(model: ModelAdaptersMixin, student: str) -> None:
+    """Keep a copy of the weights of a new student, and of its head from `start_head` on, for `start_as_new`."""
+    own_start = {place: weight.clone() for place, weight in adapter_weights(model, student)}
+    distillation_of(model, student).own_start = own_start
+
+
+@torch.no_grad()
+def start_as_new(model: ModelAdaptersMixin, student: str) -> None:
+    """Set a student, and its head, back to the weights that they had before they started at their teachers."""
+    heads = dict(heads_of(model).items())
+    weights = dict(adapter_weights(model, student)) | dict(_head_weights(heads[student]) if student in heads else ())
+    for place, own in distillation_of(model, student).own_start.items():
+        if place in weights and weights[place].shape == own.shape:  # not those of a head that was replaced since
+            weights[place].copy_(own)
 
 
 def can_be_fitted(model: ModelAdaptersMixin, student: str) -> bool:

@@ -93,7 +93,7 @@ def check_combinations(
         else:
             reason = f"with the objective {min(config.output_objectives)!r}"
         raise ValueError(f"torch_compile=True is not supported {reason}; leave it out.")
-    if args.distillation_share < 1 and config.carrier != "student":
+    if args.distillation_share is not None and args.distillation_share < 1 and config.carrier != "student":
         raise ValueError(
             f"distillation_share={args.distillation_share:g} needs the carrier 'student', with which the task loss "
             f"does not depend on the teachers, not {config.carrier!r}; leave it out."

@@ -184,9 +184,10 @@ class DistillationMixin(WritingTrainer):
             ValueError: If `distillation_share` leaves less than one step with teachers.
         """
         left = num_training_steps - self._first_of_stage_2(num_training_steps)
-        if 0 < left * self.args.distillation_share < 1:
+        share = self.args.distillation_share
+        if share is not None and 0 < left * share < 1:
             raise ValueError(
-                f"distillation_share={self.args.distillation_share:g} runs the teachers in less than one of the "
+                f"distillation_share={share:g} runs the teachers in less than one of the "
                 f"{left} steps of stage 2; raise it to 1/{left} or more."
             )
         inner = self.model_with_adapters
@@ -250,6 +251,7 @@ class DistillationMixin(WritingTrainer):
             "batch_size": self._examples_per_step,
             "distillation_start": self.distillation_start,
             "distillation_weight": self.distillation_weight,
+            "distillation_share": self.distillation_share,
             "first_distillation_step": self.first_distillation_step,
         }
         if self._prepared.explained is not None:

@@ -25,6 +25,7 @@ from ..student.choosing import choose_again, choose_from_pool
 from ..student.digests import teacher_digests
 from ..student.fusions import silent_teachers
 from ..student.preparing import keep_teachers, start_at_weights, train_again
+from ..student.summary import weights_table
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights
@@ -200,9 +201,8 @@ def weigh(
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
     distillation = distillation_of(model, block.student)
-    if distillation.config.student_start != "weighted" or not fusions_of(model, block.student):
-        return block
-    if distillation.weights is not None and distillation.run is None:  # `fit_start` has learned them
+    learned = distillation.weights is not None and distillation.run is None  # by `fit_start`
+    if distillation.config.student_start != "weighted" or learned or not fusions_of(model, block.student):
         return block
     distillation.weights = None  # of an earlier training
     with torch.random.fork_rng():  # the order of the training data stays the same
@@ -214,23 +214,23 @@ def weigh(
                 "silence this."
             )
             return block
-        learning = _learning(labelled, accelerator) | {"per_layer": distillation.config.weights_per_layer}
+        learning = {"per_layer": distillation.config.weights_per_layer, **_learning(labelled, accelerator)}
         weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
     start_at_weights(model, block, weights)
-    kept, means = active_block(model).teachers, weights.mean()
-    lines = [f"{'teacher':<32}{'weight':>10}"]
-    lines += [f"{name:<32}{weight:>10.3f}{'  kept' if name in kept else ''}" for name, weight in means.items()]
-    lines += [f"{'(none)':<32}{1 - sum(means.values()):>10.3f}", f"{'gain on other labels':<32}{weights.gain:>10.1%}"]
-    _show("\n".join(lines), show)
+    _show(weights_table(weights, active_block(model).teachers), show)
+    if not weights.help:
+        logger.warning(
+            f"{block.student!r} starts as a new adapter: its teachers do not help on labels to which their weights "
+            f"were not fitted (gain {weights.gain:.1%}). Choose other teachers, or train a plain adapter."
+        )
     return active_block(model)
 
 
 def weigh_again(model: ModelAdaptersMixin, block: AdapterDistillation, checkpoint: str) -> AdapterDistillation:
     """Give the teachers the weights that they have in a checkpoint; return the active block."""
     weights = saved_weights(checkpoint)
-    if weights is None or not set(block.teachers) <= weights.mean().keys():  # `load_student` names other teachers
-        return block
-    start_at_weights(model, block, weights)
+    if weights is not None and set(block.teachers) <= weights.mean().keys():  # `load_student` names other teachers
+        start_at_weights(model, block, weights)
     return active_block(model)
 
 

@@ -20,6 +20,8 @@ from .loss_log import LoggedTerms
 from .preparation import Preparation
 from .sharding import is_sharded
 
+DISTILLED_SHARE = 0.25  # of the steps of stage 2, by default; a short one has at least so many steps with teachers:
+DISTILLED_STEPS = 16
 PRIOR_EXAMPLES = 200  # the number of a task's own examples that outweigh its teachers, by default
 
 
@@ -68,6 +70,19 @@ class TwoStageTrainer(StudentPushingTrainer):
         return self.args.distillation_weight is None and self.distillation.weights is not None
 
     @property
+    def distillation_share(self) -> float:
+        """The share of the steps of stage 2 in which the teachers run, by the argument or the default.
+
+        By default all steps, and with weighted teachers a quarter: the student starts at their mean already.
+        """
+        if self.args.distillation_share is not None:
+            return self.args.distillation_share
+        if self.distillation.weights is None or self.distillation.config.carrier != "student":
+            return 1.0
+        left = self.state.max_steps - self.first_distillation_step
+        return min(1.0, max(DISTILLED_SHARE, DISTILLED_STEPS / max(1, left)))
+
+    @property
     def first_distillation_step(self) -> int:
         """The number of the first step of stage 2, counted from 0; a training resumed in stage 2 keeps it."""
         return self._first_of_stage_2(self.state.max_steps)
@@ -83,7 +98,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         in which the sum passes a whole number are taken. It depends on nothing else, so that all processes take the
         same steps, and a resumed training the ones that it would have taken.
         """
-        number, share = step - self.first_distillation_step, self.args.distillation_share
+        number, share = step - self.first_distillation_step, self.distillation_share
         start = Random(self.args.seed).random()
         return number >= 0 and floor((number + 1) * share + start) > floor(number * share + start)
 
@@ -121,7 +136,7 @@ class TwoStageTrainer(StudentPushingTrainer):
     @property
     def _terms_factor(self) -> float:
         """The factor of the distillation terms of a micro-batch in the loss of its step."""
-        return self._share / self.current_gradient_accumulation_steps / self.args.distillation_share
+        return self._share / self.current_gradient_accumulation_steps / self.distillation_share
 
     def _loss_factor(self, num_items_in_batch: torch.Tensor | None) -> float:
         """Return the factor of the model's loss in the loss of a step, as Trainer reports it."""

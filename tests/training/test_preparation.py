@@ -14,6 +14,7 @@ from tiny_models import (
     make_model,
     make_student,
     noisy,
+    with_teachers,
     with_teachers_of_their_own_scores,
 )
 from torch.nn.functional import cross_entropy
@@ -184,7 +185,8 @@ def test_a_training_weighs_its_teachers_and_follows_what_they_are_worth(trainer_
     assert weights.mean()["good"] > 0.5
     assert weights.gain > 0.1
     assert trainer.distillation_weight == weights.gain * 1.0
-    assert trainer.state.log_history[-2]["attention/good"] == pytest.approx(weights.at("", ["good"])["good"], abs=0.1)
+    attention = [log["attention/good"] for log in trainer.state.log_history if "attention/good" in log][-1]
+    assert attention == pytest.approx(weights.at("", ["good"])["good"], abs=0.1)
     trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
     settings = read_provenance(str(tmp_path / "insurance")).run.settings
     assert settings["teacher_weights"] == pytest.approx(weights.mean(), abs=1e-4)
@@ -218,6 +220,43 @@ def test_teachers_that_do_harm_are_not_distilled(trainer_args, monkeypatch):
     trainer.train()
     assert trainer.distillation_weight == 0.0
     assert trainer_for(weighted(), trainer_args(distillation_weight=0.3)).distillation_weight == 0.3
+
+
+@pytest.mark.parametrize("config", ["seq_bn", "lora", "prefix_tuning"])
+@pytest.mark.parametrize(("gain", "helps"), [(-0.1, False), (0.08, False), (0.12, True)])
+def test_a_student_whose_teachers_do_not_help_starts_as_a_new_adapter(
+    config, gain, helps, trainer_args, monkeypatch, caplog
+):
+    """With its head, as if it had been added without teachers."""
+
+    def add(model, **distill_from):
+        torch.manual_seed(5)
+        model.add_adapter("insurance", config=config, **distill_from)
+        torch.manual_seed(6)
+        model.add_classification_head("insurance")
+        return model
+
+    new = snapshot(add(with_teachers(config=config)))
+    model = add(with_teachers(config=config), distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    monkeypatch.setattr(
+        preparation, "learn_weights", lambda *_, **__: of_places(model, gain, bank=0.4, travel=0.3, work=0.2)
+    )
+    trainer_for(model, trainer_args()).fit_start()
+    moved = {name for name in changed(model, new) if "insurance" in name and "fusion" not in name}
+    assert any(name.startswith("heads.") for name in moved) == helps
+    assert bool(moved) == helps
+    message = f"its teachers do not help on labels to which their weights were not fitted (gain {gain:.1%})"
+    assert (message in caplog.text) != helps
+
+
+def test_a_new_head_of_another_shape_is_left_alone(trainer_args, monkeypatch):
+    model = weighted()
+    model.add_classification_head("insurance", num_labels=5, overwrite_ok=True)
+    head = snapshot(model.heads["insurance"])
+    count_weighing(monkeypatch, of_places(model, -0.2, bank=0.2, travel=0.2, work=0.2))
+    trainer_for(model, trainer_args()).fit_start()
+    assert not changed(model.heads["insurance"], head)
 
 
 def test_selected_teachers_run_whatever_they_weigh(trainer_args, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.method.weights import TeacherWeights
 from hf_adapter_distillation.student.provenance import read_provenance
 from hf_adapter_distillation.training.steps import PRIOR_EXAMPLES
 
@@ -292,6 +293,37 @@ def test_the_teachers_run_in_a_share_of_the_steps_spread_evenly(share, count, tr
     assert len(steps) == count
     assert min(steps) >= 4
     assert {b - a for a, b in pairwise(steps)} == {round(1 / share)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weighted", "steps", "share"),
+    [
+        ({}, True, 200, 0.25),
+        ({}, True, 64, 0.25),
+        ({}, True, 40, 0.4),  # of sixteen steps
+        ({}, True, 16, 1.0),
+        ({}, True, 3, 1.0),
+        ({"distillation_start": 0.5}, True, 80, 0.4),
+        ({"distillation_start": 1.0}, True, 80, 1.0),  # of no step
+        ({}, False, 200, 1.0),
+        ({"distillation_share": 0.7}, True, 200, 0.7),
+    ],
+)
+def test_weighted_teachers_run_in_a_quarter_of_a_long_training(settings, weighted, steps, share, trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args(**{"distillation_start": 0.0} | settings))
+    trainer.state.max_steps = steps
+    if weighted:
+        trainer.distillation.weights = TeacherWeights({"": dict.fromkeys(TEACHERS, 0.3)}, 0.5)
+    assert trainer.distillation_share == share
+    begin = trainer.first_distillation_step
+    assert sum(map(trainer._runs_teachers, range(steps))) == pytest.approx((steps - begin) * share, abs=1)
+
+
+def test_other_carriers_run_the_teachers_in_all_steps(trainer_args):
+    trainer = trainer_for(make_student(make_model(), carrier="mixed"), trainer_args())
+    trainer.state.max_steps = 200
+    trainer.distillation.weights = TeacherWeights({"": dict.fromkeys(TEACHERS, 0.3)}, 0.5)
+    assert trainer.distillation_share == 1.0
 
 
 def test_each_step_is_drawn_with_the_probability_of_the_share(trainer_args):
