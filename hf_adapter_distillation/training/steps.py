@@ -73,11 +73,13 @@ class TwoStageTrainer(StudentPushingTrainer):
     def distillation_share(self) -> float:
         """The share of the steps of stage 2 in which the teachers run, by the argument or the default.
 
-        By default all steps, and with weighted teachers a quarter: the student starts at their mean already.
+        By default all steps, and with weighted teachers a quarter, since the student starts at their mean already.
+        Examples without labels are read in steps with teachers alone, so these are all with them.
         """
         if self.args.distillation_share is not None:
             return self.args.distillation_share
-        if self.distillation.weights is None or self.distillation.config.carrier != "student":
+        is_exact = self.distillation.weights is None or self._unlabelled is not None
+        if is_exact or self.distillation.config.carrier != "student":
             return 1.0
         left = self.state.max_steps - self.first_distillation_step
         return min(1.0, max(DISTILLED_SHARE, DISTILLED_STEPS / max(1, left)))

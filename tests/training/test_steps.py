@@ -319,8 +319,11 @@ def test_weighted_teachers_run_in_a_quarter_of_a_long_training(settings, weighte
     assert sum(map(trainer._runs_teachers, range(steps))) == pytest.approx((steps - begin) * share, abs=1)
 
 
-def test_other_carriers_run_the_teachers_in_all_steps(trainer_args):
-    trainer = trainer_for(make_student(make_model(), carrier="mixed"), trainer_args())
+@pytest.mark.parametrize("of", ["another carrier", "examples without labels"])
+def test_other_trainings_run_the_teachers_in_all_steps(of, trainer_args):
+    more = {"distillation_dataset": make_dataset()} if of == "examples without labels" else {}
+    carrier = "student" if more else "mixed"
+    trainer = trainer_for(make_student(make_model(), carrier=carrier), trainer_args(), **more)
     trainer.state.max_steps = 200
     trainer.distillation.weights = TeacherWeights({"": dict.fromkeys(TEACHERS, 0.3)}, 0.5)
     assert trainer.distillation_share == 1.0
