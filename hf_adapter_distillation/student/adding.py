@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from transformers.utils import logging
 
 from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
@@ -14,6 +15,8 @@ from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_confi
 from ..teachers.pool import add_stand_in, read_pool
 from .digests import rounded_digests
 from .warm_start import keep_own_start, start_at_average
+
+logger = logging.get_logger(__name__)
 
 
 def add_student(
@@ -129,3 +132,8 @@ def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: st
             f"Student {student!r} cannot be made from its config: {one_line(error)}; choose one that adapters can "
             f"add to a {type(model).__name__}."
         ) from error
+    if model is model.base_model and student in model.shared_parameters:
+        logger.warning(
+            f"{student!r} cannot be saved whole: adapters leaves out the weights that its layers share where the "
+            "model has no head. Add it to an AutoAdapterModel to keep it."
+        )

@@ -229,3 +229,11 @@ def test_a_saved_teacher_without_the_weights_that_its_layers_share_is_named(conf
     model.add_adapter("insurance", config=config, distill_from=[str(folder)])
     for key, weight in whole.base_model.shared_parameters["bank"].items():
         assert torch.equal(model.base_model.shared_parameters["bank"][key], weight)
+
+
+@pytest.mark.parametrize("config", ["compacter[reduction_factor=4]", "vera", "seq_bn"])
+@pytest.mark.parametrize("kind", ["base", "flex"])
+def test_a_student_that_adapters_cannot_save_whole_is_named_before_its_training(config, kind, caplog):
+    model = with_teachers(make_model(kind=kind), config=config)
+    model.add_adapter("insurance", config=config, distill_from=TEACHERS)
+    assert ("'insurance' cannot be saved whole" in caplog.text) == (kind == "base" and config != "seq_bn")
