@@ -51,8 +51,12 @@ def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: i
     plain = tokens * (base + backward + 6 * m * d)
     features, columns = n_teachers * m, n_teachers * (m + 1)
     teachers = tokens * d * (features + 4 * columns)
-    query_key = min(5 * columns, 3 * d + 2 * tokens, 5 * tokens) * d * d
-    value = min(3 * tokens * d, columns * (2 * d + tokens)) * d
+    query_key = min(3 * d + 2 * tokens, 5 * tokens) * d * d
+    value = 3 * tokens * d * d
+    if features > d:  # in chunks, whose features are computed again in backward
+        teachers += tokens * d * features
+    else:
+        query_key, value = min(query_key, 5 * columns * d * d), min(value, columns * (2 * d + tokens) * d)
     return (plain + teachers + query_key + value) / plain
 
 

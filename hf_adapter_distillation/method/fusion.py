@@ -9,8 +9,9 @@ from adapters import ModelAdaptersMixin
 from torch import nn
 from torch.nn.functional import linear
 
+from .chunked_attention import Chunk, ChunkedAttention
 from .losses import TaskSpecificLoss, at_least_float32
-from .stacking import StackedAdapters
+from .stacking import StackedAdapters, projected_products
 
 MINIMAL_WEIGHT = 1e-6  # whose logarithm is finite in half precision
 
@@ -124,6 +125,23 @@ class TeacherFusion(nn.Module):
         fused_update = torch.einsum("btn,btnd->btd", attention.to(updates.dtype), updates)  # (B, T, d)
         return self.apply_value(fused_update), attention.detach()  # (B, T, d), (B, T, N)
 
+    def _query_costs(self, hidden_states: torch.Tensor) -> tuple[int, int]:
+        """Return the costs of the query with K^T Q, or Q h, first.
+
+        They are the multiply-adds, forward and backward, divided by the hidden size, without the common part. Updates
+        of another width than the input (LoRA in feed-forward blocks) count as if they had the same width.
+        """
+        tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
+        rank, in_graph = len(self.key.weight), int(hidden_states.requires_grad)
+        return 3 * rank * hidden_size + (2 + in_graph) * tokens * hidden_size, (5 + in_graph) * tokens * rank
+
+    def _project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return K^T q in the cheaper order, (batch, seq_len, output)."""
+        product_cost, states_cost = self._query_costs(hidden_states)
+        if product_cost < states_cost:
+            return linear(hidden_states, self.key.weight.T @ self.query.weight, self.query.bias @ self.key.weight)
+        return self.query(hidden_states) @ self.key.weight
+
     def apply_value(self, fused_update: torch.Tensor) -> torch.Tensor:
         """Multiply a fused update, (batch, seq_len, output), with the value."""
         return fused_update if self.value is None else self.value(fused_update)
@@ -150,25 +168,21 @@ class TeacherFusion(nn.Module):
         """
         width, rank = sum(stacked.up.shape[1] for stacked in stacks), len(self.key.weight)
         tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
-        in_graph = int(hidden_states.requires_grad)
-        # Multiply-adds of each order, forward and backward, divided by the hidden size, without their common part.
-        # Updates of another width than the input (LoRA in feed-forward blocks) count as if they had the same width.
-        product_cost = 3 * rank * hidden_size + (2 + in_graph) * tokens * hidden_size  # K^T Q before K^T Q h
-        states_cost = (5 + in_graph) * tokens * rank
-        keys_first = width * (5 * rank + in_graph * tokens) < min(product_cost, states_cost)
+        # Multiply-adds, as those of `_query_costs`.
+        keys_first = width * (5 * rank + hidden_states.requires_grad * tokens) < min(self._query_costs(hidden_states))
         values_first = self.value is not None and width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size
 
-        query, key = self.query, self.key.weight
         projections: list[tuple[torch.Tensor, torch.Tensor | None]] = [(stacked.up, None) for stacked in stacks]
         if keys_first:
-            projected_query = hidden_states  # (B, T, d)
-            keys = [key @ stacked.up for stacked in stacks]  # (d, n * m + n) each
+            projected_query, query = hidden_states, self.query  # (B, T, d)
+            keys = [self.key.weight @ stacked.up for stacked in stacks]  # (d, n * m + n) each
             projections = [(query.weight.T @ k, query.bias @ k) for k in keys]
-        elif product_cost < states_cost:
-            projected_query = linear(hidden_states, key.T @ query.weight, query.bias @ key)  # (B, T, d), K^T q
         else:
-            projected_query = query(hidden_states) @ key  # (B, T, d), K^T q
-        scores = [_scores(projected_query, projection, z) for projection, z in zip(projections, features, strict=True)]
+            projected_query = self._project_query(hidden_states)  # (B, T, d)
+        scores = [
+            projected_products(projected_query, *projection, z)  # (B, T, n)
+            for projection, z in zip(projections, features, strict=True)
+        ]
         names = [name for stacked in stacks for name in stacked.names]
         attention = _softmax(torch.cat(scores, dim=-1), self.log_weights_of(names))  # (B, T, N)
 
@@ -182,15 +196,19 @@ class TeacherFusion(nn.Module):
         fused_update = sum(updates[1:], updates[0])
         return fused_update if values_first else self.apply_value(fused_update), attention.detach()
 
+    def fuse_chunks(
+        self, hidden_states: torch.Tensor, chunks: Sequence[Chunk], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the same of many frozen adapters with little memory, a chunk after the other.
 
-def _scores(
-    query: torch.Tensor, projection: tuple[torch.Tensor, torch.Tensor | None], z: torch.Tensor
-) -> torch.Tensor:
-    n, m = z.shape[-2:]
-    matrix, bias = projection
-    columns, offsets = linear(query, matrix.T, bias).split([n * m, n], dim=-1)  # (B, T, n * m), (B, T, n)
-    products = columns.unflatten(-1, (n, m)) * z  # (B, T, n, m)
-    return products.sum(dim=-1, dtype=at_least_float32(z.dtype)) + offsets  # (B, T, n)
+        Gradients reach the fusion alone. The chunks are in the order of the returned attention; their features and
+        updates have the given data type.
+        """
+        query = self._project_query(hidden_states)  # (B, T, d)
+        log_weights = self.log_weights_of([name for chunk in chunks for name in chunk.adapters])
+        states = [chunk.hidden_states for chunk in chunks]
+        fused_update, attention = ChunkedAttention.apply(query, log_weights, chunks, dtype, *states)
+        return self.apply_value(fused_update), attention
 
 
 def _softmax(scores: torch.Tensor, log_weights: torch.Tensor | None) -> torch.Tensor:

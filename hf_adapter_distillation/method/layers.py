@@ -1,11 +1,13 @@
 """The layers that hold adapters: the student runs in them, and its teachers beside it."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from adapters import ModelAdaptersMixin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .._compat import (
     Adapter,
@@ -18,10 +20,21 @@ from .._compat import (
     ParallelAdapter,
 )
 from ..composition import AdapterDistillation
+from .chunked_attention import Chunk
 from .fusion import fusions_at
 from .layer_pass import Fused, Place, Weigh, current_pass
 from .losses import at_least_float32
-from .stacking import StackedAdapters, can_be_stacked, ends_in_up_projection, input_kind, stack, stack_alike
+from .stacking import (
+    StackedAdapters,
+    can_be_stacked,
+    ends_in_up_projection,
+    group_alike,
+    input_kind,
+    mix_stacked,
+    split_group,
+    stack,
+    stack_alike,
+)
 
 FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
 
@@ -161,32 +174,55 @@ class AdapterPlace(Place):
         adapters = self._adapters(with_student).items()
         return {name: adapter_update(adapter, *self.adapter_input(name)) for name, adapter in adapters}
 
-    def _stacks(self) -> list[StackedAdapters] | None:
+    @property
+    def _dtype(self) -> torch.dtype:
         device = self.query_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
-        return stack_alike(self._adapters(False), self.layer.adapters_config, dtype)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
+
+    def _stacks(self) -> list[StackedAdapters] | None:
+        return stack_alike(self._adapters(False), self.layer.adapters_config, self._dtype)
+
+    def _chunks(self) -> list[Chunk]:
+        """Return the chunks of frozen teachers that read detached states; empty where one stack is enough, or none."""
+        if self.query_states.requires_grad or torch.compiler.is_compiling():
+            return []
+        groups = group_alike(self._adapters(False), self.layer.adapters_config) or []
+        parts = [part for group in groups for part in split_group(group)]
+        if len(parts) == len(groups):
+            return []
+        return [Chunk(part, self.adapter_input(next(iter(part))).hidden_states) for part in parts]
 
     def _features(self, stacks: Sequence[StackedAdapters]) -> list[torch.Tensor]:
         return [stacked.features(self.adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
 
     def mix(self, weigh: Weigh) -> torch.Tensor:
-        """Sum from the bottleneck features of stacked adapters, or with one update in memory at a time."""
+        """Sum from the bottleneck features of stacked adapters, or with one update in memory at a time.
+
+        The backward pass of many adapters computes their features again, a few at a time.
+        """
         adapters, dtype = self._adapters(False), self.query_states.dtype
         weights = weigh(tuple(adapters)).to(self.query_states.device, at_least_float32(dtype))  # (n,)
         of_names = dict(zip(adapters, weights, strict=True))
         mixed = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        stacks = self._stacks()
-        if stacks is None:
+        groups = group_alike(adapters, self.layer.adapters_config)
+        if groups is None:
             for name, adapter in adapters.items():
                 mixed = mixed + of_names[name] * adapter_update(adapter, *self.adapter_input(name)).to(mixed.dtype)
             return mixed.to(dtype)
-        for stacked, features in zip(stacks, self._features(stacks), strict=True):
-            of_stack = torch.stack([of_names[name] for name in stacked.names]).to(features.dtype)
-            mixed = mixed + stacked.weighted_update(of_stack.expand(features.shape[:-1]), features).to(mixed.dtype)
+        parts = [part for group in groups for part in split_group(group)]
+        for part in parts:
+            hidden_states, of_part = self.adapter_input(next(iter(part))).hidden_states, [of_names[n] for n in part]
+            mix_part = partial(mix_stacked, part, self._dtype)
+            if len(parts) > len(groups):  # many teachers, whose features would take most of the memory
+                mix_part = partial(checkpoint, mix_part, use_reentrant=False, preserve_rng_state=False)
+            mixed = mixed + mix_part(hidden_states, torch.stack(of_part))
         return mixed.to(dtype)
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
+        if not with_student and (chunks := self._chunks()):
+            names = tuple(name for chunk in chunks for name in chunk.adapters)
+            return Fused(names, *self.fusion.fuse_chunks(self.query_states, chunks, self._dtype))
         stacks = self._stacks()
         if stacks is None or (with_student and not can_be_stacked(self.student)):
             return super().fuse(with_student)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear
+from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear, mse_loss
 
 from .layer_match import MINIMAL_VARIANCE, LayerMatch
 
@@ -222,7 +222,7 @@ def value_regularization(values: Iterable[torch.Tensor]) -> torch.Tensor:
     As in AdapterFusion (Pfeiffer et al., https://arxiv.org/abs/2005.00247): it keeps each fused output near a convex
     combination of the teachers' outputs.
     """
-    distances = [
-        (value - torch.eye(len(value), dtype=value.dtype, device=value.device)).square().sum() for value in values
-    ]
+    values = list(values)
+    identities = {len(value): torch.eye(len(value), dtype=value.dtype, device=value.device) for value in values}
+    distances = [mse_loss(value, identities[len(value)], reduction="sum") for value in values]
     return torch.stack(distances).sum()

@@ -1,5 +1,6 @@
 """Stack of the adapters of one layer, so that one matrix product serves all of them."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from adapters import ModelAdaptersConfig
 from torch import nn
 
 from .._compat import Adapter, LoRA, ParallelAdapter
+from .losses import at_least_float32
 
 
 class StackedAdapters(NamedTuple):
@@ -36,6 +38,10 @@ class StackedAdapters(NamedTuple):
         features = down if self.activation is None else self.activation(down)
         return features.unflatten(-1, (len(self.names), -1))  # (B, T, n, m)
 
+    def products(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Return the products of vectors, (batch, seq_len, hidden), with the update of each adapter, (B, T, n)."""
+        return projected_products(vectors, self.up, None, features)
+
     def weighted_update(self, weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Return the sum of the updates, each times its weight, (batch, seq_len, hidden).
 
@@ -45,6 +51,20 @@ class StackedAdapters(NamedTuple):
         matrix, biases = self.up.split([n * m, n], dim=-1)  # (d, n * m), (d, n)
         weighted = (weights.unsqueeze(-1) * features).flatten(-2)  # (B, T, n * m)
         return nn.functional.linear(weighted, matrix) + nn.functional.linear(weights, biases)
+
+
+def projected_products(
+    vectors: torch.Tensor, projection: torch.Tensor, bias: torch.Tensor | None, features: torch.Tensor
+) -> torch.Tensor:
+    """Return the products of projected vectors with the features of adapters, (batch, seq_len, n), in float32.
+
+    The projection of the vectors, (batch, seq_len, hidden), is (hidden, n * m + n), with a bias, as
+    `StackedAdapters.up`; the last n columns are offsets of the products. The features are (batch, seq_len, n, m).
+    """
+    n, m = features.shape[-2:]
+    columns, offsets = nn.functional.linear(vectors, projection.T, bias).split([n * m, n], dim=-1)
+    products = columns.unflatten(-1, (n, m)) * features  # (B, T, n, m)
+    return products.sum(dim=-1, dtype=at_least_float32(features.dtype)) + offsets  # (B, T, n)
 
 
 def input_kind(adapter: Adapter | LoRA) -> tuple[object, ...]:
@@ -113,7 +133,7 @@ def update_sizes(adapter: Adapter | LoRA) -> tuple[int, int]:
     return adapter.input_size, adapter.input_size
 
 
-def stack(adapters: dict[str, Adapter | LoRA], dtype: torch.dtype | None = None) -> StackedAdapters:
+def stack(adapters: Mapping[str, Adapter | LoRA], dtype: torch.dtype | None = None) -> StackedAdapters:
     """Copy the weights of adapters of one width, activation and input side by side; gradients flow to trained weights.
 
     By default the copy has the data type of the weights.
@@ -143,6 +163,29 @@ def stacked_bytes(adapters: dict[str, Adapter | LoRA]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+def group_alike(
+    teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig
+) -> list[dict[str, Adapter | LoRA]] | None:
+    """Group adapters by their width, activation and input; None if one cannot be stacked."""
+    if not all(map(can_be_stacked, teachers.values())):
+        return None
+    groups: dict[tuple, dict[str, Adapter | LoRA]] = {}
+    for name, teacher in teachers.items():
+        activation = adapters_config.get(name).get("non_linearity", "").lower()
+        kind = (len(_ends(teacher).down), activation, input_kind(teacher))
+        groups.setdefault(kind, {})[name] = teacher
+    return list(groups.values())
+
+
+def split_group(group: dict[str, Adapter | LoRA]) -> list[dict[str, Adapter | LoRA]]:
+    """Split adapters of one width into parts whose features are together no wider than their input."""
+    ends = _ends(next(iter(group.values())))
+    width, hidden_size = ends.down.shape
+    size = max(1, hidden_size // width)
+    names = list(group)
+    return [{name: group[name] for name in names[first : first + size]} for first in range(0, len(names), size)]
+
+
 @torch.no_grad()
 def stack_alike(
     teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
@@ -152,11 +195,16 @@ def stack_alike(
     Each forward pass copies anew. A copy that is kept would miss weights that are written through `.data`, and costs
     as much memory; the copy takes few percent of the pass.
     """
-    if not all(map(can_be_stacked, teachers.values())):
-        return None
-    groups: dict[tuple, dict[str, Adapter | LoRA]] = {}
-    for name, teacher in teachers.items():
-        activation = adapters_config.get(name).get("non_linearity", "").lower()
-        kind = (len(_ends(teacher).down), activation, input_kind(teacher))
-        groups.setdefault(kind, {})[name] = teacher
-    return [stack(group, dtype) for group in groups.values()]
+    groups = group_alike(teachers, adapters_config)
+    return None if groups is None else [stack(group, dtype) for group in groups]
+
+
+def mix_stacked(
+    adapters: Mapping[str, Adapter | LoRA], dtype: torch.dtype, hidden_states: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of the updates of frozen adapters that are alike, each times its weight, (n,)."""
+    with torch.no_grad():
+        stacked = stack(adapters, dtype)
+    features = stacked.features(hidden_states)  # (B, T, n, m)
+    of_tokens = weights.to(features.dtype).expand(features.shape[:-1])  # (B, T, n)
+    return stacked.weighted_update(of_tokens, features).to(weights.dtype)

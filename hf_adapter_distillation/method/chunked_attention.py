@@ -1,0 +1,100 @@
+"""Attention over many frozen adapters, a few at a time, so that its memory hardly grows with their number."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._compat import Adapter, LoRA
+from .losses import at_least_float32
+from .stacking import StackedAdapters, stack
+
+
+class Chunk(NamedTuple):
+    """Frozen adapters of one width, activation and input, which are stacked together."""
+
+    adapters: Mapping[str, Adapter | LoRA]
+    hidden_states: torch.Tensor  # (B, T, hidden), their input, without a graph
+
+
+class ChunkedAttention(torch.autograd.Function):
+    r"""Weighted sum of the updates of frozen adapters by a softmax over their products with a query.
+
+    .. math::
+        o = \sum_n a_n u_n, \quad a = \mathrm{softmax}_n(q \cdot u_n + \log w_n)
+
+    The forward pass takes a chunk after the other, with the running maximum and sum of FlashAttention (Dao et al.,
+    https://arxiv.org/abs/2205.14135). The backward pass stacks the chunks and computes their features again:
+
+    .. math::
+        \partial s_n = a_n (\partial o \cdot u_n - \partial o \cdot o), \quad \partial q = \sum_n \partial s_n u_n
+
+    No tensor has the size of all features, (batch, seq_len, n_teachers, m). No gradient reaches the adapters, their
+    input and the weights. `TeacherFusion.fuse_stacked` is the same for few adapters, at five products with their
+    projections in place of six.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        log_weights: torch.Tensor | None,
+        chunks: Sequence[Chunk],
+        dtype: torch.dtype,
+        *hidden_states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the sum and the attention.
+
+        Args:
+            query: The query of each token, (batch, seq_len, output).
+            log_weights: The logarithms of the weights of the adapters and of a null teacher, (n + 1,), if any.
+            chunks: The adapters.
+            dtype: The data type of features and updates.
+            hidden_states: The input of each chunk, which autograd protects from changes in place.
+
+        Returns:
+            The sum, (batch, seq_len, output), and the attention, (batch, seq_len, n).
+        """
+        float_type = at_least_float32(dtype)
+        maximum = query.new_full((*query.shape[:-1], 1), -torch.inf, dtype=float_type)  # (B, T, 1)
+        total, fused, scores = torch.zeros_like(maximum), torch.zeros_like(query, dtype=float_type), []
+        of_chunks: Sequence[torch.Tensor | float] = [0.0] * len(chunks)
+        if log_weights is not None:
+            sizes = [len(chunk.adapters) for chunk in chunks]
+            *of_chunks, null = log_weights.to(float_type).split([*sizes, 1])
+            maximum, total = torch.zeros_like(maximum) + null, total + 1
+        for of_chunk, (stacked, features) in zip(of_chunks, _stacked(chunks, dtype), strict=True):
+            scores.append(stacked.products(query.to(dtype), features) + of_chunk)  # (B, T, n)
+            before, maximum = maximum, torch.maximum(maximum, scores[-1].amax(dim=-1, keepdim=True))
+            shrink, parts = (before - maximum).exp(), (scores[-1] - maximum).exp()
+            total = total * shrink + parts.sum(dim=-1, keepdim=True)
+            fused = fused * shrink + stacked.weighted_update(parts.to(dtype), features)
+        fused = (fused / total).to(dtype)  # (B, T, d)
+        attention = (torch.cat(scores, dim=-1) - maximum - total.log()).exp()  # (B, T, n)
+        ctx.chunks, ctx.dtype = chunks, dtype
+        ctx.save_for_backward(attention, fused, *hidden_states)
+        ctx.mark_non_differentiable(attention)
+        return fused, attention
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradient of the query, (batch, seq_len, output)."""
+        attention, fused, *hidden_states = ctx.saved_tensors
+        chunks = [chunk._replace(hidden_states=h) for chunk, h in zip(ctx.chunks, hidden_states, strict=True)]
+        gradient, dtype = gradient.to(ctx.dtype), attention.dtype
+        of_sum = (gradient.to(dtype) * fused.to(dtype)).sum(dim=-1, keepdim=True)  # (B, T, 1)
+        of_query = torch.zeros((), dtype=dtype)
+        parts = attention.split([len(chunk.adapters) for chunk in chunks], dim=-1)
+        for part, (stacked, features) in zip(parts, _stacked(chunks, ctx.dtype), strict=True):
+            of_scores = part * (stacked.products(gradient, features) - of_sum)  # (B, T, n)
+            of_query = of_query + stacked.weighted_update(of_scores.to(ctx.dtype), features)
+        return of_query.to(ctx.dtype), None, None, None, *(None for _ in hidden_states)
+
+
+def _stacked(chunks: Sequence[Chunk], dtype: torch.dtype) -> Iterator[tuple[StackedAdapters, torch.Tensor]]:
+    """Yield each chunk, stacked, with its features, (batch, seq_len, n, m)."""
+    for chunk in chunks:
+        stacked = stack(chunk.adapters, dtype)
+        yield stacked, stacked.features(chunk.hidden_states.to(dtype))
