@@ -1,7 +1,7 @@
 """Attention over many frozen adapters, a few at a time, so that its memory hardly grows with their number."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -10,12 +10,7 @@ from .._compat import Adapter, LoRA
 from .losses import at_least_float32
 from .stacking import StackedAdapters, stack
 
-
-class Chunk(NamedTuple):
-    """Frozen adapters of one width, activation and input, which are stacked together."""
-
-    adapters: Mapping[str, Adapter | LoRA]
-    hidden_states: torch.Tensor  # (B, T, hidden), their input, without a graph
+Chunk: TypeAlias = Mapping[str, Adapter | LoRA]  # frozen adapters of one width, activation and input
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -42,7 +37,7 @@ class ChunkedAttention(torch.autograd.Function):
         log_weights: torch.Tensor | None,
         chunks: Sequence[Chunk],
         dtype: torch.dtype,
-        *hidden_states: torch.Tensor,
+        *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the sum and the attention.
 
@@ -51,7 +46,7 @@ class ChunkedAttention(torch.autograd.Function):
             log_weights: The logarithms of the weights of the adapters and of a null teacher, (n + 1,), if any.
             chunks: The adapters.
             dtype: The data type of features and updates.
-            hidden_states: The input of each chunk, which autograd protects from changes in place.
+            inputs: The input of each chunk, (batch, seq_len, hidden), which autograd protects from changes in place.
 
         Returns:
             The sum, (batch, seq_len, output), and the attention, (batch, seq_len, n).
@@ -61,10 +56,9 @@ class ChunkedAttention(torch.autograd.Function):
         total, fused, scores = torch.zeros_like(maximum), torch.zeros_like(query, dtype=float_type), []
         of_chunks: Sequence[torch.Tensor | float] = [0.0] * len(chunks)
         if log_weights is not None:
-            sizes = [len(chunk.adapters) for chunk in chunks]
-            *of_chunks, null = log_weights.to(float_type).split([*sizes, 1])
+            *of_chunks, null = log_weights.to(float_type).split([*map(len, chunks), 1])
             maximum, total = torch.zeros_like(maximum) + null, total + 1
-        for of_chunk, (stacked, features) in zip(of_chunks, _stacked(chunks, dtype), strict=True):
+        for of_chunk, (stacked, features) in zip(of_chunks, _stacked(chunks, inputs, dtype), strict=True):
             scores.append(stacked.products(query.to(dtype), features) + of_chunk)  # (B, T, n)
             before, maximum = maximum, torch.maximum(maximum, scores[-1].amax(dim=-1, keepdim=True))
             shrink, parts = (before - maximum).exp(), (scores[-1] - maximum).exp()
@@ -73,7 +67,7 @@ class ChunkedAttention(torch.autograd.Function):
         fused = (fused / total).to(dtype)  # (B, T, d)
         attention = (torch.cat(scores, dim=-1) - maximum - total.log()).exp()  # (B, T, n)
         ctx.chunks, ctx.dtype = chunks, dtype
-        ctx.save_for_backward(attention, fused, *hidden_states)
+        ctx.save_for_backward(attention, fused, *inputs)
         ctx.mark_non_differentiable(attention)
         return fused, attention
 
@@ -81,20 +75,21 @@ class ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Compute the gradient of the query, (batch, seq_len, output)."""
-        attention, fused, *hidden_states = ctx.saved_tensors
-        chunks = [chunk._replace(hidden_states=h) for chunk, h in zip(ctx.chunks, hidden_states, strict=True)]
+        attention, fused, *inputs = ctx.saved_tensors
         gradient, dtype = gradient.to(ctx.dtype), attention.dtype
         of_sum = (gradient.to(dtype) * fused.to(dtype)).sum(dim=-1, keepdim=True)  # (B, T, 1)
         of_query = torch.zeros((), dtype=dtype)
-        parts = attention.split([len(chunk.adapters) for chunk in chunks], dim=-1)
-        for part, (stacked, features) in zip(parts, _stacked(chunks, ctx.dtype), strict=True):
+        parts = attention.split([*map(len, ctx.chunks)], dim=-1)
+        for part, (stacked, features) in zip(parts, _stacked(ctx.chunks, inputs, ctx.dtype), strict=True):
             of_scores = part * (stacked.products(gradient, features) - of_sum)  # (B, T, n)
             of_query = of_query + stacked.weighted_update(of_scores.to(ctx.dtype), features)
-        return of_query.to(ctx.dtype), None, None, None, *(None for _ in hidden_states)
+        return of_query.to(ctx.dtype), None, None, None, *(None for _ in inputs)
 
 
-def _stacked(chunks: Sequence[Chunk], dtype: torch.dtype) -> Iterator[tuple[StackedAdapters, torch.Tensor]]:
+def _stacked(
+    chunks: Sequence[Chunk], inputs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> Iterator[tuple[StackedAdapters, torch.Tensor]]:
     """Yield each chunk, stacked, with its features, (batch, seq_len, n, m)."""
-    for chunk in chunks:
-        stacked = stack(chunk.adapters, dtype)
-        yield stacked, stacked.features(chunk.hidden_states.to(dtype))
+    for chunk, hidden_states in zip(chunks, inputs, strict=True):
+        stacked = stack(chunk, dtype)
+        yield stacked, stacked.features(hidden_states.to(dtype))

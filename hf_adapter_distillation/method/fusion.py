@@ -197,17 +197,25 @@ class TeacherFusion(nn.Module):
         return fused_update if values_first else self.apply_value(fused_update), attention.detach()
 
     def fuse_chunks(
-        self, hidden_states: torch.Tensor, chunks: Sequence[Chunk], dtype: torch.dtype
+        self,
+        hidden_states: torch.Tensor,
+        chunks: Sequence[Chunk],
+        inputs: Sequence[torch.Tensor],
+        dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the same of many frozen adapters with little memory, a chunk after the other.
 
-        Gradients reach the fusion alone. The chunks are in the order of the returned attention; their features and
-        updates have the given data type.
+        Gradients reach the fusion alone.
+
+        Args:
+            hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
+            chunks: The adapters, in the order of the returned attention.
+            inputs: What the adapters of each chunk read, (batch, seq_len, hidden), without a graph.
+            dtype: The data type of features and updates.
         """
         query = self._project_query(hidden_states)  # (B, T, d)
-        log_weights = self.log_weights_of([name for chunk in chunks for name in chunk.adapters])
-        states = [chunk.hidden_states for chunk in chunks]
-        fused_update, attention = ChunkedAttention.apply(query, log_weights, chunks, dtype, *states)
+        log_weights = self.log_weights_of([name for chunk in chunks for name in chunk])
+        fused_update, attention = ChunkedAttention.apply(query, log_weights, chunks, dtype, *inputs)
         return self.apply_value(fused_update), attention
 
 

@@ -187,10 +187,8 @@ class AdapterPlace(Place):
         if self.query_states.requires_grad or torch.compiler.is_compiling():
             return []
         groups = group_alike(self._adapters(False), self.layer.adapters_config) or []
-        parts = [part for group in groups for part in split_group(group)]
-        if len(parts) == len(groups):
-            return []
-        return [Chunk(part, self.adapter_input(next(iter(part))).hidden_states) for part in parts]
+        chunks: list[Chunk] = [chunk for group in groups for chunk in split_group(group)]
+        return chunks if len(chunks) > len(groups) else []
 
     def _features(self, stacks: Sequence[StackedAdapters]) -> list[torch.Tensor]:
         return [stacked.features(self.adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
@@ -209,20 +207,21 @@ class AdapterPlace(Place):
             for name, adapter in adapters.items():
                 mixed = mixed + of_names[name] * adapter_update(adapter, *self.adapter_input(name)).to(mixed.dtype)
             return mixed.to(dtype)
-        parts = [part for group in groups for part in split_group(group)]
-        for part in parts:
-            hidden_states, of_part = self.adapter_input(next(iter(part))).hidden_states, [of_names[n] for n in part]
-            mix_part = partial(mix_stacked, part, self._dtype)
-            if len(parts) > len(groups):  # many teachers, whose features would take most of the memory
-                mix_part = partial(checkpoint, mix_part, use_reentrant=False, preserve_rng_state=False)
-            mixed = mixed + mix_part(hidden_states, torch.stack(of_part))
+        chunks = [chunk for group in groups for chunk in split_group(group)]
+        for chunk in chunks:
+            hidden_states = self.adapter_input(next(iter(chunk))).hidden_states
+            mix_chunk = partial(mix_stacked, chunk, self._dtype)
+            if len(chunks) > len(groups):  # many teachers, whose features would take most of the memory
+                mix_chunk = partial(checkpoint, mix_chunk, use_reentrant=False, preserve_rng_state=False)
+            mixed = mixed + mix_chunk(hidden_states, torch.stack([of_names[name] for name in chunk]))
         return mixed.to(dtype)
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
         if not with_student and (chunks := self._chunks()):
-            names = tuple(name for chunk in chunks for name in chunk.adapters)
-            return Fused(names, *self.fusion.fuse_chunks(self.query_states, chunks, self._dtype))
+            names = tuple(name for chunk in chunks for name in chunk)
+            inputs = [self.adapter_input(next(iter(chunk))).hidden_states for chunk in chunks]
+            return Fused(names, *self.fusion.fuse_chunks(self.query_states, chunks, inputs, self._dtype))
         stacks = self._stacks()
         if stacks is None or (with_student and not can_be_stacked(self.student)):
             return super().fuse(with_student)

@@ -178,7 +178,7 @@ def group_alike(
 
 
 def split_group(group: dict[str, Adapter | LoRA]) -> list[dict[str, Adapter | LoRA]]:
-    """Split adapters of one width into parts whose features are together no wider than their input."""
+    """Split adapters of one width into chunks whose features are together no wider than their input."""
     ends = _ends(next(iter(group.values())))
     width, hidden_size = ends.down.shape
     size = max(1, hidden_size // width)

@@ -66,25 +66,27 @@ def carry(
         TypeError: If the output has no tensor with a gradient.
     """
     zero = _Terms.apply(terms, factor, total, follows_loss)
-    carriers = 0
-
-    def ride(value: Any) -> Any:
-        nonlocal carriers
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            carriers += 1
-            return _Carrier.apply(value, zero)
-        if isinstance(value, dict):
-            for name, part in list(value.items()):
-                value[name] = ride(part)
-        elif isinstance(value, tuple | list):
-            parts = [ride(part) for part in value]
-            return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
-        return value
-
-    output = ride(output)
-    if not carriers:
+    output, n_carriers = _ride(output, zero)
+    if not n_carriers:
         raise TypeError(
             f"The model's output, {type(output).__name__}, has no tensor that the distillation terms could join; "
             "return a tensor, a tuple, a dict or a ModelOutput whose tensors have gradients."
         )
     return output, zero
+
+
+def _ride(value: Any, zero: torch.Tensor) -> tuple[Any, int]:
+    """Return an output whose tensors carry the zero, and their number."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        return _Carrier.apply(value, zero), 1
+    if isinstance(value, dict):
+        ridden = {name: _ride(part, zero) for name, part in value.items()}
+        for name, (part, _) in ridden.items():
+            value[name] = part
+        return value, sum(number for _, number in ridden.values())
+    if isinstance(value, tuple | list):
+        pairs = [_ride(part, zero) for part in value]
+        parts = [part for part, _ in pairs]
+        again = value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+        return again, sum(number for _, number in pairs)
+    return value, 0

@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_adapter_distillation import TeacherFusion
 from hf_adapter_distillation.method import layers
-from hf_adapter_distillation.method.chunked_attention import Chunk
 from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.method.stacking import split_group
@@ -65,14 +64,14 @@ def test_equals_the_plain_fusion(order, rank, weights, scale, together):
     hidden_states = scale * torch.randn(2, 3, 32, dtype=torch.float64)
     parts = [["b", "d"], ["c"], ["a"]] if together else [[name] for name in order]
     names = [name for part in parts for name in part]
-    chunks = [Chunk({name: adapters[name] for name in part}, hidden_states) for part in parts]
+    chunks = [{name: adapters[name] for name in part} for part in parts]
 
     def plain():
         updates = [adapter_update(adapters[name], hidden_states, 0.0) for name in names]
         return fusion(hidden_states, torch.stack(updates, dim=2), fusion.log_weights_of(names))
 
     def chunked():
-        return fusion.fuse_chunks(hidden_states, chunks, torch.float64)
+        return fusion.fuse_chunks(hidden_states, chunks, [hidden_states] * len(chunks), torch.float64)
 
     (fused, attention, gradients), wanted = (with_gradients(form, fusion, hidden_states) for form in (chunked, plain))
     torch.testing.assert_close(fused, wanted[0], rtol=1e-9, atol=1e-10)
@@ -113,11 +112,11 @@ def test_a_training_pass_with_many_teachers_equals_the_stacked_one(config, check
 def test_bfloat16_is_close_under_autocast():
     adapters, fusion = adapters_of_a_layer(dtype=torch.float32), random_fusion(dtype=torch.float32)
     hidden_states = torch.randn(2, 3, 32)
-    chunks = [Chunk({name: adapter}, hidden_states) for name, adapter in adapters.items()]
+    chunks, inputs = [{name: adapter} for name, adapter in adapters.items()], [hidden_states] * 4
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            fused, attention = fusion.fuse_chunks(hidden_states, chunks, dtype)
+            fused, attention = fusion.fuse_chunks(hidden_states, chunks, inputs, dtype)
         found.append(
             (fused.float(), attention, torch.autograd.grad(fused.float().square().sum(), fusion.key.weight)[0])
         )
@@ -128,8 +127,8 @@ def test_bfloat16_is_close_under_autocast():
 
 def test_hidden_states_that_change_before_the_backward_pass_are_an_error():
     adapters, fusion, hidden_states = adapters_of_a_layer(), random_fusion(), torch.randn(2, 3, 32).double()
-    chunks = [Chunk({name: adapter}, hidden_states) for name, adapter in adapters.items()]
-    fused, _ = fusion.fuse_chunks(hidden_states.clone(), chunks, torch.float64)
+    chunks, inputs = [{name: adapter} for name, adapter in adapters.items()], [hidden_states] * 4
+    fused, _ = fusion.fuse_chunks(hidden_states.clone(), chunks, inputs, torch.float64)
     hidden_states += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         fused.sum().backward()

@@ -1,5 +1,7 @@
 """What the objectives compute in a forward pass, against the same in plain steps, and what must not change them."""
 
+import gc
+
 import pytest
 import torch
 from adapters import AdapterSetup, Stack
@@ -304,3 +306,22 @@ def test_soft_labels_with_smoothed_ones(trainer_args):
     last = [log for log in trainer.state.log_history if "distillation_loss/logits" in log][-1]
     added = last["distillation_loss"] + last["fusion_regularization"]
     assert last["loss"] == pytest.approx(last["task_loss"] + added, abs=1e-3)
+
+
+@pytest.mark.parametrize("reduction_factor", [16, 2])
+def test_a_step_leaves_nothing_to_the_garbage_collector(reduction_factor):
+    """A graph in a reference cycle would hold its memory until the collector runs, in the middle of a later step."""
+    model = make_student(make_model(), config=f"seq_bn[reduction_factor={reduction_factor}]").train()
+    batch = make_batch()
+
+    def step():
+        model(**batch).loss.backward()
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        step()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
