@@ -44,6 +44,8 @@ def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: i
     Counted are matrix products, forward and backward. The base model's layers take 12 d^2 a token each way, and no
     gradient goes below the first adapter; adapters are `seq_bn` of width m = d / reduction_factor.
     """
+    from hf_adapter_distillation.method.stacking import MAXIMAL_WIDTH
+
     tokens, d, layers = batch * seq_len, config.hidden_size, config.num_hidden_layers
     m = d // reduction_factor
     base = 12 * d * d + 2 * seq_len * d  # forward; the attention's products double in backward
@@ -53,7 +55,7 @@ def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: i
     teachers = tokens * d * (features + 4 * columns)
     query_key = min(3 * d + 2 * tokens, 5 * tokens) * d * d
     value = 3 * tokens * d * d
-    if features > d:  # in chunks, whose features are computed again in backward
+    if features > MAXIMAL_WIDTH * d:  # in chunks, whose features are computed again in backward
         teachers += tokens * d * features
     else:
         query_key, value = min(query_key, 5 * columns * d * d), min(value, columns * (2 * d + tokens) * d)

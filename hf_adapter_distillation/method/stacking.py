@@ -10,6 +10,9 @@ from torch import nn
 from .._compat import Adapter, LoRA, ParallelAdapter
 from .losses import at_least_float32
 
+# Of the features of a chunk, in widths of their input: larger chunks are faster, and hold more memory.
+MAXIMAL_WIDTH = 2
+
 
 class StackedAdapters(NamedTuple):
     r"""Weights of adapters of the same width and activation, side by side.
@@ -178,10 +181,9 @@ def group_alike(
 
 
 def split_group(group: dict[str, Adapter | LoRA]) -> list[dict[str, Adapter | LoRA]]:
-    """Split adapters of one width into chunks whose features are together no wider than their input."""
-    ends = _ends(next(iter(group.values())))
-    width, hidden_size = ends.down.shape
-    size = max(1, hidden_size // width)
+    """Split adapters of one width into chunks whose features are together at most twice as wide as their input."""
+    width, hidden_size = _ends(next(iter(group.values()))).down.shape
+    size = max(1, MAXIMAL_WIDTH * hidden_size // width)
     names = list(group)
     return [{name: group[name] for name in names[first : first + size]} for first in range(0, len(names), size)]
 

@@ -17,10 +17,10 @@ from hf_adapter_distillation.method.stacking import split_group
 from hf_adapter_distillation.teachers.weighing import Learner
 
 CONFIGS = {
-    "a": "seq_bn[reduction_factor=2]",
-    "b": "seq_bn[reduction_factor=2, scaling=0.5]",
+    "a": "seq_bn[reduction_factor=1]",
+    "b": "seq_bn[reduction_factor=1, scaling=0.5]",
     "c": "seq_bn[reduction_factor=16]",
-    "d": "seq_bn[reduction_factor=2]",
+    "d": "seq_bn[reduction_factor=1]",
 }
 
 
@@ -80,13 +80,13 @@ def test_equals_the_plain_fusion(order, rank, weights, scale, together):
     torch.testing.assert_close(gradients, wanted[2], rtol=1e-8, atol=1e-8)
 
 
-def test_no_chunk_is_wider_than_the_hidden_size():
+def test_no_chunk_is_wider_than_two_hidden_sizes():
     adapters = adapters_of_a_layer(["a", "b", "d"])
     assert [list(part) for part in split_group(adapters)] == [["a", "b"], ["d"]]
     assert [list(part) for part in split_group(adapters_of_a_layer(["a"]))] == [["a"]]
 
 
-@pytest.mark.parametrize("config", ["seq_bn[reduction_factor=2]", "lora[r=16]", "par_bn[reduction_factor=2]"])
+@pytest.mark.parametrize("config", ["seq_bn[reduction_factor=1]", "lora[r=32]", "par_bn[reduction_factor=1]"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_pass_with_many_teachers_equals_the_stacked_one(config, checkpointing, monkeypatch):
     found = []
@@ -111,7 +111,7 @@ def test_a_training_pass_with_many_teachers_equals_the_stacked_one(config, check
 
 def test_bfloat16_is_close_under_autocast():
     adapters, fusion = adapters_of_a_layer(dtype=torch.float32), random_fusion(dtype=torch.float32)
-    hidden_states = torch.randn(2, 3, 32)
+    hidden_states = 0.1 * torch.randn(2, 3, 32)
     chunks, inputs = [{name: adapter} for name, adapter in adapters.items()], [hidden_states] * 4
     found = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -308,7 +308,7 @@ def test_soft_labels_with_smoothed_ones(trainer_args):
     assert last["loss"] == pytest.approx(last["task_loss"] + added, abs=1e-3)
 
 
-@pytest.mark.parametrize("reduction_factor", [16, 2])
+@pytest.mark.parametrize("reduction_factor", [16, 1])
 def test_a_step_leaves_nothing_to_the_garbage_collector(reduction_factor):
     """A graph in a reference cycle would hold its memory until the collector runs, in the middle of a later step."""
     model = make_student(make_model(), config=f"seq_bn[reduction_factor={reduction_factor}]").train()

@@ -20,7 +20,7 @@ LORA = LoRAConfig(r=4, alpha=2, attn_matrices=["q", "v"], output_lora=True)
 KINDS = {  # the configs of three teachers, and that of the student
     "bottlenecks": (["double_seq_bn"] * 3, "double_seq_bn"),
     "lora": ([LORA] * 3, LORA),
-    "in several chunks": (["seq_bn[reduction_factor=2]"] * 3, "seq_bn"),
+    "in several chunks": (["seq_bn[reduction_factor=1]"] * 3, "seq_bn"),
     "mixed widths": (["seq_bn[reduction_factor=4]", "seq_bn[reduction_factor=8]", "seq_bn"], "seq_bn"),
     "a layer left out": ([SeqBnConfig(leave_out=[0]), "seq_bn", SeqBnConfig(leave_out=[0])], "seq_bn"),
     "not stacked": ([DoubleSeqBnConfig(use_gating=True), "double_seq_bn", "double_seq_bn"], "double_seq_bn"),
