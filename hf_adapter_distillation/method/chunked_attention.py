@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .._compat import Adapter, LoRA
 from .losses import at_least_float32
-from .stacking import StackedAdapters, stack
+from .stacking import StackedAdapters, stack_frozen
 
 Chunk: TypeAlias = Mapping[str, Adapter | LoRA]  # frozen adapters of one width, activation and input
 
@@ -58,8 +58,9 @@ class ChunkedAttention(torch.autograd.Function):
         if log_weights is not None:
             *of_chunks, null = log_weights.to(float_type).split([*map(len, chunks), 1])
             maximum, total = torch.zeros_like(maximum) + null, total + 1
+        query = query.to(dtype)
         for of_chunk, (stacked, features) in zip(of_chunks, _stacked(chunks, inputs, dtype), strict=True):
-            scores.append(stacked.products(query.to(dtype), features) + of_chunk)  # (B, T, n)
+            scores.append(stacked.products(query, features) + of_chunk)  # (B, T, n)
             before, maximum = maximum, torch.maximum(maximum, scores[-1].amax(dim=-1, keepdim=True))
             shrink, parts = (before - maximum).exp(), (scores[-1] - maximum).exp()
             total = total * shrink + parts.sum(dim=-1, keepdim=True)
@@ -91,5 +92,5 @@ def _stacked(
 ) -> Iterator[tuple[StackedAdapters, torch.Tensor]]:
     """Yield each chunk, stacked, with its features, (batch, seq_len, n, m)."""
     for chunk, hidden_states in zip(chunks, inputs, strict=True):
-        stacked = stack(chunk, dtype)
+        stacked = stack_frozen(chunk, dtype)
         yield stacked, stacked.features(hidden_states.to(dtype))

@@ -1,6 +1,6 @@
 """The layers that hold adapters: the student runs in them, and its teachers beside it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -25,7 +25,6 @@ from .fusion import fusions_at
 from .layer_pass import Fused, Place, Weigh, current_pass
 from .losses import at_least_float32
 from .stacking import (
-    StackedAdapters,
     can_be_stacked,
     ends_in_up_projection,
     group_alike,
@@ -33,7 +32,7 @@ from .stacking import (
     mix_stacked,
     split_group,
     stack,
-    stack_alike,
+    stack_frozen,
 )
 
 FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
@@ -179,19 +178,9 @@ class AdapterPlace(Place):
         device = self.query_states.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.query_states.dtype
 
-    def _stacks(self) -> list[StackedAdapters] | None:
-        return stack_alike(self._adapters(False), self.layer.adapters_config, self._dtype)
-
-    def _chunks(self) -> list[Chunk]:
-        """Return the chunks of frozen teachers that read detached states; empty where one stack is enough, or none."""
-        if self.query_states.requires_grad or torch.compiler.is_compiling():
-            return []
-        groups = group_alike(self._adapters(False), self.layer.adapters_config) or []
-        chunks: list[Chunk] = [chunk for group in groups for chunk in split_group(group)]
-        return chunks if len(chunks) > len(groups) else []
-
-    def _features(self, stacks: Sequence[StackedAdapters]) -> list[torch.Tensor]:
-        return [stacked.features(self.adapter_input(stacked.names[0]).hidden_states) for stacked in stacks]
+    def _input_of(self, adapters: Iterable[str]) -> torch.Tensor:
+        """Return what adapters that are alike read, (batch, seq_len, hidden)."""
+        return self.adapter_input(next(iter(adapters))).hidden_states
 
     def mix(self, weigh: Weigh) -> torch.Tensor:
         """Sum from the bottleneck features of stacked adapters, or with one update in memory at a time.
@@ -209,26 +198,29 @@ class AdapterPlace(Place):
             return mixed.to(dtype)
         chunks = [chunk for group in groups for chunk in split_group(group)]
         for chunk in chunks:
-            hidden_states = self.adapter_input(next(iter(chunk))).hidden_states
             mix_chunk = partial(mix_stacked, chunk, self._dtype)
             if len(chunks) > len(groups):  # many teachers, whose features would take most of the memory
                 mix_chunk = partial(checkpoint, mix_chunk, use_reentrant=False, preserve_rng_state=False)
-            mixed = mixed + mix_chunk(hidden_states, torch.stack([of_names[name] for name in chunk]))
+            mixed = mixed + mix_chunk(self._input_of(chunk), torch.stack([of_names[name] for name in chunk]))
         return mixed.to(dtype)
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
-        if not with_student and (chunks := self._chunks()):
-            names = tuple(name for chunk in chunks for name in chunk)
-            inputs = [self.adapter_input(next(iter(chunk))).hidden_states for chunk in chunks]
-            return Fused(names, *self.fusion.fuse_chunks(self.query_states, chunks, inputs, self._dtype))
-        stacks = self._stacks()
-        if stacks is None or (with_student and not can_be_stacked(self.student)):
+        groups = group_alike(self._adapters(False), self.layer.adapters_config)
+        if groups is None or (with_student and not can_be_stacked(self.student)):
             return super().fuse(with_student)
+        chunks: list[Chunk] = [chunk for group in groups for chunk in split_group(group)]
+        is_detached = not (with_student or self.query_states.requires_grad or torch.compiler.is_compiling())
+        if is_detached and len(chunks) > len(groups):  # many teachers
+            names = tuple(name for chunk in chunks for name in chunk)
+            inputs = [self._input_of(chunk) for chunk in chunks]
+            return Fused(names, *self.fusion.fuse_chunks(self.query_states, chunks, inputs, self._dtype))
+        stacks = [stack_frozen(group, self._dtype) for group in groups]
         if with_student:
-            stacks = [*stacks, stack({self.block.student: self.student})]
+            stacks.append(stack({self.block.student: self.student}))
         names = tuple(name for stacked in stacks for name in stacked.names)
-        return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, self._features(stacks)))
+        features = [stacked.features(self._input_of(stacked.names)) for stacked in stacks]
+        return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, features))
 
 
 def _student_output(

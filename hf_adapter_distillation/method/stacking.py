@@ -189,24 +189,20 @@ def split_group(group: dict[str, Adapter | LoRA]) -> list[dict[str, Adapter | Lo
 
 
 @torch.no_grad()
-def stack_alike(
-    teachers: dict[str, Adapter | LoRA], adapters_config: ModelAdaptersConfig, dtype: torch.dtype
-) -> list[StackedAdapters] | None:
-    """Copy frozen adapters into a stack for each width, activation and input; None if one cannot be stacked.
+def stack_frozen(adapters: Mapping[str, Adapter | LoRA], dtype: torch.dtype) -> StackedAdapters:
+    """Copy the weights of frozen adapters that are alike side by side, without a graph.
 
     Each forward pass copies anew. A copy that is kept would miss weights that are written through `.data`, and costs
     as much memory; the copy takes few percent of the pass.
     """
-    groups = group_alike(teachers, adapters_config)
-    return None if groups is None else [stack(group, dtype) for group in groups]
+    return stack(adapters, dtype)
 
 
 def mix_stacked(
     adapters: Mapping[str, Adapter | LoRA], dtype: torch.dtype, hidden_states: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Return the sum of the updates of frozen adapters that are alike, each times its weight, (n,)."""
-    with torch.no_grad():
-        stacked = stack(adapters, dtype)
+    stacked = stack_frozen(adapters, dtype)
     features = stacked.features(hidden_states)  # (B, T, n, m)
     of_tokens = weights.to(features.dtype).expand(features.shape[:-1])  # (B, T, n)
     return stacked.weighted_update(of_tokens, features).to(weights.dtype)

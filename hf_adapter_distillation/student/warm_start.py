@@ -162,8 +162,8 @@ def start_head(
         return
     head, own_start = model.heads[student], distillation_of(model, student).own_start
     if are_alike([head, *heads]):
-        if own_start:
-            own_start |= {place: weight.clone() for place, weight in _head_weights(head)} | own_start
+        for place, weight in _head_weights(head) if own_start else ():
+            own_start.setdefault(place, weight.clone())
         head.load_state_dict(_mean(heads, _shares(teachers, weights)))
 
 

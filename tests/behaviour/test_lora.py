@@ -80,7 +80,7 @@ def test_the_stacked_form_is_that_of_single_teachers(carrier, monkeypatch):
     gradients = []
     for stacked in (True, False):
         if not stacked:
-            monkeypatch.setattr(layers, "stack_alike", lambda *args: None)
+            monkeypatch.setattr(layers, "group_alike", lambda *args: None)
         model = make_student(make_model(), config=LORAS["everywhere"], carrier=carrier, student_start="random")
         noisy(model, "insurance")
         model = model.double()

@@ -7,7 +7,7 @@ from tiny_models import make_batch, make_model, make_student, noisy
 
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.method.stacking import can_be_stacked, stack, stack_alike, stacked_bytes
+from hf_adapter_distillation.method.stacking import can_be_stacked, group_alike, stack, stack_frozen, stacked_bytes
 
 
 def adapters_of(model, names):
@@ -76,7 +76,7 @@ def test_what_cannot_be_stacked():
     assert not can_be_stacked(b)
     assert stacked_bytes({"a": a}) == 8 * sum(p.numel() for p in a.parameters())
     assert stacked_bytes({"a": a, "b": b}) == 0
-    assert stack_alike({"a": a, "b": b}, model.adapters_config, torch.float64) is None
+    assert group_alike({"a": a, "b": b}, model.adapters_config) is None
 
 
 def test_a_stack_for_each_width_activation_and_input():
@@ -90,7 +90,7 @@ def test_a_stack_for_each_width_activation_and_input():
     adapters = adapters_of(model, ["a", "b", "c", "d"])
     output = next(layer for name, layer in adapter_layers(model, "e") if name.endswith("0.output"))
     adapters["e"] = output.adapters["e"]
-    stacks = stack_alike(adapters, model.adapters_config, torch.float64)
+    stacks = [stack_frozen(group, torch.float64) for group in group_alike(adapters, model.adapters_config)]
     assert [stacked.names for stacked in stacks] == [("a", "c"), ("b",), ("d",), ("e",)]
 
 
@@ -139,7 +139,7 @@ def test_a_changed_teacher_is_used_in_the_next_pass(change):
 
 def test_a_copy_is_detached_and_in_the_data_type_of_the_pass():
     model = model_with(a="seq_bn", b="seq_bn")
-    (stacked,) = stack_alike(adapters_of(model, ["a", "b"]), model.adapters_config, torch.bfloat16)
+    stacked = stack_frozen(adapters_of(model, ["a", "b"]), torch.bfloat16)
     for tensor in (stacked.down_weight, stacked.down_bias, stacked.up):
         assert tensor.dtype == torch.bfloat16
         assert not tensor.requires_grad
@@ -147,7 +147,7 @@ def test_a_copy_is_detached_and_in_the_data_type_of_the_pass():
 
 def test_a_scaling_is_part_of_the_up_projections():
     model = model_with(a="seq_bn[scaling=2.0]", b="seq_bn")
-    (both,) = stack_alike(adapters_of(model, ["a", "b"]), model.adapters_config, torch.float64)
+    both = stack_frozen(adapters_of(model, ["a", "b"]), torch.float64)
     a, b = adapters_of(model, ["a", "b"]).values()
     weights = [2 * a.adapter_up.weight, b.adapter_up.weight]
     biases = [2 * a.adapter_up.bias.unsqueeze(1), b.adapter_up.bias.unsqueeze(1)]
