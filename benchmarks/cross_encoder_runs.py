@@ -64,7 +64,7 @@ def train_teacher(args: Arguments, name: str) -> str:
     seconds = platform.train(pairs, args.teacher_epochs, **args.of_training())
     test = make_pairs(tenant, "validation", platform.tokenizer, args.search_queries, None, TEACHER_SEED)
     metrics = platform.evaluate(test, len(tenant.faqs))
-    keep_teacher(args, platform.model, name, metrics)
+    keep_teacher(args, partial(platform.model.save_adapter, adapter_name=name), name, metrics)
     return f"teacher {name}: accuracy@1 {metrics['accuracy_at_1']:.3f} on its own tenant, {seconds:.0f} s"
 
 

@@ -4,6 +4,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pools import (
     shots_of,
     teacher_tenant,
 )
-from tenant_jobs import Arguments, Job, finished
+from tenant_jobs import Arguments, Job, Method, finished
 
 from faq_cross_encoder import stored_megabytes  # isort: skip
 from faq_data import Tenant  # isort: skip
@@ -42,7 +43,12 @@ def _platform(model: str | None, device: str, teachers_dir: str, pool: str) -> t
     for name in ("adapters", "sentence_transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     platform = load_platform(model, device)
-    return platform, FrozenEncoder(platform)
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        platform.model.set_active_adapters(None)
+        return platform.encode(texts)
+
+    return platform, FrozenEncoder(encode)
 
 
 def load_platform(model: str | None, device: str) -> EmbeddingPlatform:
@@ -74,7 +80,7 @@ def train_teacher(args: Arguments, name: str) -> str:
     )
     validation = labelled_queries(tenant, "validation", args.search_queries)
     metrics = measure(platform.scores(tenant, validation), validation["label"])
-    keep_teacher(args, platform.model, name, metrics)
+    keep_teacher(args, partial(platform.model.save_adapter, adapter_name=name), name, metrics)
     platform.model.delete_adapter(name)
     return f"teacher {name}: accuracy@1 {metrics['accuracy_at_1']:.3f} on its own tenant, {seconds:.0f} s"
 
@@ -92,25 +98,33 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     """Onboard a tenant with one method, and measure it."""
     came = arrival(args, job.tenant, job.seed)
     run = onboarding(args, job, came)
+    onboarded, centroids, line = measured(args, job, came, run, METHODS[job.method])
+    if job.queries == "test" and args.latency:
+        line |= latency(run, onboarded, centroids, came.tenant)
+    if job.method.startswith("AdapterDistillation"):
+        line |= learned_weights(run.platform.model, NEW)
+    remove_new(run.platform)
+    return finished(args, line)
+
+
+def measured(
+    args: Arguments, job: Job, came: Arrival, run: Any, method: Method
+) -> tuple[Onboarded, torch.Tensor, dict[str, Any]]:
+    """Onboard a tenant; return what the method hands over, the centroids of its FAQs, and its line."""
     began, cpu_began = time.perf_counter(), time.process_time()
-    onboarded = METHODS[job.method].onboard(run)
+    onboarded = method.onboard(run)
     faqs = faq_embeddings(run, onboarded)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    line = {**job._asdict(), "shots": args.n_shots, "teachers": len(run.teachers)}
+    line = {**job._asdict(), "shots": args.n_shots, "teachers": len(came.teachers)}
     n_queries = args.search_queries if job.queries == "validation" else args.test_queries
-    line |= evaluate(run, onboarded, faqs, labelled_queries(came.tenant, job.queries, n_queries))
+    line |= evaluate(onboarded, faqs, labelled_queries(came.tenant, job.queries, n_queries))
     line |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
     if job.queries == "test":
         with tempfile.TemporaryDirectory() as folder:
             if onboarded.save is not None:
                 onboarded.save(folder)
             line["MB"] = stored_megabytes(Path(folder))
-        if args.latency:
-            line |= latency(run, onboarded, faqs[1], came.tenant)
-    if job.method.startswith("AdapterDistillation"):
-        line |= learned_weights(run.platform.model, NEW)
-    remove_new(run.platform)
-    return finished(args, line)
+    return onboarded, faqs[1], line
 
 
 def onboarding(args: Arguments, job: Job, came: Arrival) -> Onboarding:
@@ -152,7 +166,7 @@ def remove_new(platform: EmbeddingPlatform) -> None:
         model.delete_adapter(NEW)
 
 
-def faq_embeddings(run: Onboarding, onboarded: Onboarded) -> tuple[torch.Tensor, torch.Tensor]:
+def faq_embeddings(run: Any, onboarded: Onboarded) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the embeddings of questions, and the centroids with the labelled queries, both (n_faqs, d)."""
     questions = (onboarded.encode_questions or onboarded.encode)(run.questions)
     centroids = questions
@@ -163,9 +177,7 @@ def faq_embeddings(run: Onboarding, onboarded: Onboarded) -> tuple[torch.Tensor,
     return questions, torch.nn.functional.normalize(centroids, dim=-1)
 
 
-def evaluate(
-    run: Onboarding, onboarded: Onboarded, faqs: tuple[torch.Tensor, torch.Tensor], test: Dataset
-) -> dict[str, float]:
+def evaluate(onboarded: Onboarded, faqs: tuple[torch.Tensor, torch.Tensor], test: Dataset) -> dict[str, float]:
     """Return the metrics of a method, and its accuracy by the questions alone."""
     questions, centroids = faqs
     queries = onboarded.encode(test["query"])  # (n_queries, d)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from faq_embeddings import EmbeddingPlatform
 from sentence_transformers import util
 from sklearn.linear_model import LogisticRegression
 from tenant_jobs import Method
@@ -35,17 +34,20 @@ class Onboarded(NamedTuple):
 
 
 class FrozenEncoder:
-    """The encoder without adapters, which keeps the embeddings of the texts that it has met."""
+    """The encoder without adapters, which keeps the embeddings of the texts that it has met.
 
-    def __init__(self, platform: EmbeddingPlatform) -> None:
-        self.platform = platform
+    Args:
+        encode: Computes the normalised embeddings of texts without adapters.
+    """
+
+    def __init__(self, encode: Encode) -> None:
+        self.encode = encode
         self.known: dict[str, torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the normalised embeddings of texts, (n_texts, d)."""
         if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
-            self.platform.model.set_active_adapters(None)
-            self.known |= zip(new, self.platform.encode(new), strict=True)
+            self.known |= zip(new, self.encode(new), strict=True)
         return torch.stack([self.known[text] for text in texts])
 
     def anew(self, texts: Sequence[str]) -> torch.Tensor:

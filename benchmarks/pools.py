@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ def arrival(args: Arguments, name: str, seed: int) -> Arrival:
     number = [tenant.name for tenant in tenants].index(name)
     new = tenants.pop(number)
     others = tenants[:number] if args.pool == "streaming" else tenants
+    others = others[: args.others] if args.others else others
     if args.pool == "relatives":
         loaded = load_tenants(args.data, TEACHER_SEED)[number]
         others = [*others, relative_of(loaded)]
@@ -127,10 +129,10 @@ def teachers_to_train(args: Arguments, names: list[str]) -> list[str]:
     return missing
 
 
-def keep_teacher(args: Arguments, model: Any, name: str, metrics: dict[str, float]) -> None:
-    """Save a teacher; its folder gets its name only when it is complete."""
+def keep_teacher(args: Arguments, save: Callable[[str], Any], name: str, metrics: dict[str, float]) -> None:
+    """Save a teacher into a folder, which gets its name only when it is complete."""
     with tempfile.TemporaryDirectory(dir=args.teachers_dir) as temporary:
-        model.save_adapter(f"{temporary}/{name}", name)
+        save(f"{temporary}/{name}")
         Path(temporary, name, "made_with.json").write_text(json.dumps(args.of_teachers() | metrics, indent=1))
         Path(temporary, name).rename(Path(args.teachers_dir) / name)
 
@@ -148,7 +150,7 @@ def learned_weights(model: Any, student: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def randomize(parameters: list[nn.Parameter], key: str) -> None:
+def randomize(parameters: Sequence[torch.Tensor], key: str) -> None:
     """Replace each tensor by a random one of the same norm, which depends on the key alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     for parameter in parameters:

@@ -30,9 +30,11 @@ FROZEN, CENTROID, FUSION = "frozen encoder", "frozen centroid", "AdapterFusion"
 
 def in_order(runs: Mapping[str, Runs]) -> list[str]:
     """Return the methods of runs in the order of the benchmark's methods, the ones that it no longer has last."""
-    from embedding_runs import METHODS
+    import embedding_runs
+    import language_model_runs
 
-    return [*(name for name in METHODS if name in runs), *sorted(runs.keys() - METHODS.keys())]
+    known = embedding_runs.METHODS | language_model_runs.METHODS
+    return [*(name for name in known if name in runs), *sorted(runs.keys() - known.keys())]
 
 
 def mean(runs: Runs) -> str:

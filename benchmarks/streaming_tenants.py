@@ -8,6 +8,7 @@ finished run is one JSON line of the output; the same command goes on where it s
     python benchmarks/streaming_tenants.py --data path/to/clinc150 --shots 0 --seeds 1
     python benchmarks/streaming_tenants.py --methods "plain adapter" "AdapterDistillation" --device cuda --bf16
     python benchmarks/streaming_tenants.py --architecture cross-encoder --data path/to/clinc150
+    python benchmarks/streaming_tenants.py --architecture language-model --data path/to/clinc150 --others 3
     python benchmarks/report.py streaming_tenants benchmarks/results/embeddings_relatives_3.jsonl
 """
 
@@ -24,13 +25,14 @@ from typing import Any
 
 import cross_encoder_runs
 import embedding_runs
+import language_model_runs
 import torch
 from pools import RELATIVE, TEACHER_SEED, check_queries, load_tenants, teachers_to_train
 from tenant_jobs import Arguments, Job, Method, check_lines, read_lines
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-RUNS = {"embeddings": embedding_runs, "cross-encoder": cross_encoder_runs}
+RUNS = {"embeddings": embedding_runs, "cross-encoder": cross_encoder_runs, "language-model": language_model_runs}
 SEARCH_SEED = 0
 
 
@@ -113,7 +115,7 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
     lines = read_lines(Path(args.output))
     check_lines(args, lines)
     candidates = names[1:] if args.pool == "streaming" else names  # the first tenant has no teachers
-    teachers = list(names)
+    teachers = names[: args.others + 1] if args.others else list(names)
     if args.pool == "relatives":
         new = dict.fromkeys([*candidates[: args.search_tenants], *(args.tenants or candidates)])
         teachers += [f"{name}{RELATIVE}" for name in new]

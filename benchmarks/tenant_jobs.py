@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import environment
 
-ARCHITECTURES = ("embeddings", "cross-encoder")
+ARCHITECTURES = ("embeddings", "cross-encoder", "language-model")
 POOLS = ("unrelated", "relatives", "streaming", "random")
 
 
@@ -23,6 +23,7 @@ class Arguments:
     methods: list[str] = field(default_factory=list, metadata={"help": "Names of methods. Default: all."})
     tenants: list[str] = field(default_factory=list, metadata={"help": "The new tenants. Default: all, in turn."})
     pool: str = field(default="unrelated", metadata={"help": f"The teachers of a new tenant: {', '.join(POOLS)}."})
+    others: int = field(default=0, metadata={"help": "Unrelated teachers, the first in the data. Default: all."})
     shots: str = field(default="3", metadata={"help": "Training queries per FAQ of the new tenant, or all."})
     seeds: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Seeds of queries and weights."})
     steps: int = field(default=90, metadata={"help": "Optimizer steps of each method, all stages together."})
@@ -48,15 +49,14 @@ class Arguments:
         for name, choices in (("architecture", ARCHITECTURES), ("pool", POOLS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose of {', '.join(choices)}.")
-        for name in ("steps", "batch_size", "n_wrong", "test_queries", "search_queries", "teacher_queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
-        if self.search_tenants < 0:
-            raise ValueError(f"--search_tenants {self.search_tenants} is out of range; it must not be negative.")
+        counts = ("steps", "batch_size", "n_wrong", "test_queries", "search_queries", "teacher_queries", "processes")
+        for name, least in {**dict.fromkeys(counts, 1), "search_tenants": 0, "others": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {least}.")
         if self.shots != "all" and not self.shots.isdecimal():
             raise ValueError(f"--shots {self.shots} is out of range; give a number of queries, 0 for none, or all.")
-        if self.processes < 1:
-            raise ValueError(f"--processes {self.processes} is out of range; it must be at least 1.")
+        if self.architecture == "language-model" and (self.device != "cpu" or self.bf16 or self.latency):
+            raise ValueError("--architecture language-model knows no --device, --bf16 or --latency; leave it out.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
         self.teachers_dir = self.teachers_dir or f"outputs/teachers_{self.architecture}"
@@ -70,7 +70,7 @@ class Arguments:
     def of_results(self) -> dict[str, Any]:
         """Return the arguments that two runs must share to be compared."""
         free = ["methods", "tenants", "seeds", "latency", "processes", "output", "teachers_dir", "device", "bf16"]
-        if self.architecture == "embeddings":
+        if self.architecture != "cross-encoder":
             free.append("n_wrong")
         common = {name: value for name, value in asdict(self).items() if name not in free}
         data = Path(self.data).name if Path(self.data).exists() else self.data
@@ -126,9 +126,9 @@ def finished(args: Arguments, line: dict[str, Any]) -> dict[str, Any]:
 
 def upgraded(line: dict[str, Any]) -> dict[str, Any]:
     """Return a line with today's arguments; older lines are all of the cross-encoder."""
-    arguments = dict(line.get("arguments", {}))
+    arguments = {"others": 0} | line.get("arguments", {})  # they had no such limit
     if "streaming" not in arguments:
-        return line
+        return line | {"arguments": arguments}
     pool = "streaming" if arguments.pop("streaming") else "unrelated"
     shots = arguments["shots"] or "all"
     arguments |= {"architecture": "cross-encoder", "pool": pool, "shots": shots}

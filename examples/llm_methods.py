@@ -36,6 +36,14 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class Choice(NamedTuple):
+    """The best setting of a way, its outcome, and the validation quality of each setting, if there are several."""
+
+    setting: float
+    outcome: Outcome
+    searched: dict[float, float]
+
+
 class Onboarding:
     """The rows of a task for a new tenant.
 
@@ -100,15 +108,18 @@ class Onboarding:
     def train_teachers(self) -> None:
         """Train a LoRA of PEFT for each existing tenant that has none in the output folder."""
         for number, (tenant, folder) in enumerate(zip(self.existing, self.teachers, strict=True), start=1):
-            if (folder / "adapter_config.json").is_file():
-                continue
-            print(f"{self.name}, LoRA {number} of {len(self.teachers)}, {tenant.name}", flush=True)
-            task = self.kind(self.tokenizer, tenant, self.args.teacher_queries)
-            model = new_lora(self.base, self.args.rank, self.args.seed)
-            args = self.settings(TrainingArguments, self.args.teacher_steps, self.args.teacher_learning_rate)
-            TaskTrainer(model, args, task).train()
-            save(model, folder)
-            remove(model)
+            if not (folder / "adapter_config.json").is_file():
+                print(f"{self.name}, LoRA {number} of {len(self.teachers)}, {tenant.name}", flush=True)
+                self.train_teacher(tenant, folder)
+
+    def train_teacher(self, tenant: Tenant, folder: Path) -> None:
+        """Train a LoRA of PEFT for an existing tenant."""
+        task = self.kind(self.tokenizer, tenant, self.args.teacher_queries)
+        model = new_lora(self.base, self.args.rank, self.args.seed)
+        args = self.settings(TrainingArguments, self.args.teacher_steps, self.args.teacher_learning_rate)
+        TaskTrainer(model, args, task).train()
+        save(model, folder)
+        remove(model)
 
     # The ways
 
@@ -227,8 +238,8 @@ class Onboarding:
         """Return the folder of an adapter."""
         return self.folder / f"{method.replace(': ', '-').replace(', ', '-').replace(' ', '-')}-{setting:g}"
 
-    def row(self, method: str) -> dict[str, Any]:
-        """Run a way with each of its settings, and return the row of the one that is best on validation messages."""
+    def choose(self, method: str) -> Choice:
+        """Run a way with each of its settings, and return the one that is best on validation messages."""
         validation = messages_of(self.new, "validation", self.args.validation_queries)
         choices, outcomes, searched = self.choices(method), {}, {}
         for setting in choices:
@@ -237,13 +248,18 @@ class Onboarding:
             if len(choices) > 1 or (method.startswith("merge: ") and "best merge, trained" in self.args.methods):
                 searched[setting] = self.score(outcomes[setting], validation).quality
         best = max(searched or choices, key=lambda setting: searched.get(setting, 0.0))
-        score = self.score(outcomes[best], messages_of(self.new, "test", self.args.test_queries))
+        return Choice(best, outcomes[best], searched)
+
+    def row(self, method: str) -> dict[str, Any]:
+        """Return the row of a way, with the best of its settings."""
+        best, outcome, searched = self.choose(method)
+        score = self.score(outcome, messages_of(self.new, "test", self.args.test_queries))
         return {
             self.task.quality: score.quality,
             "setting": best,
             self.task.speed: score.per_second,
-            "MB": stored_megabytes(outcomes[best].folder),
-            "train_s": outcomes[best].seconds,
+            "MB": stored_megabytes(outcome.folder),
+            "train_s": outcome.seconds,
             "searched": {f"{setting:g}": quality for setting, quality in searched.items()},
         }
 

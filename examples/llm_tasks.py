@@ -57,6 +57,28 @@ def padded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[list[int]], side
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of messages and titles."""
+    return tokenizer(list(texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
+
+
+def embed(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return normalised embeddings, (n_texts, hidden): the mean of the last hidden states."""
+    states = model(**batch, use_cache=False).last_hidden_state  # (B, T, hidden)
+    mask = batch["attention_mask"].unsqueeze(-1).to(states)
+    return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+
+@torch.no_grad()
+def embed_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+    """Return the embeddings of many texts in batches of similar length, (n_texts, hidden)."""
+    tokens = tokens_of(tokenizer, texts)
+    parts = by_length(tokens)
+    batches = [padded(tokenizer, [tokens[number] for number in part], "right") for part in parts]
+    embedded = torch.cat([embed(model, batch) for batch in batches])
+    return embedded[torch.tensor([number for part in parts for number in part]).argsort()]
+
+
 class Routing:
     """The FAQ of a message is the one with the next embedding, among the FAQs of a tenant.
 
@@ -74,52 +96,35 @@ class Routing:
     model_class: ClassVar[Any] = AutoModel
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tenant: Tenant, shots: int) -> None:
-        self.tokenizer, self.tenant = tokenizer, tenant
+        self.tokenizer = tokenizer
         self.labelled = messages_of(tenant, "train", shots)
-        self.titles = self._tokens([faq.question for faq in tenant.faqs])
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        self.titles = [faq.question for faq in tenant.faqs]
 
     def dataset(self) -> Dataset:
         """Return the training messages."""
-        tokens = self._tokens([message.text for message in self.labelled])
+        tokens = tokens_of(self.tokenizer, [message.text for message in self.labelled])
         return Dataset.from_dict({"input_ids": tokens, "labels": [message.faq for message in self.labelled]})
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Return a batch of messages, and after them the titles of all FAQs."""
-        tokens = [*(row["input_ids"] for row in rows), *self.titles]
-        return {**padded(self.tokenizer, tokens, "right"), "labels": torch.tensor([row["labels"] for row in rows])}
-
-    def embed(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return normalised embeddings of texts, (n_texts, hidden)."""
-        states = model(**batch, use_cache=False).last_hidden_state  # (B, T, hidden)
-        mask = batch["attention_mask"].unsqueeze(-1).to(states)
-        return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        """Return a batch of messages."""
+        batch = padded(self.tokenizer, [row["input_ids"] for row in rows], "right")
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
     def loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
-        """Compute the loss of a batch that `collate` made."""
-        labels = inputs["labels"]
-        texts = self.embed(model, {name: value for name, value in inputs.items() if name != "labels"})
-        messages, titles = texts[: len(labels)], texts[len(labels) :]
-        return nn.functional.cross_entropy(SCALE * messages @ titles.T, labels)
-
-    @torch.no_grad()
-    def embed_texts(self, model: nn.Module, texts: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings of many texts in batches of similar length, (n_texts, hidden)."""
-        tokens = self._tokens(texts)
-        parts = by_length(tokens)
-        batches = [padded(self.tokenizer, [tokens[number] for number in part], "right") for part in parts]
-        embedded = torch.cat([self.embed(model, batch) for batch in batches])
-        return embedded[torch.tensor([number for part in parts for number in part]).argsort()]
+        """Compute the loss of a batch that `collate` made; the titles, mostly shorter, are a batch of their own."""
+        messages = embed(model, {name: value for name, value in inputs.items() if name != "labels"})
+        batch = padded(self.tokenizer, tokens_of(self.tokenizer, self.titles), "right")
+        titles = embed(model, {name: value.to(messages.device) for name, value in batch.items()})
+        return nn.functional.cross_entropy(SCALE * messages @ titles.T, inputs["labels"])
 
     def score(self, model: nn.Module, messages: Sequence[Message]) -> Score:
         """Rank the FAQs by the centroids of their titles and training messages."""
-        faqs = self.embed_texts(model, [faq.question for faq in self.tenant.faqs])
+        faqs = embed_texts(model, self.tokenizer, self.titles)
         labels = torch.tensor([message.faq for message in self.labelled])
-        faqs = faqs.index_add(0, labels, self.embed_texts(model, [message.text for message in self.labelled]))
+        labelled = embed_texts(model, self.tokenizer, [message.text for message in self.labelled])
+        faqs = faqs.index_add(0, labels, labelled)
         began = time.perf_counter()
-        queries = self.embed_texts(model, [message.text for message in messages])
+        queries = embed_texts(model, self.tokenizer, [message.text for message in messages])
         seconds = time.perf_counter() - began
         found = (queries @ nn.functional.normalize(faqs, dim=-1).T).argmax(dim=1)
         right = found == torch.tensor([message.faq for message in messages])
@@ -127,7 +132,7 @@ class Routing:
 
     def outputs(self, model: nn.Module) -> torch.Tensor:
         """Return outputs by which two models are compared: the embeddings of the titles."""
-        return self.embed_texts(model, [faq.question for faq in self.tenant.faqs])
+        return embed_texts(model, self.tokenizer, self.titles)
 
 
 class Answers:

@@ -485,14 +485,15 @@ def test_random_teachers_keep_the_norms_and_depend_on_the_key_alone():
 
 
 def test_a_run_after_others_in_a_process_is_the_same_as_alone(benchmark, distinct, tmp_path, monkeypatch):
-    evaluate, adapters = embedding_runs.evaluate, []
+    measured, adapters = embedding_runs.measured, []
 
-    def noting(run, onboarded, faqs, test):
+    def noting(args, job, came, run, method):
+        results = measured(args, job, came, run, method)
         parameters = pools.adapter_parameters(run.platform.model, embedding_runs.NEW)
         adapters.append(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-        return evaluate(run, onboarded, faqs, test)
+        return results
 
-    monkeypatch.setattr(embedding_runs, "evaluate", noting)
+    monkeypatch.setattr(embedding_runs, "measured", noting)
 
     def run(*arguments):
         del adapters[:]

@@ -10,21 +10,25 @@ import pytest
 import torch
 from chats import WORDS, chat_tokenizer
 from paths import ROOT
+from safetensors.torch import load_file
 from tiny_models import CONFIGS
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoModelForCausalLM, set_seed
 
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
 
 peft = pytest.importorskip("peft")
 
 import faq_table  # noqa: E402
+import language_model_runs  # noqa: E402
 import llm_methods  # noqa: E402
 import llm_model  # noqa: E402
 import llm_skills  # noqa: E402
+import streaming_tenants  # noqa: E402
 from faq_data import hold_out, load_tenants  # noqa: E402
-from llm_tasks import TASKS, Answers, Routing  # noqa: E402
+from llm_tasks import TASKS, Answers, Routing, embed_texts  # noqa: E402
+from quality_embeddings import embeddings  # noqa: E402
 
 ROWS = [
     "no adapter", "plain LoRA", "merge: svd", "merge: ties", "merge: dare_ties", "merge: cat", "learned weights",
@@ -165,7 +169,9 @@ def test_routing_is_the_cosine_of_mean_states(tiny_llm, tenant):
 
     texts = ["w1", "w2 w3 w4 w5", *(faq.question for faq in tenant.faqs)]
     wanted = normalize(torch.stack([alone(text) for text in texts]))
-    torch.testing.assert_close(task.embed_texts(model, texts), wanted.detach(), msg="padding counts nowhere")
+    torch.testing.assert_close(
+        embed_texts(model, task.tokenizer, texts), wanted.detach(), msg="padding counts nowhere"
+    )
     rows = [{"input_ids": task.tokenizer(text)["input_ids"], "labels": n} for n, text in enumerate(texts[:2])]
     loss = task.loss(model, task.collate(rows))
     torch.testing.assert_close(loss, cross_entropy(20 * wanted[:2] @ wanted[2:].T, torch.tensor([0, 1])))
@@ -304,3 +310,80 @@ def test_a_smoke_test_prints_no_table(capsys):
         printed = capsys.readouterr().out
         assert ("A smoke test" in printed) == quick
         assert ("\nno adapter" in printed) != quick
+
+
+# The benchmark over tenants
+
+
+@pytest.fixture
+def benchmark(tiny_llm, data, tmp_path, monkeypatch, capsys):
+    """Runs the benchmark of tenants on the tiny Llama; returns its lines and what it printed."""
+    language_model_runs.language_model.cache_clear()
+
+    def main(*arguments):
+        command = "--shots 1 --steps 2 --batch_size 2 --test_queries 2 --search_queries 1 --seeds 1 --search_tenants 0"
+        command += f" --teacher_queries 2 --teacher_epochs 1 --teachers_dir {tmp_path / 'teachers'}"
+        command += (
+            f" --architecture language-model --data {data} --model {tiny_llm} --output {tmp_path / 'lines.jsonl'}"
+        )
+        monkeypatch.setattr(sys, "argv", ["streaming_tenants.py", *command.split(), *arguments])
+        streaming_tenants.main()
+        lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+        return lines, capsys.readouterr().out
+
+    return main
+
+
+def test_every_method_of_the_benchmark_onboards_a_tenant(benchmark, tmp_path):
+    lines, out = benchmark("--tenants", "bank", "--pool", "relatives", "--others", "1")
+    assert [line["method"] for line in lines] == list(language_model_runs.METHODS)
+    of = {line["method"]: line for line in lines}
+    for line in lines:
+        assert (line["tenant"], line["teachers"]) == ("bank", 2)
+        assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "title_accuracy_at_1", "mrr"))
+        assert line["seconds"] > 0
+        assert (line["MB"] > 0) == (
+            line["method"] not in language_model_runs.FROZEN_METHODS or "map" in line["method"]
+        )
+    for method in ("AdapterDistillation", "AdapterDistillation: weights alone"):
+        assert list(of[method]["weights"]) == ["air", "bank_relative"]
+        assert of[method]["MB"] == pytest.approx(of["plain adapter"]["MB"], abs=0.01), "but for the card"
+    assert sorted(folder.name for folder in (tmp_path / "teachers").iterdir()) == ["air", "bank", "bank_relative"]
+    assert "routing, merge: cat, 1" in out
+    header, rows = embeddings(lines)
+    assert [row[0] for row in rows][-2:] == ["best merge", "best merge, trained"]
+    assert len(header) == len(rows[0])
+
+
+def test_random_teachers_have_the_norms_of_the_trained_ones(benchmark, tmp_path, monkeypatch):
+    met = []
+    way = llm_methods.WAYS["average, trained"]
+
+    def kept(run, rate):
+        met.extend(load_file(teacher / "adapter_model.safetensors") for teacher in run.teachers)
+        return way(run, rate)
+
+    monkeypatch.setitem(llm_methods.WAYS, "average, trained", kept)
+    benchmark("--tenants", "bank", "--pool", "random", "--methods", "teachers' average")
+    for name, random_one in zip(("air", "shop"), met, strict=True):
+        trained = load_file(tmp_path / "teachers" / name / "adapter_model.safetensors")
+        assert trained.keys() == random_one.keys()
+        for key, tensor in trained.items():
+            torch.testing.assert_close(random_one[key].norm(), tensor.norm())
+            assert not torch.equal(random_one[key], tensor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bf16"], "--architecture language-model knows no --device, --bf16 or --latency"),
+        (["--others", "-1"], "--others -1 is out of range; it must be at least 0"),
+        (["--methods", "SetFit"], "--methods 'SetFit' is unknown; choose of 'frozen encoder'"),
+        (["--shots", "0", "--methods", "best merge"], "--methods 'best merge' needs labelled queries"),
+    ],
+)
+def test_bad_arguments_of_the_benchmark_train_nothing(arguments, message, benchmark, monkeypatch):
+    monkeypatch.setattr(streaming_tenants, "run_all", None)
+    with pytest.raises(SystemExit, match=message) as caught:
+        benchmark(*arguments)
+    assert "\n" not in str(caught.value)
