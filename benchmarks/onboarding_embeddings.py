@@ -19,6 +19,8 @@ from transformers import PrinterCallback, set_seed
 
 import hf_adapter_distillation as had
 
+Start = Literal["teachers", "weighted"]
+
 NEW = "new"  # the name of the new tenant's adapter
 TIES_DENSITY, DARE_DENSITY = 0.2, 0.5
 
@@ -32,7 +34,7 @@ class Onboarding:
         frozen: The same encoder without adapters.
         fresh_platform: Loads another copy of the encoder.
         tenant: The new tenant.
-        labelled: Its labelled queries.
+        labelled: Its labelled queries, perhaps none.
         unlabelled: Other queries of it.
         teachers: The names of the other tenants' adapters.
         others: The other tenants, with as many training queries as the new one.
@@ -63,6 +65,13 @@ class Onboarding:
     def __post_init__(self) -> None:
         self.questions = [faq.question for faq in self.tenant.faqs]
 
+    @property
+    def queries(self) -> Dataset:
+        """Return the labelled queries, or with none the questions in their place."""
+        if len(self.labelled):
+            return self.labelled
+        return Dataset.from_dict({"query": self.questions, "label": list(range(len(self.questions)))})
+
     def arguments(self, share: float = 1.0) -> dict[str, Any]:
         """Return the training arguments for a share of the steps."""
         settings = {
@@ -75,7 +84,7 @@ class Onboarding:
 
     def fit(self, share: float = 1.0, **arguments: Any) -> None:
         """Train the active setup for a share of the steps."""
-        self.platform.train(self.tenant, self.labelled, **(self.arguments(share) | arguments))
+        self.platform.train(self.tenant, self.queries, **(self.arguments(share) | arguments))
 
     def adapter(self) -> Onboarded:
         """Return the new tenant's adapter, by which the platform encodes while it is active."""
@@ -187,18 +196,17 @@ def adapter_distillation(
 
 def similarity(run: Onboarding) -> Onboarded:
     """Train the student to match its teachers' similarities between queries, also on unlabelled ones."""
-    run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers, objective="similarity"), seed=run.seed)
+    start: Start = "weighted" if len(run.labelled) else "teachers"  # weights need labels
+    config = had.DistillationConfig(run.teachers, student_start=start, objective="similarity")
+    run.platform.new_adapter(NEW, config, seed=run.seed)
     run.fit(unlabelled=run.unlabelled)
     return run.adapter()
 
 
-def untrained_student(run: Onboarding, start: Literal["teachers", "weighted"]) -> Onboarded:
-    """Return the student before the first step; with no label, it meets the questions instead of queries."""
-    queries = run.labelled
-    if not len(queries):
-        queries = Dataset.from_dict({"query": run.questions, "label": list(range(len(run.questions)))})
+def untrained_student(run: Onboarding, start: Start) -> Onboarded:
+    """Return the student before the first step."""
     run.platform.new_adapter(NEW, had.DistillationConfig(run.teachers, student_start=start), seed=run.seed)
-    run.platform.trainer(run.tenant, queries, **run.arguments()).fit_start()
+    run.platform.trainer(run.tenant, run.queries, **run.arguments()).fit_start()
     return run.adapter()
 
 
@@ -230,7 +238,7 @@ METHODS = {
     "AdapterDistillation: weighted start": Method(partial(adapter_distillation, distillation_start=1.0), RATES),
     "AdapterDistillation: exact": Method(partial(adapter_distillation, distillation_share=1.0), RATES),
     "AdapterDistillation: lean": _configured(fusion_rank=32),
-    "AdapterDistillation: similarity": Method(similarity, RATES, rate_of="AdapterDistillation"),
+    "AdapterDistillation: similarity": Method(similarity, RATES, needs_labels=False),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
     "AdapterDistillation: paper": Method(
         partial(adapter_distillation, config=had.DistillationConfig.paper), RATES, rate_of="plain adapter"
