@@ -1,11 +1,10 @@
 """Means with intervals, paired differences, tables and plots of the lines of `streaming_tenants.py`."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap
+from scipy.stats import t
 
 PLAIN, AVERAGE, DISTILLED = "plain adapter", "teachers' average", "AdapterDistillation"
 OBJECTIVES = tuple(
@@ -33,19 +32,17 @@ def runs_of(lines: Lines, key: str) -> dict[str, Runs]:
     return found
 
 
-def interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Return the mean and its 95% interval, by resampling the values."""
-    values = np.array(list(values))
-    if len(values) < 2:
-        return float(values.mean()), float("nan"), float("nan")
-    low, high = bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
-    return float(values.mean()), float(low), float(high)
-
-
 def by_tenant(runs: Runs) -> dict[str, float]:
     """Average over the seeds."""
     names = dict.fromkeys(tenant for tenant, _ in runs)
     return {name: float(np.mean([value for (tenant, _), value in runs.items() if tenant == name])) for name in names}
+
+
+def interval(runs: Runs) -> tuple[float, float, float]:
+    """Return the mean over the tenants and its 95% interval by Student's t; seeds of a tenant are no new tenants."""
+    values = np.array(list(by_tenant(runs).values()))
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def differences(runs: Runs, others: Runs) -> Runs:
@@ -58,7 +55,7 @@ def points(runs: Runs, others: Runs) -> str:
     paired = differences(runs, others)
     if not paired:
         return "–"
-    mean, low, high = (100 * value for value in interval(paired.values()))
+    mean, low, high = (100 * value for value in interval(paired))
     return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
@@ -80,7 +77,7 @@ def methods(lines: Lines) -> Table:
     plain = {key: runs.get(PLAIN, {}) for key, runs in metrics.items()}
     rows = []
     for method in (name for name in accuracy if ":" not in name):
-        quality = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs[method].values())) for runs in metrics.values()]
+        quality = ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs[method])) for runs in metrics.values()]
         against = [points(accuracy[method], accuracy.get(other, {})) for other in (PLAIN, AVERAGE)]
         against.append(points(metrics["auc"][method], plain["auc"]))
         paired = by_tenant(differences(accuracy[method], plain["accuracy_at_1"]))
@@ -212,7 +209,7 @@ def draw_training_data(lines: Lines) -> Figure:
             for place, of_budget in enumerate(budgets.values()):
                 if method in (runs := runs_of(of_budget, key)):
                     places.append(place + 0.1 * (number - 1))
-                    drawn.append(interval(runs[method].values()))
+                    drawn.append(interval(runs[method]))
             means, lows, highs = np.array(drawn).T
             axes.errorbar(places, means, yerr=[means - lows, highs - means], fmt="o", capsize=3, label=method)
         ticks = [f"{shots} queries,\n{steps} steps" for shots, steps in budgets]
@@ -237,7 +234,7 @@ def draw_cost(lines: Lines) -> Figure:
     figure = Figure(figsize=(8, 1.4 + 0.45 * len(names)), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     for row, method in enumerate(names):
-        paired = differences(accuracy[method], accuracy[reference]).values()
+        paired = differences(accuracy[method], accuracy[reference])
         if not paired:
             continue
         mean, low, high = (100 * value for value in interval(paired))

@@ -61,7 +61,7 @@ def embeddings(lines: Lines) -> Table:
     rows: list[list[object]] = []
     for method in in_order(accuracy):
         runs = accuracy[method]
-        at_1 = "{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs.values())) if len(runs) > 1 else mean(runs)
+        at_1 = "{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs)) if len(by_tenant(runs)) > 1 else mean(runs)
         row = [method, len(runs), rate_of(rates[method]), at_1, *(mean(metrics[key].get(method, {})) for key in keys)]
         row += [points(runs, accuracy.get(other, {})) if other != method else "–" for other in others]
         lowest = lowest_tenant(runs, accuracy.get(PLAIN, {})) if method != PLAIN else "–"
@@ -103,7 +103,7 @@ def draw_differences(files: Mapping[str, Lines]) -> Figure:
     for title, runs in accuracy.items():
         reference = runs.get(PLAIN) or runs.get(FROZEN, {})
         paired = {method: differences(of_method, reference) for method, of_method in runs.items()}
-        drawn[title] = {m: interval(100 * value for value in cells.values()) for m, cells in paired.items() if cells}
+        drawn[title] = {method: interval(cells) for method, cells in paired.items() if cells}
     names: list[str] = []  # from the bottom
     for of_file in drawn.values():
         names = sorted(of_file.keys() - set(names), key=lambda method: of_file[method][0]) + names
@@ -113,14 +113,14 @@ def draw_differences(files: Mapping[str, Lines]) -> Figure:
         axes.axvline(0, color="black", linewidth=0.8)
         for row, method in enumerate(names):
             if method in of_file:
-                middle, low, high = of_file[method]
+                middle, low, high = (100 * value for value in of_file[method])
                 lengths = None if np.isnan(low) else [[middle - low], [high - middle]]
                 axes.errorbar(middle, row, xerr=lengths, fmt="o", markersize=4, capsize=2, color=color_of(method))
         axes.grid(axis="x", alpha=0.3)
         than = PLAIN if PLAIN in accuracy[title] else FROZEN
         axes.set(title=title, xlabel=f"points of accuracy@1 above the {than}")
     panels[0].set_yticks(range(len(names)), names)
-    figure.suptitle("Paired differences, mean over tenants and seeds with its 95% interval")
+    figure.suptitle("Paired differences, mean over tenants and seeds with the 95% interval over tenants")
     return figure
 
 
