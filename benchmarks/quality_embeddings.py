@@ -25,7 +25,7 @@ from quality import (
     runs_of,
 )
 
-FROZEN, CENTROID, FUSION = "frozen encoder", "frozen centroid", "AdapterFusion"
+FROZEN, CENTROID, FUSION, MERGE = "frozen encoder", "frozen centroid", "AdapterFusion", "best merge, trained"
 
 
 def in_order(runs: Mapping[str, Runs]) -> list[str]:
@@ -54,7 +54,8 @@ def lowest_tenant(runs: Runs, others: Runs) -> str:
 def embeddings(lines: Lines) -> Table:
     """Return a row per method: quality, paired differences from other methods, and the time to onboard a tenant."""
     accuracy, rates = runs_of(lines, "accuracy_at_1"), runs_of(lines, "learning_rate")
-    others = [CENTROID if CENTROID in accuracy else FROZEN, PLAIN, AVERAGE, FUSION]
+    frozen = CENTROID if CENTROID in accuracy else FROZEN
+    others = [other for other in (frozen, PLAIN, AVERAGE, FUSION, MERGE) if other in accuracy]
     keys = ("title_accuracy_at_1", "mrr", "auc")
     metrics = {key: runs_of(lines, key) for key in keys}
     seconds = runs_of(lines, "cpu_seconds")
@@ -63,12 +64,14 @@ def embeddings(lines: Lines) -> Table:
         runs = accuracy[method]
         at_1 = "{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs)) if len(by_tenant(runs)) > 1 else mean(runs)
         row = [method, len(runs), rate_of(rates[method]), at_1, *(mean(metrics[key].get(method, {})) for key in keys)]
-        row += [points(runs, accuracy.get(other, {})) if other != method else "–" for other in others]
-        lowest = lowest_tenant(runs, accuracy.get(PLAIN, {})) if method != PLAIN else "–"
-        rows.append([*row, lowest, median(seconds.get(method, {}), 1)])
+        row += [points(runs, accuracy[other]) if other != method else "–" for other in others]
+        if PLAIN in accuracy:
+            row.append(lowest_tenant(runs, accuracy[PLAIN]) if method != PLAIN else "–")
+        rows.append([*row, median(seconds.get(method, {}), 1)])
     header = ["method", "runs", "rate", "accuracy@1", "by the title alone", "MRR", "AUC"]
     header += [f"points above {other.removesuffix(' adapter')}" for other in others]
-    return [*header, "lowest tenant above plain", "CPU s to onboard"], rows
+    header += ["lowest tenant above plain"] if PLAIN in accuracy else []
+    return [*header, "CPU s to onboard"], rows
 
 
 def comparison(lines: Lines) -> Table:
