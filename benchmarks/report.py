@@ -7,7 +7,6 @@ python benchmarks/report.py serving benchmarks/results/serving.json
 python benchmarks/report.py onboarding_platform benchmarks/results/onboarding_platform.json
 python benchmarks/report.py onboarding_on_paper benchmarks/results/onboarding_platform.json
 python benchmarks/report.py faq_retrieval benchmarks/results/faq_retrieval.json
-python benchmarks/report.py llm_routing benchmarks/results/llm_skills.json
 python benchmarks/report.py llm_answers benchmarks/results/llm_skills.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
@@ -239,12 +238,6 @@ def faq_retrieval(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def llm_routing(results: dict[str, Any]) -> str:
-    """Return the table of a language model that routes messages, a row per way to onboard the tenant."""
-    header, *rows = faq_table.cells(results["rows"]["routing"])
-    return markdown(header, rows)
-
-
 def llm_answers(results: dict[str, Any]) -> str:
     """Return the table of a language model that answers with labels, a row per way to onboard the tenant."""
     header, *rows = faq_table.cells(results["rows"]["answers"])
@@ -312,7 +305,6 @@ TABLES = {
         adapter_memory,
         pool,
         faq_retrieval,
-        llm_routing,
         llm_answers,
         streaming_tenants,
         variants,
