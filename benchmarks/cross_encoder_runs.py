@@ -101,7 +101,7 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     if job.queries == "test":
         line |= costs(platform, save, platform.batches(test, len(new.faqs))[:12])
     is_distilled = job.method.startswith("AdapterDistillation")
-    line |= learned_weights(model, NEW) if is_distilled else {}
+    line |= learned_weights(had.distillation_of(model, NEW).weights) if is_distilled else {}
     if job.queries == "test" and is_distilled:
         model.train_adapter(NEW)
         first = test.select(range(min(96, len(test))))

@@ -25,6 +25,8 @@ from pools import (
 )
 from tenant_jobs import Arguments, Job, Method, finished
 
+import hf_adapter_distillation as had
+
 from faq_cross_encoder import stored_megabytes  # isort: skip
 from faq_data import Tenant  # isort: skip
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # isort: skip
@@ -102,7 +104,7 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     if job.queries == "test" and args.latency:
         line |= latency(run, onboarded, centroids, came.tenant)
     if job.method.startswith("AdapterDistillation"):
-        line |= learned_weights(run.platform.model, NEW)
+        line |= learned_weights(had.distillation_of(run.platform.model, NEW).weights)
     remove_new(run.platform)
     return finished(args, line)
 

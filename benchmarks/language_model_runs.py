@@ -12,7 +12,7 @@ from datasets import Dataset
 from embedding_runs import measure, measured
 from onboarding_embeddings import NEW
 from onboarding_frozen import FROZEN_METHODS, FrozenEncoder, Onboarded
-from pools import TEACHER_SEED, arrival, keep_teacher, randomize, shots_of, teacher_tenant
+from pools import TEACHER_SEED, arrival, keep_teacher, learned_weights, randomize, shots_of, teacher_tenant
 from safetensors.torch import load_file, save_file
 from tenant_jobs import Arguments, Job, Method, finished
 from transformers import PreTrainedTokenizerBase
@@ -196,6 +196,4 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = onboarding(args, job, came.tenant, came.teachers, Path(folder))
         *_, line = measured(args, job, came, run, METHODS[job.method])
-    if (weights := run.llm.weights) is not None:
-        line |= {"weights": weights.mean(), "gain": weights.gain}
-    return finished(args, line)
+    return finished(args, line | learned_weights(run.llm.weights))

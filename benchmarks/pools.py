@@ -143,9 +143,8 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     return [parameter for place in places for module in place.values() for parameter in module.parameters()]
 
 
-def learned_weights(model: Any, student: str) -> dict[str, Any]:
+def learned_weights(weights: had.TeacherWeights | None) -> dict[str, Any]:
     """Return the mean weight of each teacher and their gain, if they were learned for a student."""
-    weights = had.distillation_of(model, student).weights
     return {} if weights is None else {"weights": weights.mean(), "gain": weights.gain}
 
 

@@ -99,6 +99,7 @@ class Routing:
         self.tokenizer = tokenizer
         self.labelled = messages_of(tenant, "train", shots)
         self.titles = [faq.question for faq in tenant.faqs]
+        self.title_batch = padded(tokenizer, tokens_of(tokenizer, self.titles), "right")
 
     def dataset(self) -> Dataset:
         """Return the training messages."""
@@ -113,8 +114,7 @@ class Routing:
     def loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         """Compute the loss of a batch that `collate` made; the titles, mostly shorter, are a batch of their own."""
         messages = embed(model, {name: value for name, value in inputs.items() if name != "labels"})
-        batch = padded(self.tokenizer, tokens_of(self.tokenizer, self.titles), "right")
-        titles = embed(model, {name: value.to(messages.device) for name, value in batch.items()})
+        titles = embed(model, {name: value.to(messages.device) for name, value in self.title_batch.items()})
         return nn.functional.cross_entropy(SCALE * messages @ titles.T, inputs["labels"])
 
     def score(self, model: nn.Module, messages: Sequence[Message]) -> Score:
