@@ -26,6 +26,8 @@ from quality import (
 )
 
 FROZEN, CENTROID, FUSION, MERGE = "frozen encoder", "frozen centroid", "AdapterFusion", "best merge, trained"
+NO_ADAPTER = "no adapter"
+METRICS = {"title_accuracy_at_1": "by the title alone", "mrr": "MRR", "auc": "AUC"}
 
 
 def in_order(runs: Mapping[str, Runs]) -> list[str]:
@@ -33,8 +35,8 @@ def in_order(runs: Mapping[str, Runs]) -> list[str]:
     import embedding_runs
     import language_model_runs
 
-    known = embedding_runs.METHODS | language_model_runs.METHODS
-    return [*(name for name in known if name in runs), *sorted(runs.keys() - known.keys())]
+    known = [NO_ADAPTER, *(embedding_runs.METHODS | language_model_runs.METHODS)]
+    return [*(name for name in known if name in runs), *sorted(runs.keys() - set(known))]
 
 
 def mean(runs: Runs) -> str:
@@ -52,24 +54,26 @@ def lowest_tenant(runs: Runs, others: Runs) -> str:
 
 
 def embeddings(lines: Lines) -> Table:
-    """Return a row per method: quality, paired differences from other methods, and the time to onboard a tenant."""
+    """Return a row per method: quality, paired differences from other methods, and the time to onboard a tenant.
+
+    Metrics that the lines do not have, and rivals that did not run, get no column.
+    """
     accuracy, rates = runs_of(lines, "accuracy_at_1"), runs_of(lines, "learning_rate")
     frozen = CENTROID if CENTROID in accuracy else FROZEN
-    others = [other for other in (frozen, PLAIN, AVERAGE, FUSION, MERGE) if other in accuracy]
-    keys = ("title_accuracy_at_1", "mrr", "auc")
-    metrics = {key: runs_of(lines, key) for key in keys}
+    others = [other for other in (NO_ADAPTER, frozen, PLAIN, AVERAGE, FUSION, MERGE) if other in accuracy]
+    metrics = {title: runs for key, title in METRICS.items() if (runs := runs_of(lines, key))}
     seconds = runs_of(lines, "cpu_seconds")
     rows: list[list[object]] = []
     for method in in_order(accuracy):
         runs = accuracy[method]
         at_1 = "{:.3f} [{:.3f}, {:.3f}]".format(*interval(runs)) if len(by_tenant(runs)) > 1 else mean(runs)
-        row = [method, len(runs), rate_of(rates[method]), at_1, *(mean(metrics[key].get(method, {})) for key in keys)]
+        row = [method, len(runs), rate_of(rates[method]), at_1, *(mean(of.get(method, {})) for of in metrics.values())]
         row += [points(runs, accuracy[other]) if other != method else "–" for other in others]
         if PLAIN in accuracy:
             row.append(lowest_tenant(runs, accuracy[PLAIN]) if method != PLAIN else "–")
         rows.append([*row, median(seconds.get(method, {}), 1)])
-    header = ["method", "runs", "rate", "accuracy@1", "by the title alone", "MRR", "AUC"]
-    header += [f"points above {other.removesuffix(' adapter')}" for other in others]
+    header = ["method", "runs", "rate", "accuracy@1", *metrics]
+    header += [f"points above {'plain' if other == PLAIN else other}" for other in others]
     header += ["lowest tenant above plain"] if PLAIN in accuracy else []
     return [*header, "CPU s to onboard"], rows
 

@@ -9,6 +9,7 @@ finished run is one JSON line of the output; the same command goes on where it s
     python benchmarks/streaming_tenants.py --methods "plain adapter" "AdapterDistillation" --device cuda --bf16
     python benchmarks/streaming_tenants.py --architecture cross-encoder --data path/to/clinc150
     python benchmarks/streaming_tenants.py --architecture language-model --data path/to/clinc150 --others 3
+    python benchmarks/streaming_tenants.py --architecture assistant --data path/to/clinc150 --others 3
     python benchmarks/report.py streaming_tenants benchmarks/results/embeddings_relatives_3.jsonl
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import assistant_runs
 import cross_encoder_runs
 import embedding_runs
 import language_model_runs
@@ -32,18 +34,28 @@ from tenant_jobs import Arguments, Job, Method, check_lines, read_lines
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-RUNS = {"embeddings": embedding_runs, "cross-encoder": cross_encoder_runs, "language-model": language_model_runs}
+RUNS = {
+    "embeddings": embedding_runs,
+    "cross-encoder": cross_encoder_runs,
+    "language-model": language_model_runs,
+    "assistant": assistant_runs,
+}
+METRICS = {"auc": "AUC", "accuracy_at_1": "accuracy@1", "mrr": "MRR"}
 SEARCH_SEED = 0
 
 
 def chosen_rates(
     of_architecture: Mapping[str, Method], methods: list[str], lines: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Choose for each method the learning rate with the best MRR on the validation queries."""
+    """Choose for each method the learning rate with the best MRR on the validation queries.
+
+    An assistant, which ranks no FAQs, has the share of its right answers in place of an MRR.
+    """
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["queries"] == "validation":
-            found[line["method"]][line["learning_rate"]].append(line["mrr"])
+            quality = line["mrr"] if "mrr" in line else line["accuracy_at_1"]
+            found[line["method"]][line["learning_rate"]].append(quality)
     best = {method: max(rates, key=lambda rate: fmean(rates[rate])) for method, rates in found.items()}
     return {name: best.get(of_architecture[name].rate_of or name, of_architecture[name].rates[0]) for name in methods}
 
@@ -75,10 +87,10 @@ def run_jobs(args: Arguments, jobs: list[Job], lines: list[dict[str, Any]]) -> N
         lines.append(line)
         with Path(args.output).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        metrics = "".join(f"{name} {line[key]:.3f}  " for key, name in METRICS.items() if key in line)
         tqdm.write(
             f"{line['method']:<36}{line['tenant']:<20}{line['queries']:<11} seed {line['seed']}  "
-            f"rate {line['learning_rate']:<7g} AUC {line['auc']:.3f}  accuracy@1 {line['accuracy_at_1']:.3f}  "
-            f"MRR {line['mrr']:.3f}  {line['seconds']:.0f} s"
+            f"rate {line['learning_rate']:<7g} {metrics}{line['seconds']:.0f} s"
         )
 
 

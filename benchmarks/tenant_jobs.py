@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from measure import environment
 
-ARCHITECTURES = ("embeddings", "cross-encoder", "language-model")
+LANGUAGE_MODELS = ("language-model", "assistant")
+ARCHITECTURES = ("embeddings", "cross-encoder", *LANGUAGE_MODELS)
 POOLS = ("unrelated", "relatives", "streaming", "random")
 
 
@@ -55,8 +56,10 @@ class Arguments:
                 raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {least}.")
         if self.shots != "all" and not self.shots.isdecimal():
             raise ValueError(f"--shots {self.shots} is out of range; give a number of queries, 0 for none, or all.")
-        if self.architecture == "language-model" and (self.device != "cpu" or self.bf16 or self.latency):
-            raise ValueError("--architecture language-model knows no --device, --bf16 or --latency; leave it out.")
+        if self.architecture in LANGUAGE_MODELS and (self.device != "cpu" or self.bf16 or self.latency):
+            raise ValueError(
+                f"--architecture {self.architecture} knows no --device, --bf16 or --latency; leave it out."
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
         self.teachers_dir = self.teachers_dir or f"outputs/teachers_{self.architecture}"

@@ -20,6 +20,7 @@ sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
 
 peft = pytest.importorskip("peft")
 
+import assistant_runs  # noqa: E402
 import faq_table  # noqa: E402
 import language_model_runs  # noqa: E402
 import llm_methods  # noqa: E402
@@ -319,13 +320,13 @@ def test_a_smoke_test_prints_no_table(capsys):
 def benchmark(tiny_llm, data, tmp_path, monkeypatch, capsys):
     """Runs the benchmark of tenants on the tiny Llama; returns its lines and what it printed."""
     language_model_runs.language_model.cache_clear()
+    language_model_runs.frozen_encoder.cache_clear()
 
     def main(*arguments):
         command = "--shots 1 --steps 2 --batch_size 2 --test_queries 2 --search_queries 1 --seeds 1 --search_tenants 0"
         command += f" --teacher_queries 2 --teacher_epochs 1 --teachers_dir {tmp_path / 'teachers'}"
-        command += (
-            f" --architecture language-model --data {data} --model {tiny_llm} --output {tmp_path / 'lines.jsonl'}"
-        )
+        command += f" --data {data} --model {tiny_llm} --output {tmp_path / 'lines.jsonl'}"
+        command += " --architecture language-model"
         monkeypatch.setattr(sys, "argv", ["streaming_tenants.py", *command.split(), *arguments])
         streaming_tenants.main()
         lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
@@ -355,6 +356,34 @@ def test_every_method_of_the_benchmark_onboards_a_tenant(benchmark, tmp_path):
     assert len(header) == len(rows[0])
 
 
+def test_every_method_of_the_benchmark_answers_for_a_tenant(benchmark, tmp_path):
+    assistant = ("--architecture", "assistant", "--tenants", "bank", "--pool", "relatives", "--others", "1")
+    lines, out = benchmark(*assistant)
+    assert [line["method"] for line in lines] == list(assistant_runs.METHODS)
+    of = {line["method"]: line for line in lines}
+    for line in lines:
+        assert (line["tenant"], line["teachers"]) == ("bank", 2)
+        assert 0 <= line["accuracy_at_1"] <= 1
+        assert line["tokens_per_s"] > 0
+        assert (line["MB"] > 0) == (line["method"] != "no adapter")
+    assert list(of["AdapterDistillation"]["weights"]) == ["air", "bank_relative"]
+    assert "answers, merge: cat, 1" in out
+    made_with = json.loads((tmp_path / "teachers" / "bank_relative" / "made_with.json").read_text())
+    assert made_with["architecture"] == "assistant"
+    header, rows = embeddings(lines)
+    assert header[3:6] == ["accuracy@1", "points above no adapter", "points above plain"], "nothing is ranked"
+    assert rows[0][0] == "no adapter"
+    assert {len(row) for row in rows} == {len(header)}
+
+
+def test_an_assistant_chooses_its_rate_by_its_right_answers():
+    lines = [
+        {"method": "plain adapter", "queries": "validation", "learning_rate": rate, "accuracy_at_1": right}
+        for rate, right in ((1e-3, 0.2), (3e-3, 0.7))
+    ]
+    assert streaming_tenants.chosen_rates(assistant_runs.METHODS, ["plain adapter"], lines) == {"plain adapter": 3e-3}
+
+
 def test_random_teachers_have_the_norms_of_the_trained_ones(benchmark, tmp_path, monkeypatch):
     met = []
     way = llm_methods.WAYS["average, trained"]
@@ -377,6 +406,7 @@ def test_random_teachers_have_the_norms_of_the_trained_ones(benchmark, tmp_path,
     ("arguments", "message"),
     [
         (["--bf16"], "--architecture language-model knows no --device, --bf16 or --latency"),
+        (["--architecture", "assistant", "--latency"], "--architecture assistant knows no --device, --bf16 or"),
         (["--others", "-1"], "--others -1 is out of range; it must be at least 0"),
         (["--methods", "SetFit"], "--methods 'SetFit' is unknown; choose of 'frozen encoder'"),
         (["--shots", "0", "--methods", "best merge"], "--methods 'best merge' needs labelled queries"),

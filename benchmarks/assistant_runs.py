@@ -1,0 +1,47 @@
+"""Teachers and runs of `streaming_tenants.py` on the assistant of `examples/llm_skills.py`."""
+
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from language_model_runs import LORA_METHODS, lora_of, onboarding, trained_lora
+from pools import arrival, keep_teacher, learned_weights
+from tenant_jobs import Arguments, Job, Method, finished
+
+from llm_methods import Outcome  # isort: skip
+from llm_model import stored_megabytes  # isort: skip
+from llm_tasks import messages_of  # isort: skip
+
+RATES = (1e-3, 3e-3)
+
+METHODS = {"no adapter": Method(partial(lora_of, way="no adapter"), (0.0,), needs_labels=False)} | {
+    name: method._replace(rates=RATES if len(method.rates) > 1 else method.rates)
+    for name, method in LORA_METHODS.items()
+}
+
+
+def train_teacher(args: Arguments, name: str) -> str:
+    """Train and keep the LoRA of a tenant; return a line about it."""
+    with trained_lora(args, name, "answers") as (llm, made):
+        exact = llm.score(Outcome(made, 0.0), messages_of(llm.new, "validation", args.search_queries)).quality
+        keep_teacher(args, partial(shutil.copytree, made), name, {"accuracy_at_1": exact})
+    return f"teacher {name}: {exact:.3f} of the answers are right on its own tenant"
+
+
+def run_job(args: Arguments, job: Job) -> dict[str, Any]:
+    """Onboard a tenant with one method, and count the messages that it answers with exactly the right label."""
+    came = arrival(args, job.tenant, job.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        run = onboarding(args, job, came, Path(folder), "answers")
+        began, cpu_began = time.perf_counter(), time.process_time()
+        lora = METHODS[job.method].onboard(run)
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        n_messages = args.search_queries if job.queries == "validation" else args.test_queries
+        score = run.llm.score(Outcome(lora, seconds), messages_of(came.tenant, job.queries, n_messages))
+        line = {**job._asdict(), "shots": args.n_shots, "teachers": len(came.teachers)}
+        line |= {"accuracy_at_1": score.quality, "tokens_per_s": score.per_second, "MB": stored_megabytes(lora)}
+    line |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    return finished(args, line | learned_weights(run.llm.weights))
