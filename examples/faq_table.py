@@ -44,7 +44,7 @@ def draw(rows: Rows, weights: Mapping[str, float], student: str) -> Figure:
 
     Args:
         rows: The rows with `accuracy_at_1` and `onboard_s`.
-        weights: The weight of each teacher; they sum to 1.
+        weights: The weight of each teacher.
         student: The name of the new tenant.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
@@ -100,13 +100,13 @@ def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 def draw_weights(axes: Axes, weights: Mapping[str, float]) -> None:
     """Draw a bar for each teacher, from the mean weight to its own."""
-    mean = 1 / len(weights)
+    mean = sum(weights.values()) / len(weights)
     names = sorted(weights, key=lambda name: weights[name])
     for name in names:
         axes.barh(name, weights[name] - mean, left=mean, color=DISTILLED if weights[name] >= mean else BELOW)
         end = (max(weights[name], mean), name)
         axes.annotate(f"{weights[name]:.2f}", end, (4, 0), textcoords="offset points", va="center", fontsize="small")
     axes.axvline(mean, color=OTHER, linewidth=1)
-    axes.set_xlabel(f"weight (line: the mean, 1/{len(weights)})")
+    axes.set_xlabel("weight (line: the mean)")
     axes.set_xlim(0, 1.15 * max(weights.values()))
     axes.spines[["top", "right"]].set_visible(False)

@@ -71,7 +71,7 @@ def plot_teacher_attention(
 def plot_teacher_weights(weights: Mapping[str, float], title: str = "Weights of the teachers") -> "Figure":
     """Draw the weights of the teachers for a task, `TeacherWeights.mean()`, as bars, the heaviest on top.
 
-    The rest up to 1 is the bar of the null teacher, "(none)". A line marks the equal share.
+    What they lack to 1 is the bar of the null teacher, "(none)". A line marks the equal share.
 
     Raises:
         ValueError: If there are no weights.
@@ -80,11 +80,11 @@ def plot_teacher_weights(weights: Mapping[str, float], title: str = "Weights of 
     if not weights:
         raise ValueError("There are no weights; learn them with weigh_teachers(model, batches).")
     ordered = dict(sorted(weights.items(), key=lambda item: item[1]))
-    bars = {"(none)": 1 - sum(weights.values()), **ordered}
+    bars = {"(none)": max(0.0, 1 - sum(weights.values())), **ordered}
     figure, axes = _bars({name: Estimate(weight, nan) for name, weight in bars.items()}, title, "teacher", "weight")
-    axes.axvline(1 / len(bars), color="gray", linestyle="--", linewidth=1, label="the equal share")
+    axes.axvline(sum(bars.values()) / len(bars), color="gray", linestyle="--", linewidth=1, label="the equal share")
     axes.legend(loc="lower right", fontsize=8)
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, max(1.0, *bars.values()))
     return figure
 
 

@@ -21,15 +21,16 @@ class TeacherFusion(nn.Module):
 
     .. math::
         q = Q h, \quad k_n = K u_n, \quad v_n = V u_n, \quad a = \mathrm{softmax}_n(q \cdot k_n + \log w_n), \quad
-        \mathrm{fused} = \sum_n a_n v_n
+        \mathrm{fused} = s \sum_n a_n v_n
 
     with h the input of the layer's adapters, u_n the update of teacher n, and w_n its weight for the task, all equal
     unless they were learned (`set_weights`). What is left of the weights belongs to a null teacher, whose update is
-    zero. The key has no bias: it would add the same number to each teacher's score and vanish in the softmax. The
-    value starts at the identity, so the first fused output is a convex combination of the updates. With a `rank`,
-    query and key project to this width, and the value stays the identity, without weights: the size of the module
-    then follows d, and not its square. It does not depend on the number of teachers. The module also holds the
-    layer's weights of the objective `task_specific`.
+    zero. The scale s is 1, or the sum of learned weights if that is larger; w_n are then shares of it. The key has no
+    bias: it would add the same number to each teacher's score and vanish in the softmax. The value starts at the
+    identity, so the first fused output is a convex combination of the updates, times s. With a `rank`, query and key
+    project to this width, and the value stays the identity, without weights: the size of the module then follows d,
+    and not its square. It does not depend on the number of teachers. The module also holds the layer's weights of the
+    objective `task_specific`.
 
     Sources: Wang et al., https://arxiv.org/abs/2312.16261 (Q_l, K_l, V_l of each layer); AdapterFusion,
     https://arxiv.org/abs/2005.00247 (the form of the attention).
@@ -69,13 +70,15 @@ class TeacherFusion(nn.Module):
         self.layer_weight = 1.0  # in the mean of the layers' losses
         self.task_specific: TaskSpecificLoss | None = None
         self.weighted_names: tuple[str, ...] = ()
+        self.scale = 1.0
         # (n_teachers + 1,), the null teacher's last; it follows from `Distillation.weights`, which is saved.
         self.register_buffer("log_weights", None, persistent=False)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Let the attention start at weights of the teachers that sum to 1 or less; the rest is the null teacher's."""
-        self.weighted_names = tuple(weights)
-        values = torch.tensor([*weights.values(), 1 - sum(weights.values())], dtype=torch.float64)
+        """Let the fused update start at weights of the teachers; what they lack to 1 is the null teacher's."""
+        self.weighted_names, total = tuple(weights), sum(weights.values())
+        self.scale = max(1.0, total)
+        values = torch.tensor([*weights.values(), self.scale - total], dtype=torch.float64) / self.scale
         weight = self.key.weight
         self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(weight.device, at_least_float32(weight.dtype))
 
@@ -83,17 +86,17 @@ class TeacherFusion(nn.Module):
         """Return the weights of the teachers; empty where they are equal."""
         if self.log_weights is None:
             return {}
-        return dict(zip(self.weighted_names, self.log_weights.exp().tolist(), strict=False))
+        return dict(zip(self.weighted_names, (self.scale * self.log_weights.exp()).tolist(), strict=False))
 
     def weights_of(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the weights of adapters, (n,), which with the null teacher's sum to 1."""
+        """Return the weights of adapters, (n,), which with the null teacher's sum to the scale."""
         log_weights = self.log_weights_of(names)
         if log_weights is None:
             return torch.full((len(names),), 1 / len(names), dtype=at_least_float32(self.key.weight.dtype))
-        return log_weights.softmax(dim=0, dtype=at_least_float32(log_weights.dtype))[:-1]
+        return self.scale * log_weights.softmax(dim=0, dtype=at_least_float32(log_weights.dtype))[:-1]
 
     def log_weights_of(self, names: Sequence[str]) -> torch.Tensor | None:
-        """Return the logarithms of the weights of adapters and of the null teacher, (n + 1,); None without weights.
+        """Return the logarithms of the shares of adapters and of the null teacher, (n + 1,); None without weights.
 
         An adapter without a weight, as the student, has the mean weight of the teachers.
         """
@@ -143,8 +146,11 @@ class TeacherFusion(nn.Module):
         return self.query(hidden_states) @ self.key.weight
 
     def apply_value(self, fused_update: torch.Tensor) -> torch.Tensor:
-        """Multiply a fused update, (batch, seq_len, output), with the value."""
-        return fused_update if self.value is None else self.value(fused_update)
+        """Multiply a fused update, (batch, seq_len, output), with the value and the scale."""
+        return self._scaled(fused_update if self.value is None else self.value(fused_update))
+
+    def _scaled(self, fused_update: torch.Tensor) -> torch.Tensor:
+        return fused_update if self.scale == 1 else self.scale * fused_update
 
     def fuse_stacked(
         self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
@@ -194,7 +200,8 @@ class TeacherFusion(nn.Module):
             for stacked, part, z in zip(stacks, parts, features, strict=True)
         ]
         fused_update = sum(updates[1:], updates[0])
-        return fused_update if values_first else self.apply_value(fused_update), attention.detach()
+        fused = self._scaled(fused_update) if values_first else self.apply_value(fused_update)
+        return fused, attention.detach()
 
     def fuse_chunks(
         self,

@@ -11,8 +11,9 @@ class TeacherWeights(NamedTuple):
     """Weights of the teachers for a task, as they were learned from its labels.
 
     Args:
-        by_place: The weight of each teacher at each place of the model, `{place: {teacher: weight}}`. The weights of a
-            place sum to 1 or less; the rest belongs to the null teacher, which adds no update.
+        by_place: The weight of each teacher at each place of the model, `{place: {teacher: weight}}`. What the weights
+            of a place lack to 1 belongs to the null teacher, which adds no update. They may sum to more than 1: the
+            sum of the teachers' updates is then longer than their mean.
         gain: The share of the task loss without teachers that the weighted teachers take away, on labels to which the
             weights were not fitted; negative where they do harm.
     """
@@ -33,9 +34,8 @@ class TeacherWeights(NamedTuple):
     def heavy(self) -> list[str]:
         """Return the teachers with at least half of an even share, or the heaviest one."""
         mean = self.mean()
-        return [name for name, weight in mean.items() if weight >= 0.5 / (len(mean) + 1)] or [
-            max(mean, key=lambda name: mean[name])
-        ]
+        least = 0.5 * max(1.0, sum(mean.values())) / (len(mean) + 1)
+        return [name for name, weight in mean.items() if weight >= least] or [max(mean, key=lambda name: mean[name])]
 
     def shares(self, kept: Sequence[str]) -> list[float]:
         """Return the mean weights of some teachers, as shares that sum to 1."""

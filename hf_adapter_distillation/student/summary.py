@@ -11,7 +11,10 @@ def weights_table(weights: TeacherWeights, kept: Collection[str]) -> str:
     means = weights.mean()
     lines = [f"{'teacher':<32}{'weight':>10}"]
     lines += [f"{name:<32}{weight:>10.3f}{'  kept' if name in kept else ''}" for name, weight in means.items()]
-    lines += [f"{'(none)':<32}{1 - sum(means.values()):>10.3f}", f"{'gain on other labels':<32}{weights.gain:>10.1%}"]
+    lines += [
+        f"{'(none)':<32}{max(0.0, 1 - sum(means.values())):>10.3f}",
+        f"{'gain on other labels':<32}{weights.gain:>10.1%}",
+    ]
     return "\n".join(lines)
 
 

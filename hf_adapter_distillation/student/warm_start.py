@@ -132,8 +132,8 @@ def _start_module(
     shares = _shares(list(teachers), weights)
     if isinstance(student, LoRA):
         if weights is not None:  # the null teacher takes its share of the mean
-            here, null = sum(weights[name] for name in teachers), 1 - sum(weights.values())
-            shares = [share * here / (here + null) for share in shares]
+            here, total = sum(weights[name] for name in teachers), sum(weights.values())
+            shares = [share * max(1.0, total) * here / (here + max(0.0, 1 - total)) for share in shares]
         average_lora(student, list(teachers.values()), shares)
     else:
         student.load_state_dict(_mean(list(teachers.values()), shares))

@@ -25,6 +25,7 @@ STEPS = 16
 # How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
 # between two weights. The rate has a limit, since the signs of very few gradients are mostly noise.
 SCORE_RANGE, MAXIMAL_RATE = 2.25, 0.5
+SCALE_RANGE = 0.6  # the same for the logarithm of the scale: a factor of 1.8
 HEAD_RANGE = 0.01  # the same for a head's parameters
 
 Batches = Callable[[], Iterable[Any]]  # a new pass over some labelled batches
@@ -36,15 +37,18 @@ class WeighingPass(LayerPass):
 
     Args:
         scores: The score of each teacher and of the null teacher, (n_places or 1, n_teachers + 1). The weights are
-            their softmax over those that a place has; None for no teacher at all.
+            their softmax over those that a place has, times the scale; None for no teacher at all.
+        log_scales: The logarithm of the scale, (n_places or 1, 1).
         places: The number of the row of each place.
         names: The teachers, in the order of the scores.
     """
 
     joins_student = True
 
-    def __init__(self, scores: torch.Tensor | None, places: dict[str, int], names: Sequence[str]) -> None:
-        self.scores = scores
+    def __init__(
+        self, scores: torch.Tensor | None, log_scales: torch.Tensor, places: dict[str, int], names: Sequence[str]
+    ) -> None:
+        self.scores, self.log_scales = scores, log_scales
         self.places = places
         self.numbers = {name: number for number, name in enumerate(names)}
 
@@ -52,10 +56,11 @@ class WeighingPass(LayerPass):
         """Pass the weighted sum on."""
         if self.scores is None:
             return torch.zeros_like(place.student_output) + place.base
-        row = self.scores[self.places[place.fusion.location]]
+        number = self.places[place.fusion.location]
+        row, scale = self.scores[number], self.log_scales[number].exp()
 
         def weigh(names: tuple[str, ...]) -> torch.Tensor:
-            return row[[*(self.numbers[name] for name in names), -1]].softmax(dim=0)[:-1]
+            return scale * row[[*(self.numbers[name] for name in names), -1]].softmax(dim=0)[:-1]
 
         return place.base + place.mix(weigh)
 
@@ -71,8 +76,8 @@ def weigh_teachers(
     """Learn one weight for each teacher of the active student from a few labelled batches, in place of the student.
 
     In each layer the weighted sum of the teachers' updates stands for the student's update, and the task loss trains
-    the weights, which are the only parameters (beside a head that the teachers do not have, which is put back). One
-    half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
+    the weights and their scale, the only parameters (beside a head that the teachers do not have, which is put back).
+    One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
     Nothing on the model changes. `DistillationTrainer` does this for `student_start="weighted"`.
 
     After LoraHub (https://arxiv.org/abs/2307.13269) and learned merging (https://arxiv.org/abs/2402.15414), which
@@ -161,7 +166,8 @@ class Learner:
         weight, size = fusions[0].key.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
         dtype = at_least_float32(weight.dtype)
         self.scores = torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=True)
-        self.pass_ = WeighingPass(self.scores, self.places, block.teachers)
+        self.log_scales = torch.zeros((size[0], 1), dtype=dtype, device=weight.device, requires_grad=True)
+        self.pass_ = WeighingPass(self.scores, self.log_scales, self.places, block.teachers)
         heads = dict(heads_of(model).items())
         named = dict(heads[block.student].named_parameters()) if block.student in heads else {}
         names = [name for name, parameter in named.items() if parameter.requires_grad]
@@ -174,7 +180,7 @@ class Learner:
 
     def weights(self) -> torch.Tensor:
         """Return the weights, (n_places or 1, n_teachers + 1), detached."""
-        return self.scores.detach().softmax(dim=1).cpu()
+        return (self.log_scales.exp() * self.scores.softmax(dim=1)).detach().cpu()
 
     @contextmanager
     def without_teachers(self) -> Iterator[None]:
@@ -205,15 +211,15 @@ class Learner:
     def learn(self, batches: Batches, steps: int) -> None:
         """Train for some steps, over the batches again and again; fewer steps are larger ones, up to a limit."""
         rate = min(MAXIMAL_RATE, 2 * SCORE_RANGE / (steps + 1))  # falls to 0: half of it on average
-        groups = [{"params": [self.scores], "lr": rate}]
-        groups += [{"params": self.trained, "lr": rate * HEAD_RANGE / SCORE_RANGE}] if self.trained else []
-        optimizer = torch.optim.Adam(groups)
+        rates = {self.scores: rate, self.log_scales: rate * SCALE_RANGE / SCORE_RANGE}
+        rates |= dict.fromkeys(self.trained, rate * HEAD_RANGE / SCORE_RANGE)
+        optimizer = torch.optim.Adam([{"params": [parameter], "lr": of_one} for parameter, of_one in rates.items()])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
         passes = chain.from_iterable(batch() for batch in repeat(batches))
         for _, batch in zip(range(steps), passes, strict=False):
             self._backward(batch)
             gradients = []
-            for parameter in (self.scores, *self.trained):  # of every process, whatever its loss depends on
+            for parameter in rates:  # of every process, whatever its loss depends on
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.reduce(own)
                 gradients.append(parameter.grad)

@@ -87,14 +87,15 @@ class Reference:
         """Fuse updates by their names, read at the states, (batch, seq_len, hidden)."""
         query = states @ fusion["query.weight"].T + fusion["query.bias"]
         scores = [(query * (update @ fusion["key.weight"].T)).sum(dim=-1) for update in updates.values()]
+        scale = max(1.0, sum((self.weights or {}).values()))
         if self.weights is not None:  # the null teacher has the score 0, and an update of zero
-            values = {name: max(weight, MINIMAL_WEIGHT) for name, weight in self.weights.items()}
+            values = {name: max(weight / scale, MINIMAL_WEIGHT) for name, weight in self.weights.items()}
             values.setdefault(self.student, sum(values.values()) / len(values))
-            null = max(1 - sum(self.weights.values()), MINIMAL_WEIGHT)
+            null = max(1 - sum(self.weights.values()) / scale, MINIMAL_WEIGHT)
             scores = [score + log(values[name]) for name, score in zip(updates, scores, strict=True)]
             scores.append(torch.full_like(scores[0], log(null)))
         attention = torch.stack(scores, dim=-1).softmax(dim=-1)
-        fused = sum(attention[..., n : n + 1] * update for n, update in enumerate(updates.values()))
+        fused = sum(scale * attention[..., n : n + 1] * update for n, update in enumerate(updates.values()))
         return fused @ fusion["value.weight"].T if "value.weight" in fusion else fused
 
     def match(self, fusion, states, own, updates):

@@ -56,7 +56,8 @@ def cases(draw, family):
     batch, seq_len = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7]))
     lengths = draw(st.lists(st.integers(0, seq_len), min_size=batch, max_size=batch))
     parts = draw(st.lists(st.integers(0, 5), min_size=len(configs), max_size=len(configs)))  # the null teacher's last
-    weights = [part / sum(parts) for part in parts[:-1]] if any(parts) else None
+    length = draw(st.sampled_from([1, 1, 3]))  # of weights that sum to more than 1
+    weights = [length * part / sum(parts) for part in parts[:-1]] if any(parts) else None
     seed, scale = draw(st.integers(0, 10**6)), draw(st.sampled_from([1e-3, 0.3, 1.0]))
     return configs, lengths, seq_len, weights, draw(st.sampled_from([None, None, 1, 3])), seed, scale
 

@@ -53,7 +53,9 @@ def with_gradients(form, fusion, hidden_states):
 @given(
     order=st.permutations(list(CONFIGS)),
     rank=st.sampled_from([None, 3]),
-    weights=st.sampled_from([None, {"a": 0.5, "b": 1e-9, "c": 0.2, "d": 0.1}]),
+    weights=st.sampled_from(
+        [None, {"a": 0.5, "b": 1e-9, "c": 0.2, "d": 0.1}, {"a": 0.8, "b": 0.1, "c": 0.7, "d": 0.2}]
+    ),
     scale=st.sampled_from([1.0, 10.0]),  # at which the softmax is nearly one teacher
     together=st.booleans(),
 )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adapter_distillation import TeacherFusion
+from hf_adapter_distillation.method.fusion import MINIMAL_WEIGHT
 from hf_adapter_distillation.method.stacking import StackedAdapters
 
 
@@ -269,14 +270,19 @@ def test_no_tensor_has_the_size_of_the_updates(reaches_input):
 
 
 def weighted_reference(fusion, hidden_states, updates, weights):
-    """As `reference`, with the logarithms of the weights, and with a null teacher of score 0 and update 0."""
+    """As `reference`, with the logarithms of the weights, and with a null teacher of score 0 and update 0.
+
+    A sum above 1 is a scale, which leaves the smallest weight to the null teacher.
+    """
     fused, attention = torch.empty_like(hidden_states), hidden_states.new_empty(updates.shape[:3])
-    logs = torch.tensor([*weights, 1 - sum(weights)], dtype=torch.float64).log()
+    scale = max(1.0, sum(weights))
+    shares_at_start = [*(weight / scale for weight in weights), max(1 - sum(weights) / scale, MINIMAL_WEIGHT)]
+    logs = torch.tensor(shares_at_start, dtype=torch.float64).log()
     for b, t in torch.cartesian_prod(*map(torch.arange, hidden_states.shape[:2])).tolist():
         query = fusion.query.weight @ hidden_states[b, t] + fusion.query.bias
         scores = [query @ (fusion.key.weight @ update) for update in updates[b, t]]
         shares = (torch.stack([*scores, torch.zeros_like(scores[0])]) + logs).softmax(0)[:-1]
-        fused[b, t] = sum(w * (fusion.value.weight @ u) for w, u in zip(shares, updates[b, t], strict=True))
+        fused[b, t] = sum(scale * w * (fusion.value.weight @ u) for w, u in zip(shares, updates[b, t], strict=True))
         attention[b, t] = shares
     return fused, attention
 
@@ -291,7 +297,9 @@ def test_weighted_attention_equals_the_equation(batch, shapes, data):
     for number, stacked in enumerate(stacks):
         stacks[number] = stacked._replace(names=tuple(f"{number}.{name}" for name in stacked.names))
         names += stacks[number].names
-    weights = dict(zip(names, torch.rand(len(names) + 1).double().softmax(0).tolist()[:-1], strict=True))
+    factor = data.draw(st.sampled_from([1.0, 3.0]))  # of weights that sum to more than 1
+    values = factor * torch.rand(len(names) + 1).double().softmax(0)
+    weights = dict(zip(names, values.tolist()[:-1], strict=True))
     fusion = random_fusion(hidden)
     fusion.set_weights(dict(reversed(weights.items())))
     hidden_states = torch.randn(batch, seq_len, hidden, dtype=torch.float64, requires_grad=True)
@@ -330,6 +338,9 @@ def test_attention_starts_at_the_weights(dtype):
         torch.testing.assert_close(attention, wanted, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(fusion.weights_of(names).double(), expected, rtol=1e-4, atol=1e-5)
     assert fusion.weights() == pytest.approx(weights, abs=2e-6)
+    fusion.set_weights({"bank": 1.2, "travel": 0.4})
+    assert fusion.weights() == pytest.approx({"bank": 1.2, "travel": 0.4}, abs=2e-6)
+    torch.testing.assert_close(fusion.weights_of(["bank", "travel"]).tolist(), [1.2, 0.4], rtol=1e-4, atol=1e-5)
     assert "log_weights" not in fusion.state_dict()
 
 

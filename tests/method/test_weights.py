@@ -15,6 +15,7 @@ def test_heavy_teachers_have_half_of_an_even_share_on_average():
     assert weights.mean() == pytest.approx({"bank": 0.4, "travel": 0.1, "work": 0.3})
     assert weights.heavy() == ["bank", "work"]
     assert TeacherWeights({"layer": {"bank": 0.01, "travel": 0.02}}, 0.0).heavy() == ["travel"]
+    assert TeacherWeights({"layer": {"bank": 1.5, "travel": 0.25, "work": 0.2}}, 0.0).heavy() == ["bank", "travel"]
 
 
 def test_teachers_that_are_kept_share_what_all_have():

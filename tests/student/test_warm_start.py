@@ -279,19 +279,24 @@ def weighted_trainer(model, args, monkeypatch, weights):
     return trainer_for(model, args)
 
 
-def test_a_weighted_student_starts_at_the_weighted_update(trainer_args, monkeypatch):
-    """With the share of the null teacher, and without a light teacher, against torch's own least squares."""
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_weighted_student_starts_at_the_weighted_update(scale, trainer_args, monkeypatch):
+    """With the share of the null teacher, or a sum above 1, and without a light teacher.
+
+    Against torch's own least squares.
+    """
     model = make_student(make_model(dtype=torch.float64).double(), config="double_seq_bn", student_start="weighted")
     model = with_teachers_of_their_own_scores(model.double()).double()
-    weights = given_weights(model, {"bank": 0.5, "travel": 0.05, "work": 0.2}, per_place=0.1)
+    learned = {name: scale * weight for name, weight in {"bank": 0.5, "travel": 0.05, "work": 0.2}.items()}
+    weights = given_weights(model, learned, per_place=0.1)
     batch = make_batch(16)
     h, adapters = first_layer(model, batch)
-    kept = {"bank": 0.5 * 0.75 / 0.7, "work": 0.2 * 0.75 / 0.7}  # which share what all three have
+    kept = {name: learned[name] * 0.75 / 0.7 for name in ("bank", "work")}  # which share what all three have
     target = sum(weight * adapter_update(adapters[name], h, h) for name, weight in kept.items())
     trainer = weighted_trainer(model, trainer_args(), monkeypatch, weights)
     trainer.fit_start()
     assert trainer.block.teachers == ("bank", "work")
-    student, share = adapters["insurance"], kept["bank"] / 0.75
+    student, share = adapters["insurance"], 0.5 / 0.7
     for part in ("adapter_down.0.weight", "adapter_down.0.bias"):
         bank, work = (adapters[name].state_dict()[part] for name in kept)
         torch.testing.assert_close(student.state_dict()[part], share * bank + (1 - share) * work)
@@ -305,7 +310,8 @@ def test_a_weighted_student_starts_at_the_weighted_update(trainer_args, monkeypa
     assert fusion.weights() == pytest.approx(kept)
 
 
-def test_a_weighted_lora_starts_at_the_weighted_weight_change(trainer_args, monkeypatch):
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_weighted_lora_starts_at_the_weighted_weight_change(scale, trainer_args, monkeypatch):
     """At each place with its own weights, and of the teachers that it has, whatever the order of their projections."""
     model = make_model()
     for name in TEACHERS:
@@ -316,7 +322,8 @@ def test_a_weighted_lora_starts_at_the_weighted_weight_change(trainer_args, monk
     model.add_adapter("insurance", config=LoRAConfig(r=8, alpha=5), distill_from=settings)
     model.add_classification_head("insurance")
     model.double().train_adapter("insurance")
-    weights = given_weights(model, {"bank": 0.4, "travel": 0.2, "work": 0.3}, per_place=0.2)
+    learned = {name: scale * weight for name, weight in {"bank": 0.4, "travel": 0.2, "work": 0.3}.items()}
+    weights = given_weights(model, learned, per_place=0.2)
     trainer = weighted_trainer(model, trainer_args(), monkeypatch, weights)
     trainer.fit_start()
     found = adapter_layers(model, "insurance")
@@ -325,7 +332,8 @@ def test_a_weighted_lora_starts_at_the_weighted_weight_change(trainer_args, monk
         loras, row = layer.loras, weights.by_place[name]
         here = [teacher for teacher in TEACHERS if teacher in loras]
         assert len(here) == (2 if ".layer.1." in name else 3)
-        total = sum(row[teacher] for teacher in here) + 1 - sum(row.values())
+        length = max(1.0, sum(row.values()))  # those that are missing at a place leave their share to the others
+        total = (sum(row[teacher] for teacher in here) + max(0.0, 1 - sum(row.values()))) / length
         changes = [loras[n].lora_B @ loras[n].lora_A * loras[n].scaling * row[n] / total for n in here]
         student = loras["insurance"]
         change = student.lora_B @ student.lora_A * student.scaling

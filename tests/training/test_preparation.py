@@ -186,7 +186,7 @@ def test_a_training_weighs_its_teachers_and_follows_what_they_are_worth(trainer_
     assert weights.gain > 0.1
     assert trainer.distillation_weight == weights.gain * 1.0
     attention = [log["attention/good"] for log in trainer.state.log_history if "attention/good" in log][-1]
-    assert attention == pytest.approx(weights.at("", ["good"])["good"], abs=0.1)
+    assert attention == pytest.approx(min(1.0, weights.at("", ["good"])["good"]), abs=0.1), "a share of the scale"
     trainer.model.save_adapter(str(tmp_path / "insurance"), "insurance")
     settings = read_provenance(str(tmp_path / "insurance")).run.settings
     assert settings["teacher_weights"] == pytest.approx(weights.mean(), abs=1e-4)
