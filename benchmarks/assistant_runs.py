@@ -9,16 +9,14 @@ from typing import Any
 
 from language_model_runs import LORA_METHODS, lora_of, onboarding, trained_lora
 from pools import arrival, keep_teacher, learned_weights
-from tenant_jobs import Arguments, Job, Method, finished
+from tenant_jobs import Arguments, Job, Method, finished, started
 
 from llm_methods import Outcome  # isort: skip
 from llm_model import stored_megabytes  # isort: skip
 from llm_tasks import messages_of  # isort: skip
 
-RATES = (1e-3, 3e-3)
-
 METHODS = {"no adapter": Method(partial(lora_of, way="no adapter"), (0.0,), needs_labels=False)} | {
-    name: method._replace(rates=RATES if len(method.rates) > 1 else method.rates)
+    name: method._replace(rates=method.rates[:2])  # as in the example
     for name, method in LORA_METHODS.items()
 }
 
@@ -39,9 +37,10 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
         began, cpu_began = time.perf_counter(), time.process_time()
         lora = METHODS[job.method].onboard(run)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-        n_messages = args.search_queries if job.queries == "validation" else args.test_queries
-        score = run.llm.score(Outcome(lora, seconds), messages_of(came.tenant, job.queries, n_messages))
-        line = {**job._asdict(), "shots": args.n_shots, "teachers": len(came.teachers)}
-        line |= {"accuracy_at_1": score.quality, "tokens_per_s": score.per_second, "MB": stored_megabytes(lora)}
+        messages = messages_of(came.tenant, job.queries, args.n_measured(job.queries))
+        score = run.llm.score(Outcome(lora, seconds), messages)
+        megabytes = stored_megabytes(lora)
+    line = started(args, job, came.teachers)
+    line |= {"accuracy_at_1": score.quality, "tokens_per_s": score.per_second, "MB": megabytes}
     line |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
     return finished(args, line | learned_weights(run.llm.weights))

@@ -25,7 +25,7 @@ from pools import (
     shots_of,
     teacher_tenant,
 )
-from tenant_jobs import Arguments, Job, finished
+from tenant_jobs import Arguments, Job, finished, started
 from transformers import BatchEncoding
 
 import hf_adapter_distillation as had
@@ -94,9 +94,8 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
     cpu_began = time.process_time()
     save = METHODS[job.method].onboard(run)
     cpu_seconds = time.process_time() - cpu_began
-    n_queries = args.search_queries if job.queries == "validation" else args.test_queries
-    test = pairs(new, job.queries, n_queries=n_queries, n_wrong=None)
-    line = {**job._asdict(), "shots": args.n_shots, "teachers": len(came.teachers)}
+    test = pairs(new, job.queries, n_queries=args.n_measured(job.queries), n_wrong=None)
+    line = started(args, job, came.teachers)
     line |= {**platform.evaluate(test, len(new.faqs)), "seconds": run.seconds, "cpu_seconds": cpu_seconds}
     if job.queries == "test":
         line |= costs(platform, save, platform.batches(test, len(new.faqs))[:12])

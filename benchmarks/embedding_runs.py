@@ -23,7 +23,7 @@ from pools import (
     shots_of,
     teacher_tenant,
 )
-from tenant_jobs import Arguments, Job, Method, finished
+from tenant_jobs import Arguments, Job, Method, finished, started
 
 import hf_adapter_distillation as had
 
@@ -117,9 +117,8 @@ def measured(
     onboarded = method.onboard(run)
     faqs = faq_embeddings(run, onboarded)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    line = {**job._asdict(), "shots": args.n_shots, "teachers": len(came.teachers)}
-    n_queries = args.search_queries if job.queries == "validation" else args.test_queries
-    line |= evaluate(onboarded, faqs, labelled_queries(came.tenant, job.queries, n_queries))
+    test = labelled_queries(came.tenant, job.queries, args.n_measured(job.queries))
+    line = started(args, job, came.teachers) | evaluate(onboarded, faqs, test)
     line |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
     if job.queries == "test":
         with tempfile.TemporaryDirectory() as folder:

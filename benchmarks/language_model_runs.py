@@ -144,7 +144,7 @@ def trained_lora(args: Arguments, name: str, task: str) -> Iterator[tuple[llm_me
     """Train the LoRA of a tenant; give the onboarding that made it, and its folder for the time of the block."""
     path, tokenizer = language_model(args.model)
     tenant = teacher_tenant(args, name)
-    n_queries = sum(len(faq.train[: args.teacher_queries]) for faq in tenant.faqs)
+    queries = labelled_queries(tenant, "train", args.teacher_queries)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             folder,
@@ -155,7 +155,7 @@ def trained_lora(args: Arguments, name: str, task: str) -> Iterator[tuple[llm_me
             steps=0,
             validation_queries=args.search_queries,
             teacher_queries=args.teacher_queries,
-            teacher_steps=args.teacher_epochs * -(-n_queries // args.teacher_batch_size),
+            teacher_steps=args.teacher_epochs * -(-len(queries) // args.teacher_batch_size),
             teacher_learning_rate=args.teacher_learning_rate,
         )
         llm = llm_methods.Onboarding(settings, task, path, tokenizer, tenant, [])

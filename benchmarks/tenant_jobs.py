@@ -70,6 +70,10 @@ class Arguments:
         """Return the training queries per FAQ as a number, or "all"."""
         return self.shots if self.shots == "all" else int(self.shots)
 
+    def n_measured(self, split: str) -> int:
+        """Return the queries of each FAQ, at most, that measure a run on a split."""
+        return self.search_queries if split == "validation" else self.test_queries
+
     def of_results(self) -> dict[str, Any]:
         """Return the arguments that two runs must share to be compared."""
         free = ["methods", "tenants", "seeds", "latency", "processes", "output", "teachers_dir", "device", "bf16"]
@@ -118,6 +122,11 @@ class Job(NamedTuple):
     def of(cls, line: dict[str, Any]) -> "Job":
         """Return the job of a line."""
         return cls(*(line[name] for name in cls._fields))
+
+
+def started(args: Arguments, job: Job, teachers: list[str]) -> dict[str, Any]:
+    """Return what a line says of a job before it runs."""
+    return {**job._asdict(), "shots": args.n_shots, "teachers": len(teachers)}
 
 
 def finished(args: Arguments, line: dict[str, Any]) -> dict[str, Any]:
