@@ -127,10 +127,7 @@ class Onboarding:
         print("AdapterDistillation, start of the student", flush=True)
         began = time.perf_counter()
         self.platform.new_adapter(name, had.DistillationConfig(self.teachers, fusion_rank=32), self.args.seed)
-        settings = training_arguments(self.args, steps) | {
-            "weighing_steps": max(2, min(had.DistillationTrainingArguments.weighing_steps, steps)),
-        }
-        trainer = self.platform.trainer(self.tenant, self.labelled, **settings)
+        trainer = self.platform.trainer(self.tenant, self.labelled, **training_arguments(self.args, steps))
         trainer.fit_start()
         seconds = time.perf_counter() - began
         weights, with_heavy_teachers = had.distillation_of(self.model, name).weights, self.model.active_adapters

@@ -118,13 +118,16 @@ class EmbeddingPlatform:
         """Return a trainer of the active adapter on labelled queries, with further training arguments.
 
         A student that has `distill_from` gets the trainer of this package, which also distils from unlabelled queries.
+        By default it weighs the teachers in no more steps than its training has.
         """
         distilled = isinstance(self.model.active_adapters, had.AdapterDistillation)
         cls: Any = SentenceTransformerDistillationTrainer if distilled else SentenceTransformerTrainer
         args_cls: Any = SentenceTransformerTrainingArguments
-        if distilled:
-            args_cls = SentenceTransformerDistillationTrainingArguments
         settings = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
+        if distilled:
+            args_cls, steps = SentenceTransformerDistillationTrainingArguments, arguments.get("max_steps", -1)
+            if steps > 0:
+                settings["weighing_steps"] = max(2, min(args_cls.weighing_steps, steps))
         args = args_cls(f"{self.output_dir}/training", dataloader_pin_memory=False, **(settings | arguments))
         loss = TenantSoftmaxLoss(self.encoder, [faq.question for faq in tenant.faqs])
         further = {"distillation_dataset": unlabelled} if unlabelled is not None else {}

@@ -159,7 +159,6 @@ class StudentMaker:
                 learning_rate=settings.learning_rate,
                 per_device_train_batch_size=settings.batch_size,
                 seed=settings.seed,
-                weighing_steps=max(2, min(had.DistillationTrainingArguments.weighing_steps, settings.steps)),
             )
             save_student(platform, tenant, self.output)
             platform.model.delete_adapter(tenant.name)

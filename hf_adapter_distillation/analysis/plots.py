@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
+from ..method.weights import weight_of_none
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -80,7 +82,7 @@ def plot_teacher_weights(weights: Mapping[str, float], title: str = "Weights of 
     if not weights:
         raise ValueError("There are no weights; learn them with weigh_teachers(model, batches).")
     ordered = dict(sorted(weights.items(), key=lambda item: item[1]))
-    bars = {"(none)": max(0.0, 1 - sum(weights.values())), **ordered}
+    bars = {"(none)": weight_of_none(weights.values()), **ordered}
     figure, axes = _bars({name: Estimate(weight, nan) for name, weight in bars.items()}, title, "teacher", "weight")
     axes.axvline(sum(bars.values()) / len(bars), color="gray", linestyle="--", linewidth=1, label="the equal share")
     axes.legend(loc="lower right", fontsize=8)

@@ -1,10 +1,15 @@
 """Weights of the teachers for a task."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # Of teachers with random weights, most are below it; see the benchmark of the docs.
 MINIMAL_GAIN = 0.1
+
+
+def weight_of_none(weights: Iterable[float]) -> float:
+    """Return what the weights of the teachers lack to 1, which is the null teacher's, that adds no update."""
+    return max(0.0, 1 - sum(weights))
 
 
 class TeacherWeights(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from ..method.weights import MINIMAL_GAIN, TeacherWeights
+from ..method.weights import MINIMAL_GAIN, TeacherWeights, weight_of_none
 from .training_run import TrainingRun
 
 
@@ -12,7 +12,7 @@ def weights_table(weights: TeacherWeights, kept: Collection[str]) -> str:
     lines = [f"{'teacher':<32}{'weight':>10}"]
     lines += [f"{name:<32}{weight:>10.3f}{'  kept' if name in kept else ''}" for name, weight in means.items()]
     lines += [
-        f"{'(none)':<32}{max(0.0, 1 - sum(means.values())):>10.3f}",
+        f"{'(none)':<32}{weight_of_none(means.values()):>10.3f}",
         f"{'gain on other labels':<32}{weights.gain:>10.1%}",
     ]
     return "\n".join(lines)
@@ -33,7 +33,7 @@ def summary_rows(student: str, run: TrainingRun) -> list[tuple[str, str]]:
         facts += [] if name in kept else ["left out"]
         rows.append((f"teacher {name}", ", ".join(facts) or "not weighed"))
     if weights:
-        rows.append(("no teacher", f"weight {max(0.0, 1 - sum(weights.values())):.2f}"))
+        rows.append(("no teacher", f"weight {weight_of_none(weights.values()):.2f}"))
         gain = settings.get("teacher_gain", 0.0)
         too_little = ", too little to start at them" if gain < MINIMAL_GAIN else ""
         of_loss = f"{gain:.1%} of the task loss, on labels that did not fit the weights{too_little}"

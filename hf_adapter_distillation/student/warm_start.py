@@ -16,6 +16,7 @@ from ..method.layers import AdapterPlace, adapter_layers, adapters_of
 from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
+from ..method.weights import weight_of_none
 from .digests import adapter_weights, rounded_digests, value_digest
 from .least_squares import UpProjectionFit
 
@@ -132,8 +133,8 @@ def _start_module(
     shares = _shares(list(teachers), weights)
     if isinstance(student, LoRA):
         if weights is not None:  # the null teacher takes its share of the mean
-            here, total = sum(weights[name] for name in teachers), sum(weights.values())
-            shares = [share * max(1.0, total) * here / (here + max(0.0, 1 - total)) for share in shares]
+            here, none = sum(weights[name] for name in teachers), weight_of_none(weights.values())
+            shares = [share * max(1.0, sum(weights.values())) * here / (here + none) for share in shares]
         average_lora(student, list(teachers.values()), shares)
     else:
         student.load_state_dict(_mean(list(teachers.values()), shares))
