@@ -133,8 +133,9 @@ def _start_module(
     shares = _shares(list(teachers), weights)
     if isinstance(student, LoRA):
         if weights is not None:  # the null teacher takes its share of the mean
-            here, none = sum(weights[name] for name in teachers), weight_of_none(weights.values())
-            shares = [share * max(1.0, sum(weights.values())) * here / (here + none) for share in shares]
+            here, total = sum(weights[name] for name in teachers), sum(weights.values())
+            of_all = max(1.0, total) * here / (here + weight_of_none([total]))
+            shares = [share * of_all for share in shares]
         average_lora(student, list(teachers.values()), shares)
     else:
         student.load_state_dict(_mean(list(teachers.values()), shares))
