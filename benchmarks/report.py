@@ -319,12 +319,12 @@ TABLES = {
 
 
 def report_embeddings(*paths: Path) -> None:
-    """Print a table for each file, and draw a panel for each beside the first."""
+    """Print a table for each file, and draw a panel for each beside the first, under its name."""
     files = {path.stem: read(path) for path in paths}
     for name, lines in files.items():
         print(f"{name}\n\n{embeddings(lines)}\n")
-    quality_embeddings.draw_differences(files).savefig(paths[0].with_name("embeddings_differences.png"))
-    quality_embeddings.draw_cost(files).savefig(paths[0].with_name("embeddings_cost.png"))
+    quality_embeddings.draw_differences(files).savefig(paths[0].with_name(f"{paths[0].stem}_differences.png"))
+    quality_embeddings.draw_cost(files).savefig(paths[0].with_name(f"{paths[0].stem}_cost.png"))
 
 
 def main() -> None:

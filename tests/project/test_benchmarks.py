@@ -665,7 +665,7 @@ def test_the_plots_of_embeddings(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert [report.embeddings(lines) in out for lines in files.values()] == [True, True]
     for plot in ("differences", "cost"):
-        assert (tmp_path / f"embeddings_{plot}.png").stat().st_size > 10_000
+        assert (tmp_path / f"few_{plot}.png").stat().st_size > 10_000
     left, right = quality_embeddings.draw_differences(files).axes
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == ["frozen encoder", "AdapterFusion", "plain adapter", "AdapterDistillation"], "from the bottom"
