@@ -99,8 +99,9 @@ class DistillationConfig:
             reverse, and between them the generalised Jensen-Shannon divergence, as in trl's `GKDConfig`.
         weights_per_layer: Whether the weights of `student_start="weighted"` are learned for each layer apart.
         teacher_selection: `"all"`, or the maximal number of teachers: `DistillationTrainer` then ranks them on the
-            training data before the first step (`rank_teachers`) and keeps the best ones above chance. Of a pool it
-            loads the best ones alone (`choose_teachers`).
+            training data before the first step (`rank_teachers`) and keeps the best ones above chance; where their
+            heads do not know the labels, it keeps the heaviest ones. Of a pool it loads the best ones alone
+            (`choose_teachers`).
         fusion_rank: The width of query and key of the fusions, which then have no value matrix. Default: the width of
             the updates, with a value matrix, as in the paper; three such matrices in each projection of a language
             model can hold more weights than the model.

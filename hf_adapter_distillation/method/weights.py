@@ -40,7 +40,12 @@ class TeacherWeights(NamedTuple):
         """Return the teachers with at least half of an even share, or the heaviest one."""
         mean = self.mean()
         least = 0.5 * max(1.0, sum(mean.values())) / (len(mean) + 1)
-        return [name for name, weight in mean.items() if weight >= least] or [max(mean, key=lambda name: mean[name])]
+        return [name for name, weight in mean.items() if weight >= least] or self.heaviest(1)
+
+    def heaviest(self, number: int) -> list[str]:
+        """Return so many teachers, the heaviest first."""
+        mean = self.mean()
+        return sorted(mean, key=lambda name: -mean[name])[:number]
 
     def shares(self, kept: Sequence[str]) -> list[float]:
         """Return the mean weights of some teachers, as shares that sum to 1."""

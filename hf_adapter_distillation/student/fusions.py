@@ -6,6 +6,7 @@ from functools import partial
 from adapters import ModelAdaptersMixin
 from torch import nn
 from transformers import EncoderDecoderModel
+from transformers.utils import logging
 
 from .._compat import Adapter, LoRA, LoRALinear
 from ..composition import AdapterDistillation
@@ -19,6 +20,8 @@ from ..method.losses import TaskSpecificLoss
 from ..method.parameters import owner
 from ..method.stacking import says_nothing, update_sizes
 from ..method.whole_layers import distill_layer, hidden_size, holds, whole_layers
+
+logger = logging.get_logger(__name__)
 
 
 def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
@@ -111,8 +114,8 @@ def _reads_encoder(name: str, layer: nn.Module) -> bool:
     return in_cross_attention and isinstance(layer, LoRALinear) and layer.attn_key in ("k", "v")
 
 
-def silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> list[str]:
-    """Return the teachers whose update is zero in all layers."""
+def warn_of_silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
+    """Name the teachers whose update is zero in all layers, to which the match would pull the student."""
 
     def is_silent(places: Mapping[int, Mapping[str, nn.Module]]) -> bool:
         held = [module for place in places.values() for module in place.values()]
@@ -120,7 +123,13 @@ def silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> li
         modules = [module for modules in lists for module in modules]
         return all(isinstance(module, Adapter | LoRA) and says_nothing(module) for module in modules)
 
-    return [name for name, places in adapters_of(model, block.teachers).items() if is_silent(places)]
+    silent = [name for name, places in adapters_of(model, block.teachers).items() if is_silent(places)]
+    if silent:
+        logger.warning(
+            f"The teachers {', '.join(map(repr, silent))} of {block.student!r} add nothing anywhere (all weights of "
+            "their up-projections are zero), and the distillation pulls the student there; train them first, or leave "
+            "them out."
+        )
 
 
 def _add_hooks(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:

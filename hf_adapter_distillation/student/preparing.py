@@ -92,19 +92,24 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
 
 
 def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weights: TeacherWeights) -> None:
-    """Keep the heavy teachers, or all that a selection has kept, and let the fusions start at their weights.
+    """Keep the heavy teachers, or the heaviest for a selection, and let the fusions start at their weights.
 
     A student that is still at the average of its teachers is set to their weighted mean, and so is its head; or both
     to their own start, as those of a new adapter, where the teachers do not help.
     """
     student, at_start = block.student, is_at_average(model, block.student)
-    selected = distillation_of(model, student).config.teacher_selection != "all"
-    kept = [name for name in block.teachers if selected or name in weights.heavy()]
+    distillation = distillation_of(model, student)
+    k = distillation.config.teacher_selection
+    best = weights.heavy() if k == "all" else weights.heaviest(k)
+    kept = [name for name in block.teachers if name in best]
     if len(kept) < len(block.teachers):
+        if k != "all":
+            mean = weights.mean()
+            distillation.ranking = {name: mean[name] for name in weights.heaviest(len(mean))}
         _fuse_only(model, block, kept)
     for fusion in fusions_of(model, student):
         fusion.set_weights(weights.at(fusion.location, kept))
-    distillation_of(model, student).weights = weights
+    distillation.weights = weights
     if at_start and not weights.help:
         start_as_new(model, student)
     elif at_start:

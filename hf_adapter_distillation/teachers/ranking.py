@@ -8,6 +8,7 @@ import torch
 from adapters import AdapterSetup, ModelAdaptersMixin, Stack
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
 
+from .._compat import heads_of
 from ..composition import AdapterDistillation
 from ..method.heads import is_binary, is_of_sequences, shares_labels
 from ..method.losses import token_weights
@@ -49,6 +50,11 @@ def own_logits(
     return torch.stack(logits), torch.cat([batch["labels"].reshape(-1) for batch in inputs])
 
 
+def have_its_labels(model: ModelAdaptersMixin, block: AdapterDistillation) -> bool:
+    """Return whether the heads of all teachers predict the labels of the student."""
+    return all(shares_labels(model, block.student, name) for name in block.teachers)
+
+
 def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]) -> Ranking:
     """Score the teachers by their value for a new task without any training.
 
@@ -62,7 +68,7 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
         ValueError: If there is neither a common label space nor hidden states in the outputs of the model.
     """
     student, teachers = block.student, block.teachers
-    if not all("labels" in batch for batch in inputs) or not all(shares_labels(model, student, t) for t in teachers):
+    if not all("labels" in batch for batch in inputs) or not have_its_labels(model, block):
         values, what, chance = _agreement(model, block, inputs), "cosine", float("-inf")
     elif not is_of_sequences(model, student):
         losses = torch.stack([torch.stack(batches) for batches in of_each_teacher(model, block, inputs, "loss")])
@@ -84,9 +90,9 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
 
 def _agreement(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]) -> list[float]:
     """Return the cosine of each teacher's update of the last hidden states with the mean of the others' updates."""
-    below = block.children[:-1]
-    setups = [AdapterSetup(Stack(*below) if below else None)]
-    setups += [AdapterSetup(Stack(*below, name)) for name in block.teachers]
+    below, head = block.children[:-1], block.student if block.student in heads_of(model) else None
+    setups = [AdapterSetup(Stack(*below) if below else None, head_setup=head)]  # teachers may have no head
+    setups += [AdapterSetup(Stack(*below, name), head_setup=head) for name in block.teachers]
     totals, n_examples = torch.zeros(len(block.teachers)), 0
     with without_dropout(model), torch.no_grad():
         for batch in inputs:

@@ -23,11 +23,11 @@ from ..method.parameters import check_trainable, parameter_table
 from ..method.predictions import PredictionCache, example_keys, of_each_teacher, scores
 from ..student.choosing import choose_again, choose_from_pool
 from ..student.digests import teacher_digests
-from ..student.fusions import silent_teachers
+from ..student.fusions import warn_of_silent_teachers
 from ..student.preparing import keep_teachers, start_at_weights, train_again
 from ..student.summary import weights_table
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
-from ..teachers.ranking import fit_platt, own_logits, rank_teachers
+from ..teachers.ranking import fit_platt, have_its_labels, own_logits, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
 from .data import Examples, Labelled
@@ -98,16 +98,6 @@ def prepare_training(
     return Preparation(block, teacher_modules, digests, calibration, predictions, explained)
 
 
-def warn_of_silent_teachers(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Name the teachers whose update is zero in all layers, to which the match would pull the student."""
-    if silent := silent_teachers(model, block):
-        names = ", ".join(map(repr, silent))
-        logger.warning(
-            f"The teachers {names} of {block.student!r} add nothing anywhere (all weights of their up-projections are "
-            "zero), and the distillation pulls the student there; train them first, or leave them out."
-        )
-
-
 def _show(table: str, show: bool) -> None:
     logger.info(table)
     if show:
@@ -167,13 +157,15 @@ def select_teachers(
     """Keep only the best teachers if `DistillationConfig.teacher_selection` is a number; return the active block.
 
     A teacher that is not above chance is dropped, unless none is. A student that is still at its teachers' average is
-    set to the average of the kept ones.
+    set to the average of the kept ones. Where the heads do not know the labels, `weigh` keeps the heaviest instead.
     """
     distillation = distillation_of(model, block.student)
     k = distillation.config.teacher_selection
     if k == "all" or distillation.is_from_pool:
         return block
     with torch.random.fork_rng():  # the order of the training data stays the same
+        if not have_its_labels(model, block) and _starts_at_weights(model, block) and examples.labelled() is not None:
+            return block
         ranking = rank_teachers(model, block, _drawn_batches(examples, f"teacher_selection={k}"))
     # Processes may round differently, and must not choose differently.
     values = torch.tensor([ranking.scores[name] for name in block.teachers], device=accelerator.device)
@@ -196,13 +188,18 @@ def select_teachers(
     return block
 
 
+def _starts_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation) -> bool:
+    is_weighted = distillation_of(model, block.student).config.student_start == "weighted"
+    return is_weighted and bool(fusions_of(model, block.student))
+
+
 def weigh(
     model: ModelAdaptersMixin, block: AdapterDistillation, examples: Examples, accelerator: Accelerator, show: bool
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
     distillation = distillation_of(model, block.student)
     learned = distillation.weights is not None and distillation.run is None  # by `fit_start`
-    if distillation.config.student_start != "weighted" or learned or not fusions_of(model, block.student):
+    if learned or not _starts_at_weights(model, block):
         return block
     distillation.weights = None  # of an earlier training
     with torch.random.fork_rng():  # the order of the training data stays the same

@@ -17,7 +17,7 @@ from .._compat import forward_arguments, heads_of
 from ..method.predictions import without_dropout
 from ..method.wrappers import accepted_inputs, noting_inputs
 from .data import Examples, Labelled, draw_examples, halves
-from .preparation import choose, fit_student, weigh
+from .preparation import choose, fit_student, select_teachers, weigh
 from .steps import TwoStageTrainer
 
 
@@ -29,12 +29,13 @@ class ReadingTrainer(TwoStageTrainer):
     def fit_start(self) -> None:
         """Move a student that is still at the average of its teachers' weights to the average of their updates.
 
-        Before, teachers are chosen from a pool, and with `student_start="weighted"` their weights are learned. `train`
-        does all this before the first step. A student with a gate or a norm behind its up-projections stays at the
-        average of the weights.
+        Before, teachers are chosen (`teacher_selection`), and with `student_start="weighted"` their weights are
+        learned. `train` does all this before the first step. A student with a gate or a norm behind its up-projections
+        stays at the average of the weights.
         """
         model, examples = self.model_with_adapters, self._examples()
         self.block = choose(model, self.block, examples, self.accelerator, None, show=False)
+        self.block = select_teachers(model, self.block, examples, self.accelerator, show=False)
         self.block = weigh(model, self.block, examples, self.accelerator, show=False)
         fit_student(model, self.block.student, examples, self.accelerator)
 

@@ -150,6 +150,15 @@ def test_embeddings_start_at_the_mean_update_and_choose_their_teachers(tiny_enco
     assert all(-1 <= score <= 1 for score in trainer.distillation.ranking.values())
 
 
+def test_embeddings_choose_the_teachers_that_the_labels_weigh_most(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder, teacher_selection=1, student_start="weighted")
+    trainer = trainer_of(tmp_path, tiny_encoder, model=model, max_steps=1)
+    trainer.train()
+    weights = trainer.distillation.weights
+    assert weights.mean().keys() == set(TEACHERS)
+    assert list(trainer.block.teachers) == weights.heaviest(1)
+
+
 def test_the_analysis_of_embeddings_is_written(tiny_encoder, tmp_path):
     trainer_of(tmp_path, tiny_encoder, max_steps=2, analysis=True).train()
     assert (tmp_path / "training" / "analysis" / "student_distance.csv").is_file()

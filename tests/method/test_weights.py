@@ -14,6 +14,8 @@ def test_heavy_teachers_have_half_of_an_even_share_on_average():
     weights = TeacherWeights(ROWS, 0.5)
     assert weights.mean() == pytest.approx({"bank": 0.4, "travel": 0.1, "work": 0.3})
     assert weights.heavy() == ["bank", "work"]
+    assert weights.heaviest(2) == ["bank", "work"]
+    assert TeacherWeights({"layer": {"bank": 0.1, "travel": 0.9}}, 0.0).heaviest(2) == ["travel", "bank"]
     assert TeacherWeights({"layer": {"bank": 0.01, "travel": 0.02}}, 0.0).heavy() == ["travel"]
     assert TeacherWeights({"layer": {"bank": 1.5, "travel": 0.25, "work": 0.2}}, 0.0).heavy() == ["bank", "travel"]
 

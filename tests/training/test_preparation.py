@@ -270,6 +270,33 @@ def test_selected_teachers_run_whatever_they_weigh(trainer_args, monkeypatch):
     assert len(trainer.block.teachers) == 2
 
 
+@pytest.mark.parametrize("fits_first", [False, True])
+@pytest.mark.parametrize("start", ["weighted", "teachers"])
+def test_teachers_whose_heads_do_not_know_the_labels_are_selected_by_their_weights(
+    start, fits_first, trainer_args, monkeypatch
+):
+    """The agreement with the others, which knows no labels, would leave out the only one that helps."""
+    model = with_teachers_of_their_own_scores(make_student(make_model(), student_start=start, teacher_selection=2))
+    for name in TEACHERS:
+        model.delete_head(name)
+    weights = of_places(model, 0.5, bank=0.2, travel=0.9, work=0.4)
+    calls, ranked = count_weighing(monkeypatch, weights), []
+    original = preparation.rank_teachers
+    monkeypatch.setattr(preparation, "rank_teachers", lambda *a: ranked.append(1) or original(*a))
+    trainer = trainer_for(model, trainer_args(max_steps=1))
+    if fits_first:
+        trainer.fit_start()
+    trainer.train()
+    if start == "weighted":
+        assert (len(calls), ranked) == (1, [])
+        assert trainer.block.teachers == ("travel", "work")
+        assert trainer.distillation.ranking == {"travel": 0.9, "work": 0.4, "bank": 0.2}
+        assert list(trainer.distillation.ranking) == ["travel", "work", "bank"]
+    else:
+        assert (calls, len(ranked)) == ([], 1 + fits_first)
+        assert set(trainer.block.teachers) == set(list(trainer.distillation.ranking)[:2])
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from make_dataset()
