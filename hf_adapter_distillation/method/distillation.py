@@ -136,8 +136,8 @@ class Distillation:
         start_digests: The digests of the student's weights if they started at the average of its teachers, one for
             each data type to which the model may be cast since.
         own_start: The weights of the student and its head before that, by their places.
-        ranking: The scores by which the teachers were chosen, the best first: of all by `rank_teachers`, or of those
-            that were chosen from a pool by `choose_teachers`.
+        ranking: The scores by which the teachers were chosen, the best first: of all by `rank_teachers`, or their
+            weights, or of those that were chosen from a pool by `choose_teachers`.
         weights: The weights of the teachers for the task, with `student_start="weighted"`.
         candidates: The folders, by name, of the saved adapters of a pool from which the teachers are still to be
             chosen; until then one of them stands in. Empty once they are chosen.
