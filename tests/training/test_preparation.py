@@ -297,6 +297,23 @@ def test_teachers_whose_heads_do_not_know_the_labels_are_selected_by_their_weigh
         assert set(trainer.block.teachers) == set(list(trainer.distillation.ranking)[:2])
 
 
+def test_a_resumed_training_keeps_the_teachers_that_weighed_most(trainer_args, monkeypatch):
+    def trainer(**kwargs):
+        model = weighted(teacher_selection=1)
+        for name in TEACHERS:
+            model.delete_head(name)
+        calls = count_weighing(monkeypatch, of_places(model, 0.5, bank=0.2, travel=0.9, work=0.4))
+        return trainer_for(model, trainer_args(save_strategy="steps", save_steps=1, **kwargs)), calls
+
+    first, calls = trainer(max_steps=1)
+    first.train()
+    assert len(calls) == 1
+    second, calls = trainer(max_steps=2)
+    second.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
+    assert calls == []
+    assert second.block.teachers == first.block.teachers == ("travel",)
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from make_dataset()
