@@ -50,9 +50,10 @@ def own_logits(
     return torch.stack(logits), torch.cat([batch["labels"].reshape(-1) for batch in inputs])
 
 
-def have_its_labels(model: ModelAdaptersMixin, block: AdapterDistillation) -> bool:
-    """Return whether the heads of all teachers predict the labels of the student."""
-    return all(shares_labels(model, block.student, name) for name in block.teachers)
+def predict_labels(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the heads of all teachers predict the student's labels, and all batches have them."""
+    know_labels = all(shares_labels(model, block.student, name) for name in block.teachers)
+    return know_labels and all("labels" in batch for batch in inputs)
 
 
 def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]) -> Ranking:
@@ -68,7 +69,7 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
         ValueError: If there is neither a common label space nor hidden states in the outputs of the model.
     """
     student, teachers = block.student, block.teachers
-    if not all("labels" in batch for batch in inputs) or not have_its_labels(model, block):
+    if not predict_labels(model, block, inputs):
         values, what, chance = _agreement(model, block, inputs), "cosine", float("-inf")
     elif not is_of_sequences(model, student):
         losses = torch.stack([torch.stack(batches) for batches in of_each_teacher(model, block, inputs, "loss")])

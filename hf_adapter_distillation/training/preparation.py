@@ -27,7 +27,7 @@ from ..student.fusions import warn_of_silent_teachers
 from ..student.preparing import keep_teachers, start_at_weights, train_again
 from ..student.summary import weights_table
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
-from ..teachers.ranking import fit_platt, have_its_labels, own_logits, rank_teachers
+from ..teachers.ranking import fit_platt, own_logits, predict_labels, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
 from .data import Examples, Labelled
@@ -157,16 +157,18 @@ def select_teachers(
     """Keep only the best teachers if `DistillationConfig.teacher_selection` is a number; return the active block.
 
     A teacher that is not above chance is dropped, unless none is. A student that is still at its teachers' average is
-    set to the average of the kept ones. Where the heads do not know the labels, `weigh` keeps the heaviest instead.
+    set to the average of the kept ones. Where the heads do not predict the labels, `weigh` keeps the heaviest.
     """
     distillation = distillation_of(model, block.student)
     k = distillation.config.teacher_selection
     if k == "all" or distillation.is_from_pool:
         return block
     with torch.random.fork_rng():  # the order of the training data stays the same
-        if not have_its_labels(model, block) and _starts_at_weights(model, block) and examples.labelled() is not None:
+        batches = _drawn_batches(examples, f"teacher_selection={k}")
+        by_labels = predict_labels(model, block, batches)
+        if not by_labels and _starts_at_weights(model, block) and examples.labelled() is not None:
             return block
-        ranking = rank_teachers(model, block, _drawn_batches(examples, f"teacher_selection={k}"))
+        ranking = rank_teachers(model, block, batches)
     # Processes may round differently, and must not choose differently.
     values = torch.tensor([ranking.scores[name] for name in block.teachers], device=accelerator.device)
     means = accelerator.reduce(values, "mean").tolist()

@@ -275,7 +275,7 @@ def test_selected_teachers_run_whatever_they_weigh(trainer_args, monkeypatch):
 def test_teachers_whose_heads_do_not_know_the_labels_are_selected_by_their_weights(
     start, fits_first, trainer_args, monkeypatch
 ):
-    """The agreement with the others, which knows no labels, would leave out the only one that helps."""
+    """Where weights are learned; else by their agreement with the others, which needs no labels."""
     model = with_teachers_of_their_own_scores(make_student(make_model(), student_start=start, teacher_selection=2))
     for name in TEACHERS:
         model.delete_head(name)
@@ -295,6 +295,17 @@ def test_teachers_whose_heads_do_not_know_the_labels_are_selected_by_their_weigh
     else:
         assert (calls, len(ranked)) == ([], 1 + fits_first)
         assert set(trainer.block.teachers) == set(list(trainer.distillation.ranking)[:2])
+
+
+def test_teachers_that_answer_questions_are_selected_by_their_weights(trainer_args, monkeypatch):
+    """Their heads predict what the student's does, but no batch has a column of labels by which to rank them."""
+    model = make_student(make_model(), head="qa", student_start="weighted", teacher_selection=1)
+    spans = make_dataset(labels="none").map(lambda row: {"start_positions": 1, "end_positions": 2})
+    calls = count_weighing(monkeypatch, of_places(model, 0.5, bank=0.2, travel=0.9, work=0.4))
+    trainer = trainer_for(model, trainer_args(max_steps=1), train_dataset=spans)
+    trainer.train()
+    assert len(calls) == 1
+    assert trainer.block.teachers == ("travel",)
 
 
 def test_a_resumed_training_keeps_the_teachers_that_weighed_most(trainer_args, monkeypatch):
