@@ -12,9 +12,10 @@ from typing import Any
 import embedding_runs
 import transformers
 from adapters import Stack
-from onboarding_cross_encoder import METHODS, NEW, Onboarding
+from onboarding_cross_encoder import METHODS, Onboarding
 from onboarding_frozen import FROZEN_METHODS
 from pools import (
+    NEW,
     QUERY_LOG,
     TEACHER_SEED,
     adapter_parameters,

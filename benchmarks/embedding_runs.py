@@ -13,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from pools import (
+    NEW,
     TEACHER_SEED,
     Arrival,
     adapter_parameters,
@@ -30,7 +31,7 @@ import hf_adapter_distillation as had
 from faq_cross_encoder import stored_megabytes  # isort: skip
 from faq_data import Tenant  # isort: skip
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # isort: skip
-from onboarding_embeddings import METHODS, NEW, Onboarding  # isort: skip
+from onboarding_embeddings import METHODS, Onboarding  # isort: skip
 from onboarding_frozen import FrozenEncoder, Onboarded  # isort: skip
 from retrieval_metric import RetrievalMetric  # isort: skip
 

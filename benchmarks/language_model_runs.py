@@ -12,9 +12,18 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from embedding_runs import measure, measured
-from onboarding_embeddings import NEW
 from onboarding_frozen import FROZEN_METHODS, FrozenEncoder, Onboarded
-from pools import TEACHER_SEED, Arrival, arrival, keep_teacher, learned_weights, randomize, shots_of, teacher_tenant
+from pools import (
+    NEW,
+    TEACHER_SEED,
+    Arrival,
+    arrival,
+    keep_teacher,
+    learned_weights,
+    randomize,
+    shots_of,
+    teacher_tenant,
+)
 from safetensors.torch import load_file, save_file
 from tenant_jobs import Arguments, Job, Method, finished
 from transformers import PreTrainedTokenizerBase

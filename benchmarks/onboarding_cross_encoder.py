@@ -10,12 +10,12 @@ from adapters import AdapterTrainer
 from datasets import Dataset, concatenate_datasets
 from faq_cross_encoder import CrossEncoderPlatform
 from onboarding_frozen import FROZEN_METHODS
+from pools import NEW
 from tenant_jobs import Method
 from transformers import Trainer, set_seed
 
 import hf_adapter_distillation as had
 
-NEW = "new"  # the name of the new tenant's adapter and head
 Save = Callable[[str], None]
 
 

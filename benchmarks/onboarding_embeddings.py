@@ -12,7 +12,7 @@ from faq_data import Tenant
 from faq_embeddings import EmbeddingPlatform, TenantSoftmaxLoss, labelled_queries
 from onboarding_frozen import FROZEN_METHODS, FrozenEncoder, Onboarded
 from peft.utils.merge_utils import dare_linear, ties
-from pools import TEACHER_SEED
+from pools import NEW, TEACHER_SEED
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from tenant_jobs import Method
 from transformers import PrinterCallback, set_seed
@@ -21,7 +21,6 @@ import hf_adapter_distillation as had
 
 Start = Literal["teachers", "weighted"]
 
-NEW = "new"  # the name of the new tenant's adapter
 TIES_DENSITY, DARE_DENSITY = 0.2, 0.5
 
 

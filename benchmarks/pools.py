@@ -7,7 +7,6 @@ weights of the same norms, which tells what teachers know from what any weights 
 
 import json
 import random
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,12 +20,20 @@ from torch import nn
 
 import hf_adapter_distillation as had
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from faq_data import Faq, Tenant, hold_out, load_tenants  # noqa: E402
+from faq_data import (  # isort: skip
+    Faq,
+    Tenant,
+    check_held_out,
+    check_names,
+    check_unicode,
+    hold_out,
+    load_tenants,
+)
+from inputs import read_json  # isort: skip
 
 TEACHER_SEED = 0
 QUERY_LOG = 20  # queries of each FAQ, at most, that are read without labels
+NEW = "new"  # the name of the new tenant's adapter and head
 RELATIVE = "_relative"
 
 
@@ -67,7 +74,7 @@ def teacher_tenant(args: Arguments, name: str) -> Tenant:
     """Return the tenant, or the relative of a tenant, whose queries train a teacher."""
     tenants = {tenant.name: tenant for tenant in load_tenants(args.data, TEACHER_SEED)}
     tenant = tenants[name] if name in tenants else relative_of(tenants[name.removesuffix(RELATIVE)])
-    hold_out(tenant, args.teacher_queries, args.search_queries)
+    hold_out(tenant, args.teacher_queries, args.search_queries, at_most=True)
     return tenant
 
 
@@ -87,25 +94,33 @@ def arrival(args: Arguments, name: str, seed: int) -> Arrival:
     shots = shots_of(args, new)
     beyond = [query for faq in new.faqs if faq.test for query in faq.train[shots : shots + QUERY_LOG]]
     for tenant in [new, *others]:
-        hold_out(tenant, shots, args.search_queries)
+        hold_out(tenant, shots, args.search_queries, at_most=tenant is not new or args.shots == "all")
     unlabelled = beyond or [query for faq in new.faqs for query in faq.validation[:QUERY_LOG]]
     return Arrival(new, others, [tenant.name for tenant in others], unlabelled)
 
 
-def check_queries(args: Arguments, tenants: list[Tenant]) -> None:
-    """Check that all tenants have the queries that the arguments ask for.
+def check_tenants(args: Arguments, tenants: list[Tenant]) -> None:
+    """Check that all tenants have names, FAQs and the queries that the arguments ask for.
 
     Raises:
-        ValueError: If an FAQ has too few.
+        ValueError: If a name cannot be an adapter's, a text cannot be read, or an FAQ has too few queries.
     """
+    if len(tenants) < 2:
+        raise ValueError(f"--data {args.data} has {len(tenants)} tenant; at least two are needed, one of them new.")
+    check_names(tenants)
     for tenant in tenants:
-        shots = shots_of(args, tenant)
+        check_unicode(tenant)
+        if tenant.name == NEW or (args.pool == "relatives" and tenant.name.endswith(RELATIVE)):
+            raise ValueError(f"Tenant {tenant.name!r} has a name that the benchmark gives itself; rename the tenant.")
+        trained = [tenant]
         if args.pool == "relatives":
-            hold_out(relative_of(tenant), args.teacher_queries, args.search_queries)
-            halved = [replace(faq, train=faq.train[: len(faq.train) // 2]) for faq in tenant.faqs]
-            own = Tenant(tenant.name, halved)
-            hold_out(own, shots_of(args, own), args.search_queries)
-        hold_out(tenant, max(shots, args.teacher_queries), args.search_queries)
+            trained.append(relative_of(tenant))
+            tenant = replace(
+                tenant, faqs=[replace(faq, train=faq.train[: len(faq.train) // 2]) for faq in tenant.faqs]
+            )
+        check_held_out(tenant, shots_of(args, tenant), args.search_queries, at_most=args.shots == "all")
+        for each in trained:
+            check_held_out(each, args.teacher_queries, args.search_queries, "--teacher_queries", at_most=True)
 
 
 def teachers_to_train(args: Arguments, names: list[str]) -> list[str]:
@@ -118,9 +133,12 @@ def teachers_to_train(args: Arguments, names: list[str]) -> list[str]:
     for name in names:
         file = Path(args.teachers_dir) / name / "made_with.json"
         if not file.is_file():
+            if file.parent.exists():
+                raise ValueError(f"{file.parent} is no teacher of this benchmark; choose another --teachers_dir.")
             missing.append(name)
             continue
-        made_with = {"architecture": "cross-encoder"} | json.loads(file.read_text())
+        remedy = f"remove {file.parent}"
+        made_with = {"architecture": "cross-encoder"} | read_json(file, dict, remedy)
         if different := [key for key, value in args.of_teachers().items() if made_with.get(key) != value]:
             raise ValueError(
                 f"{file.parent} was made with --{different[0]} {made_with.get(different[0])}, not "

@@ -22,7 +22,7 @@ from typing import Any
 
 import quality
 import quality_embeddings
-from tenant_jobs import whole_lines
+from tenant_jobs import read_lines
 from transformers import PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -248,7 +248,7 @@ def read(path: Path, *more: Path) -> Any:
     """Return the content of a result file: a dict, or for JSON lines a list of the dicts of all files."""
     if path.suffix != ".jsonl":
         return json.loads(path.read_text(encoding="utf-8"))
-    return [line for file in (path, *more) for line in whole_lines(file.read_text(encoding="utf-8"))]
+    return [line for file in (path, *more) for line in read_lines(file)]
 
 
 def streaming_tenants(lines: list[dict[str, Any]]) -> str:

@@ -29,10 +29,12 @@ import cross_encoder_runs
 import embedding_runs
 import language_model_runs
 import torch
-from pools import RELATIVE, TEACHER_SEED, check_queries, load_tenants, teachers_to_train
-from tenant_jobs import Arguments, Job, Method, check_lines, read_lines
+from pools import RELATIVE, TEACHER_SEED, check_tenants, load_tenants, teachers_to_train
+from tenant_jobs import Arguments, Job, Method, check_lines, drop_cut_off, read_lines
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
+
+from inputs import open_folder  # isort: skip
 
 RUNS = {
     "embeddings": embedding_runs,
@@ -83,6 +85,7 @@ def run_jobs(args: Arguments, jobs: list[Job], lines: list[dict[str, Any]]) -> N
     """Run the jobs that have no line yet, and append their lines to the output."""
     done = {Job.of(line) for line in lines}
     todo = [job for job in dict.fromkeys(jobs) if job not in done]
+    drop_cut_off(Path(args.output))
     for line in run_all(args, RUNS[args.architecture].run_job, todo, "runs"):
         lines.append(line)
         with Path(args.output).open("a", encoding="utf-8") as file:
@@ -102,6 +105,7 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
 
     Raises:
         ValueError: If an argument does not fit.
+        OSError: If there is no such model.
     """
     of_architecture = RUNS[args.architecture].METHODS
     if unknown := [name for name in args.methods if name not in of_architecture]:
@@ -123,8 +127,12 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
         raise ValueError(f"--tenants {unknown[0]} is not in the data; choose of {', '.join(names)}.")
     if args.pool == "streaming" and names[0] in args.tenants:
         raise ValueError(f"--tenants {names[0]} is the first to arrive and has no teachers; leave it out.")
-    check_queries(args, tenants)
-    lines = read_lines(Path(args.output))
+    check_tenants(args, tenants)
+    if args.model is not None:
+        AutoConfig.from_pretrained(args.model)
+    open_folder("The folder of --output,", Path(args.output).parent)
+    open_folder("--teachers_dir", args.teachers_dir)
+    lines = read_lines(Path(args.output)) if Path(args.output).exists() else []
     check_lines(args, lines)
     candidates = names[1:] if args.pool == "streaming" else names  # the first tenant has no teachers
     teachers = names[: args.others + 1] if args.others else list(names)
@@ -141,8 +149,6 @@ def main() -> None:
         candidates, lines, missing = prepare(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"streaming_tenants.py: {str(error).splitlines()[0]}") from error
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.teachers_dir).mkdir(parents=True, exist_ok=True)
     print(
         f"{args.architecture}, pool {args.pool}: {len(candidates)} tenants, {args.shots} labelled queries per FAQ of "
         f"a new one.\nEach method: {args.steps} steps of {args.batch_size}, at that of its rates with the best MRR "

@@ -1,17 +1,22 @@
 """The arguments of `streaming_tenants.py`, its jobs, and the file of JSON lines with their results."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from measure import environment
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from inputs import check_at_least, check_device, check_rates, check_seed  # noqa: E402
 
 LANGUAGE_MODELS = ("language-model", "assistant")
 ARCHITECTURES = ("embeddings", "cross-encoder", *LANGUAGE_MODELS)
 POOLS = ("unrelated", "relatives", "streaming", "random")
+FIRST_KEY = '{"method": '  # how a line begins
 
 
 @dataclass
@@ -50,18 +55,19 @@ class Arguments:
         for name, choices in (("architecture", ARCHITECTURES), ("pool", POOLS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)} is unknown; choose of {', '.join(choices)}.")
-        counts = ("steps", "batch_size", "n_wrong", "test_queries", "search_queries", "teacher_queries", "processes")
-        for name, least in {**dict.fromkeys(counts, 1), "search_tenants": 0, "others": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {least}.")
+        counts = ("steps", "batch_size", "n_wrong", "test_queries", "search_queries", "processes")
+        of_teachers = ("teacher_queries", "teacher_epochs", "teacher_batch_size")
+        check_at_least(self, {**dict.fromkeys((*counts, *of_teachers), 1), "search_tenants": 0, "others": 0})
+        check_rates(self, "teacher_learning_rate")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
         if self.shots != "all" and not self.shots.isdecimal():
             raise ValueError(f"--shots {self.shots} is out of range; give a number of queries, 0 for none, or all.")
         if self.architecture in LANGUAGE_MODELS and (self.device != "cpu" or self.bf16 or self.latency):
             raise ValueError(
                 f"--architecture {self.architecture} knows no --device, --bf16 or --latency; leave it out."
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
+        check_device(self.device)
         self.teachers_dir = self.teachers_dir or f"outputs/teachers_{self.architecture}"
         self.output = self.output or f"outputs/{self.architecture}_{self.pool}_{self.shots}.jsonl"
 
@@ -147,20 +153,40 @@ def upgraded(line: dict[str, Any]) -> dict[str, Any]:
     return line | {"shots": shots, "arguments": arguments}
 
 
-def whole_lines(text: str) -> list[dict[str, Any]]:
-    """Return the lines of finished runs, without a last one that is cut off, with today's arguments."""
-    return [upgraded(json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the finished runs; drop a last line that was cut off when the benchmark was killed."""
-    if not path.is_file():
-        return []
+    """Read the finished runs of a file, with today's arguments.
+
+    Raises:
+        ValueError: If the file holds anything but runs, and perhaps a last line that was cut off.
+        OSError: If it cannot be read.
+    """
+    lines: list[dict[str, Any]] = []
+    whole, cut_off = _split_at_last_line(path)
+    try:
+        for text in whole.splitlines():
+            lines.append(upgraded(json.loads(text)))
+            Job.of(lines[-1])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Line {len(lines) + 1} of {path} is no run of this benchmark; choose another file."
+        ) from error
+    if not FIRST_KEY.startswith(cut_off[: len(FIRST_KEY)]):
+        raise ValueError(f"The last line of {path} is no run of this benchmark; choose another file.")
+    return lines
+
+
+def drop_cut_off(path: Path) -> None:
+    """Drop a last line that was cut off when the benchmark was killed."""
+    if path.exists():
+        whole, cut_off = _split_at_last_line(path)
+        if cut_off:
+            path.write_text(whole, encoding="utf-8")
+
+
+def _split_at_last_line(path: Path) -> tuple[str, str]:
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return whole_lines(whole)
+    end = text.rfind("\n") + 1
+    return text[:end], text[end:]
 
 
 def check_lines(args: Arguments, lines: list[dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """Tenants, their FAQs and queries: from the bundled JSON, a local CLINC150, or a dataset on the Hub."""
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
+from inputs import is_unicode, read_json
 from transformers import PreTrainedTokenizerBase
 
 from hf_adapter_distillation.composition import check_name
@@ -52,27 +52,16 @@ def load_tenants(data: str, seed: int) -> list[Tenant]:
     Raises:
         ValueError: If the data is none of these.
     """
-    path = Path(data)
-    path = path / "data_full.json" if path.is_dir() and (path / "data_full.json").is_file() else path
+    path, rng = Path(data), random.Random(seed)
+    path = path / "data_full.json" if (path / "data_full.json").is_file() else path
     if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"--data {data} is not a JSON file ({error}).") from error
-        if "tenants" in content:
-            tenants = _from_bundled(content, random.Random(seed))
-        elif {"train", "test"} <= content.keys() and (path.parent / "domains.json").is_file():
-            domains = json.loads((path.parent / "domains.json").read_text(encoding="utf-8"))
-            splits = [content["train"], content.get("val", []), content["test"]]
-            tenants = _from_classes(splits, domains, random.Random(seed))
-        else:
-            raise ValueError(f"{path} has neither 'tenants' nor 'train', 'test' and a domains.json beside it.")
-    elif data.endswith(".json") or data.startswith((".", "/")):
+        tenants = _from_json(path, rng)
+    elif not path.exists() and (data.endswith(".json") or data.startswith((".", "/"))):
         raise ValueError(f"--data {data} does not exist; give a JSON file, a CLINC150 folder or a Hub dataset id.")
     else:
-        tenants = _from_hub(data, random.Random(seed))
-    if len(tenants) < 2:
-        raise ValueError(f"--data {data} has {len(tenants)} tenants; at least two are needed, one of them new.")
+        tenants = _from_hub(data, rng)
+    if not tenants:
+        raise ValueError(f"--data {data} has no tenants; give it some, each with a name and FAQs.")
     check_texts(tenants)
     return tenants
 
@@ -102,58 +91,137 @@ def check_texts(tenants: Sequence[Tenant]) -> None:
                 raise ValueError(f"{place} has no queries; give it some, or leave it out.")
             if not all(is_text(query) for query in (*faq.train, *faq.validation, *faq.test)):
                 raise ValueError(f"{place} has an empty query; remove it.")
+            if faq.question in (other.question for other in tenant.faqs[: number - 1]):
+                raise ValueError(f"Two FAQs of tenant {tenant.name!r} have the question {faq.question!r}; join them.")
+
+
+def check_unicode(tenant: Tenant) -> None:
+    """Check that a tokenizer can read the texts of a tenant.
+
+    Raises:
+        ValueError: If UTF-8 cannot encode a text.
+    """
+    for faq in tenant.faqs:
+        for text in (faq.question, *faq.train, *faq.validation, *faq.test):
+            if not is_unicode(text):
+                raise ValueError(f"{text[:80]!r} is not valid Unicode; write the text of the FAQ.")
+
+
+def check_names(tenants: Sequence[Tenant]) -> None:
+    """Check that each tenant can have an adapter of its name, and FAQs to rank.
+
+    Raises:
+        ValueError: If a name makes no adapter or stands twice, or a tenant has a single FAQ.
+    """
+    names = [tenant.name for tenant in tenants]
+    for tenant in tenants:
+        check_name(tenant.name, f"Tenant {tenant.name!r}", "rename the tenant")
+        if names.count(tenant.name) > 1:
+            raise ValueError(f"Two tenants are named {tenant.name!r}; rename one of them.")
+        if len(tenant.faqs) < 2:
+            raise ValueError(f"Tenant {tenant.name!r} has {len(tenant.faqs)} FAQ; a ranking needs at least two.")
 
 
 def choose_new(tenants: Sequence[Tenant], name: str) -> tuple[Tenant, list[Tenant]]:
     """Return the new tenant, by default the last one, and the others.
 
     Raises:
-        ValueError: If there is no such tenant, it has too few FAQs, or the names of the tenants make no adapters.
+        ValueError: If there is no such tenant or no other, or something is wrong with their names, FAQs or texts.
     """
+    if len(tenants) < 2:
+        raise ValueError(f"--data has {len(tenants)} tenant; at least two are needed, one of them new.")
+    check_names(tenants)
+    for tenant in tenants:
+        check_unicode(tenant)
     names = [tenant.name for tenant in tenants]
-    for each in names:
-        check_name(each, f"Tenant {each!r}", "rename the tenant")
-        if names.count(each) > 1:
-            raise ValueError(f"Two tenants are named {each!r}; rename one of them.")
     if name and name not in names:
         raise ValueError(f"--new_tenant {name} is not in the data; choose one of {', '.join(names)}.")
     new = tenants[names.index(name) if name else -1]
-    if len(new.faqs) < 2:
-        raise ValueError(f"Tenant {new.name!r} has {len(new.faqs)} FAQ; a ranking needs at least two.")
     return new, [tenant for tenant in tenants if tenant is not new]
 
 
-def hold_out(tenant: Tenant, shots: int, n_validation: int = 0) -> None:
+def check_held_out(
+    tenant: Tenant, shots: int, n_validation: int = 0, option: str = "--shots", at_most: bool = False
+) -> None:
+    """Check that each FAQ has the queries that `hold_out` takes.
+
+    Args:
+        tenant: The tenant.
+        shots: Training queries of each FAQ.
+        n_validation: Validation queries of each FAQ that has none of its own.
+        option: The argument that gave `shots`, for the error.
+        at_most: Whether an FAQ with test queries of its own may have fewer training queries, but one.
+
+    Raises:
+        ValueError: If an FAQ has too few.
+    """
+    for faq in tenant.faqs:
+        held, tested = 0 if faq.validation else n_validation, 0 if faq.test else 1
+        left = len(faq.train) - held - tested
+        if left < (min(shots, 1) if at_most and faq.test else shots):
+            others = [f"{held} for validation"] * bool(held) + ["one to test"] * tested
+            beside = f", {' and '.join(others)} among them" if others else ""
+            raise ValueError(
+                f"{option} {shots} is out of range: {faq.question!r} has {len(faq.train)} queries in all{beside}; "
+                "lower it."
+            )
+
+
+def hold_out(tenant: Tenant, shots: int, n_validation: int = 0, at_most: bool = False) -> None:
     """Keep `shots` queries of each FAQ for training.
 
     Of the others, `n_validation` are for validation and the rest for testing, if there are no splits for that.
 
     Raises:
-        ValueError: If an FAQ has so few queries that none would be left for testing.
+        ValueError: If an FAQ has too few; see `check_held_out`.
     """
+    check_held_out(tenant, shots, n_validation, at_most=at_most)
     for faq in tenant.faqs:
         held = 0 if faq.validation else n_validation
-        if len(faq.train) <= shots + held and not faq.test:
-            raise ValueError(f"{shots} training queries are too many: {faq.question!r} has {len(faq.train)} in all.")
-        faq.train, rest = faq.train[:shots], faq.train[shots:]
+        kept = min(shots, len(faq.train) - held)
+        faq.train, rest = faq.train[:kept], faq.train[kept:]
         faq.validation = faq.validation or rest[:held]
         faq.test = faq.test or rest[held:]
 
 
-def _from_bundled(content: dict, rng: random.Random) -> list[Tenant]:
-    tenants = []
-    for tenant in content["tenants"]:
-        faqs = []
-        try:
-            for faq in tenant["faqs"]:
-                queries = rng.sample(faq["queries"], len(faq["queries"]))
+def _from_json(path: Path, rng: random.Random) -> list[Tenant]:
+    remedy = f"write it as {BUNDLED.name} is"
+    content, domains = read_json(path, dict, remedy), path.parent / "domains.json"
+    if "tenants" in content:
+        return _from_bundled(path, content["tenants"], rng)
+    if not ({"train", "test"} <= content.keys() and domains.is_file()):
+        raise ValueError(f"{path} has neither 'tenants' nor 'train', 'test' and a domains.json beside it.")
+    of_domains = read_json(domains, dict, "take the file of CLINC150")
+    try:
+        return _from_classes([content["train"], content.get("val") or [], content["test"]], of_domains, rng)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} or {domains.name} is not of the form of CLINC150 ({error}); {remedy}.") from error
+
+
+def _from_bundled(path: Path, content: list, rng: random.Random) -> list[Tenant]:
+    tenants, place = [], "'tenants'"
+    try:
+        for number, tenant in enumerate(_list(content), start=1):
+            place, faqs = f"tenant {number}", []
+            for index, faq in enumerate(_list(tenant["faqs"]), start=1):
+                place = f"tenant {number}, FAQ {index}"
+                queries = _list(faq["queries"])
                 label = str(faq.get("id", "")).replace("_", " ")
-                faqs.append(Faq(faq["question"], faq.get("answer", ""), queries, label=label))
+                faqs.append(
+                    Faq(faq["question"], faq.get("answer") or "", rng.sample(queries, len(queries)), label=label)
+                )
             tenants.append(Tenant(tenant["name"], faqs))
-        except (KeyError, TypeError) as error:
-            place = f"Tenant {len(tenants) + 1}, FAQ {len(faqs) + 1}"
-            raise ValueError(f"{place}: {error} is missing or of another form; see {BUNDLED.name}.") from error
+    except KeyError as error:
+        raise ValueError(f"{path}, {place}: {error} is missing; see {BUNDLED.name}.") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path}, {place}: it is of another form ({error}); see {BUNDLED.name}.") from error
     return tenants
+
+
+def _list(value: object) -> list:
+    if not isinstance(value, list):
+        raise TypeError(f"a {type(value).__name__} in place of a list")
+    return value
 
 
 def _from_classes(splits: Sequence[list], domains: dict[str, list[str]], rng: random.Random) -> list[Tenant]:
@@ -172,11 +240,13 @@ def _from_classes(splits: Sequence[list], domains: dict[str, list[str]], rng: ra
 
 def _from_hub(data: str, rng: random.Random) -> list[Tenant]:
     loaded = datasets.load_dataset(data, "plus") if data == "clinc/clinc_oos" else datasets.load_dataset(data)
+    if not {"train", "test"} <= loaded.keys():
+        raise ValueError(f"--data {data} has the splits {', '.join(loaded)}; it needs train and test.")
     features = loaded["train"].features
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     texts = [name for name, feature in features.items() if getattr(feature, "dtype", "") == "string"]
-    if len(classes) != 1 or not texts or "test" not in loaded:
-        raise ValueError(f"--data {data} needs one class column, a text column and the splits train and test.")
+    if len(classes) != 1 or not texts:
+        raise ValueError(f"--data {data} needs one class column and a text column; it has {', '.join(features)}.")
     label = features[classes[0]]
     names = [name for name in label.names if name not in ("oos", "out_of_scope")]
     splits = [

@@ -33,6 +33,7 @@ from faq_cross_encoder import CrossEncoderPlatform
 from faq_data import BUNDLED, Tenant, choose_new, hold_out, load_tenants
 from faq_embeddings import EmbeddingPlatform
 from faq_table import as_text
+from inputs import check_at_least, check_rates, check_seed, is_unicode, open_folder
 from transformers import HfArgumentParser
 
 import hf_adapter_distillation as had
@@ -52,6 +53,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "cross-encoder": {"teacher_queries": 6, "teacher_steps": 72, "steps": 54, "test_queries": 1},
 }
 QUICK_TEACHERS = 3
+RESULTS = "results.json"
 
 
 @dataclass
@@ -102,11 +104,12 @@ class Arguments:
             raise ValueError(
                 f"--shots {self.shots} leaves nothing to train on and is out of range; it must be at least 1."
             )
-        for name in settings:
-            value, is_rate = getattr(self, name), name.endswith("learning_rate")
-            if not (value > 0 if is_rate else value >= 1):
-                least = "above 0" if is_rate else "at least 1"
-                raise ValueError(f"--{name} {value} is out of range; it must be {least}.")
+        rates = [name for name in settings if name.endswith("learning_rate")]
+        check_rates(self, *rates)
+        check_at_least(self, {name: 1 for name in settings if name not in rates})
+        check_seed("seed", self.seed)
+        if not is_unicode(self.ask):
+            raise ValueError(f"--ask {ascii(self.ask)} is not valid Unicode; type it again.")
 
 
 def prepare() -> tuple[Arguments, Any, Tenant, list[Tenant]]:
@@ -117,18 +120,19 @@ def prepare() -> tuple[Arguments, Any, Tenant, list[Tenant]]:
 
     Raises:
         ValueError: If an argument, or what it names, is wrong.
-        OSError: If the model cannot be loaded or the output cannot be written.
+        OSError: If the model cannot be loaded.
     """
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     new, others = choose_new(load_tenants(args.data or str(BUNDLED), args.seed), args.new_tenant)
     existing = others[: QUICK_TEACHERS if args.quick else None]
     hold_out(new, args.shots)
+    if (open_folder("--output_dir", args.output_dir) / RESULTS).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} has a folder {RESULTS}; choose another folder.")
     platform: Any
     if args.architecture == "embeddings":
         platform = EmbeddingPlatform(args.model, args.output_dir, "cuda" if torch.cuda.is_available() else "cpu")
     else:
         platform = CrossEncoderPlatform(args)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return args, platform, new, existing
 
 
@@ -143,7 +147,7 @@ def write_results(args: Arguments, rows: Mapping[str, Mapping[str, float]], weig
         "rows": rows,
         "weights": weights,
     }
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (Path(args.output_dir) / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

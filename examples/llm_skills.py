@@ -29,6 +29,7 @@ import torch
 import transformers
 from faq_data import BUNDLED, Tenant, choose_new, hold_out, load_tenants
 from faq_table import as_text
+from inputs import check_at_least, check_rates, check_seed, open_folder, read_json
 from llm_methods import WAYS, Onboarding
 from llm_model import CACHE, load_tokenizer, packaged_model
 from llm_tasks import TASKS
@@ -36,9 +37,13 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 import hf_adapter_distillation as had
 
+DEFAULTS = {
+    "teachers": 4, "teacher_queries": 10, "validation_queries": 3, "test_queries": 8, "teacher_steps": 40, "steps": 30,
+    "weighing_steps": 20, "answers_batch_size": 4, "learning_rates": [1e-3, 3e-3],
+}  # fmt: skip
 QUICK = {
-    "teachers": 2, "teacher_steps": 4, "steps": 4, "weighing_steps": 2, "answers_batch_size": 2, "teacher_queries": 4,
-    "validation_queries": 1, "test_queries": 1, "learning_rates": [3e-3],
+    "teachers": 2, "teacher_queries": 4, "validation_queries": 1, "test_queries": 1, "teacher_steps": 4, "steps": 4,
+    "weighing_steps": 2, "answers_batch_size": 2, "learning_rates": [3e-3],
 }  # fmt: skip
 LONG = ["average, trained", "best merge, trained"]  # not in --quick
 FREE = ("task", "methods", "cache", "output_dir")  # arguments that runs with one result file need not share
@@ -58,32 +63,46 @@ class Arguments:
     )
     cache: str = field(default=str(CACHE), metadata={"help": "Where the packaged model is kept as safetensors."})
     new_tenant: str = field(default="", metadata={"help": "The tenant to onboard. Default: the last one."})
-    teachers: int = field(default=4, metadata={"help": "Existing tenants with a LoRA; the first ones in the data."})
+    teachers: int | None = field(
+        default=None, metadata={"help": "Existing tenants with a LoRA; the first ones in the data. Default: 4."}
+    )
     shots: int = field(default=3, metadata={"help": "Training messages for each FAQ of the new tenant."})
-    teacher_queries: int = field(default=10, metadata={"help": "Training messages for each FAQ of the others."})
-    validation_queries: int = field(default=3, metadata={"help": "Validation messages for each FAQ."})
-    test_queries: int = field(default=8, metadata={"help": "Test messages for each FAQ, at most."})
-    teacher_steps: int = field(default=40, metadata={"help": "Steps of each existing tenant's LoRA."})
+    teacher_queries: int | None = field(
+        default=None, metadata={"help": "Training messages for each FAQ of the others. Default: 10."}
+    )
+    validation_queries: int | None = field(
+        default=None, metadata={"help": "Validation messages for each FAQ. Default: 3."}
+    )
+    test_queries: int | None = field(
+        default=None, metadata={"help": "Test messages for each FAQ, at most. Default: 8."}
+    )
+    teacher_steps: int | None = field(
+        default=None, metadata={"help": "Steps of each existing tenant's LoRA. Default: 40."}
+    )
     teacher_learning_rate: float = field(default=3e-3, metadata={"help": "Their peak learning rate."})
-    steps: int = field(default=30, metadata={"help": "Steps of each LoRA of the new tenant."})
-    weighing_steps: int = field(default=20, metadata={"help": "Steps in which the teachers' weights are learned."})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3],
-        metadata={"help": "Peak learning rates; each row takes the best one on the validation messages."},
+    steps: int | None = field(default=None, metadata={"help": "Steps of each LoRA of the new tenant. Default: 30."})
+    weighing_steps: int | None = field(
+        default=None, metadata={"help": "Steps in which the teachers' weights are learned. Default: 20."}
+    )
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rates; each row takes the best one on the validation messages. Default: 1e-3 3e-3."
+        },
     )
     batch_size: int = field(default=8, metadata={"help": "Messages in a training batch of the routing."})
-    answers_batch_size: int = field(default=4, metadata={"help": "The same for the answers, whose texts are longer."})
+    answers_batch_size: int | None = field(
+        default=None, metadata={"help": "The same for the answers, whose texts are longer. Default: 4."}
+    )
     rank: int = field(default=8, metadata={"help": "Rank of all LoRA."})
     seed: int = field(default=1, metadata={"help": "Random seed."})
     output_dir: str = field(default="outputs/llm_skills", metadata={"help": "The folder of all that is written."})
     quick: bool = field(default=False, metadata={"help": "A smoke test: two teachers, a few steps, no table."})
 
     def __post_init__(self) -> None:
-        fields = type(self).__dataclass_fields__
-        for name, value in (QUICK if self.quick else {}).items():
-            made = fields[name].default_factory
-            default = fields[name].default if not callable(made) else made()
-            if getattr(self, name) == default:  # a value that the user gives wins
+        settings = DEFAULTS | (QUICK if self.quick else {})
+        for name, value in settings.items():
+            if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.task not in (*TASKS, "both"):
             raise ValueError(f"--task {self.task} is unknown; choose one of {', '.join(TASKS)}, both.")
@@ -92,14 +111,10 @@ class Arguments:
         self.methods = self.methods or [method for method in WAYS if not (self.quick and method in LONG)]
         if "best merge, trained" in self.methods and not any(each.startswith("merge: ") for each in self.methods):
             raise ValueError("--methods 'best merge, trained' needs a merge; add 'merge: svd'.")
-        for name in fields:
-            value = getattr(self, name)
-            least = 2 if name == "weighing_steps" else 1
-            if isinstance(value, int) and name not in ("quick", "seed") and value < least:
-                raise ValueError(f"--{name} {value} is out of range; it must be at least {least}.")
-        for rate in (self.teacher_learning_rate, *self.learning_rates):
-            if not rate > 0:
-                raise ValueError(f"A learning rate of {rate} is out of range; it must be above 0.")
+        counts = [name for name in settings if name != "learning_rates"]
+        check_at_least(self, dict.fromkeys([*counts, "shots", "batch_size", "rank"], 1) | {"weighing_steps": 2})
+        check_rates(self, "teacher_learning_rate", "learning_rates")
+        check_seed("seed", self.seed)
 
 
 def prepare() -> tuple[Arguments, str, PreTrainedTokenizerBase, Tenant, list[Tenant], dict[str, Any]]:
@@ -128,10 +143,12 @@ def earlier_results(args: Arguments) -> dict[str, Any]:
         ValueError: If the folder holds results of other arguments.
     """
     path, mine = Path(args.output_dir) / "results.json", {k: v for k, v in asdict(args).items() if k not in FREE}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
+    open_folder("--output_dir", args.output_dir)
+    if not path.exists():
         return {"rows": {}, "weights": {}, "export_difference": {}, "arguments": mine}
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path, dict, "choose another --output_dir")
+    if not {"rows", "weights", "export_difference", "arguments"} <= results.keys():
+        raise ValueError(f"{path} holds no results of this example; choose another --output_dir.")
     for name, value in mine.items():
         if results["arguments"].get(name) != value:
             raise ValueError(

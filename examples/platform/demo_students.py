@@ -24,8 +24,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import demo_embeddings  # noqa: E402
 import faq_retrieval  # noqa: E402
-from faq_data import BUNDLED, Tenant, hold_out, load_tenants  # noqa: E402
+from faq_data import BUNDLED, Tenant, check_names, check_unicode, hold_out, load_tenants  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
+from inputs import check_at_least, check_seed, open_folder  # noqa: E402
 from tenant_students import write_faqs  # noqa: E402
 
 
@@ -43,9 +44,8 @@ class Arguments:
     seed: int = field(default=1, metadata={"help": "Random seed."})
 
     def __post_init__(self) -> None:
-        for name in ("teachers", "students", "shots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least 1.")
+        check_at_least(self, {"teachers": 1, "students": 1, "shots": 1})
+        check_seed("seed", self.seed)
         if Path(self.output).exists():
             raise ValueError(f"--output {self.output} is there already; choose another folder or remove it.")
         if self.quick:
@@ -70,8 +70,12 @@ def prepare() -> tuple[Arguments, EmbeddingPlatform, list[Tenant], list[Tenant]]
             f"the data; lower one of them."
         )
     teachers, students = tenants[: args.teachers], tenants[-args.students :]
+    check_names([*teachers, *students])
+    for tenant in (*teachers, *students):
+        check_unicode(tenant)
     for tenant in students:
         hold_out(tenant, args.shots)
+    open_folder("The folder of --output,", Path(args.output).parent)
     folder = str(Path(tempfile.gettempdir()) / "demo_students")
     return args, EmbeddingPlatform(args.model, folder), teachers, students
 

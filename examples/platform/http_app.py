@@ -14,8 +14,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+from inputs import is_unicode  # noqa: E402
 from metrics import Metrics  # noqa: E402
 from student_folder import (  # noqa: E402
     BUSY,
@@ -24,7 +25,6 @@ from student_folder import (  # noqa: E402
     Failure,
     Question,
     folder_of,
-    is_unicode,
     read_faqs,
     tenants_in,
     unknown,
@@ -37,6 +37,7 @@ PAGE = Path(__file__).with_name("serve.html")
 MAX_CHARACTERS = 1000  # of a question; the model reads only the first tokens of a longer one
 MAX_BYTES = 16 * 1024  # of a body: room for a tenant and a question, with each character escaped as \ud83d\ude00
 RETRY_AFTER = 1  # seconds until the queue is likely to have room
+FORM = 'send {"tenant": text, "question": text} as application/json'
 FULL = Failure(BUSY, "Too many questions wait; ask again in a moment.")
 
 Ask = Callable[[Question], Awaitable[Answer | Failure]]
@@ -118,6 +119,28 @@ def tenant_info(students: Path, tenant: str) -> TenantInfo:
         return TenantInfo(name=tenant, faqs=0)
 
 
+class RequestCounter:
+    """Middleware that counts and times the answers to `POST /answer`, refused ones too."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and look at the status of its answer."""
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("POST", "/answer"):
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.add("tenant_requests_total", labels=f'{{status="{message["status"]}"}}')
+                self.metrics.observe("tenant_request_seconds", time.perf_counter() - start)
+            await send(message)
+
+        await self.app(scope, receive, count)
+
+
 class BodyLimit:
     """Middleware that reads a body before the service does, and answers with 413 when it grows over `MAX_BYTES`."""
 
@@ -160,12 +183,17 @@ def make_app(ask: Ask, students: Path, metrics: Metrics) -> FastAPI:
     # The pages of /docs and /redoc would load scripts from elsewhere.
     app = FastAPI(title="FAQ tenants", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit)
+    app.add_middleware(RequestCounter, metrics=metrics)  # the last one is the outermost
 
     @app.exception_handler(RequestValidationError)
     async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        return JSONResponse({"detail": f"{place}: {first['msg']}"}, status_code=422)
+        return JSONResponse({"detail": f"{place}: {first['msg']}; {FORM}."}, status_code=422)
+
+    @app.exception_handler(400)
+    async def explain_unreadable(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": f"The body cannot be read; {FORM}."}, status_code=400)
 
     @app.get("/", response_class=HTMLResponse)
     async def show_page() -> str:
@@ -185,12 +213,9 @@ def make_app(ask: Ask, students: Path, metrics: Metrics) -> FastAPI:
         question = read_question(asked, students)
         outcome = question if isinstance(question, Failure) else await ask(question)
         seconds = time.perf_counter() - start
-        status = outcome.status if isinstance(outcome, Failure) else 200
-        metrics.add("tenant_requests_total", labels=f'{{status="{status}"}}')
-        metrics.observe("tenant_request_seconds", seconds)
         if isinstance(outcome, Failure):
-            headers = {"Retry-After": str(RETRY_AFTER)} if status == BUSY else None
-            raise HTTPException(status, outcome.detail, headers)
+            headers = {"Retry-After": str(RETRY_AFTER)} if outcome.status == BUSY else None
+            raise HTTPException(outcome.status, outcome.detail, headers)
         answers = [RankedFaq(faq=faq, score=score) for faq, score in outcome.found]
         return Answered(tenant=asked.tenant, answers=answers, milliseconds=1000 * seconds, batched=outcome.batched)
 

@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from faq_data import BUNDLED, Tenant, load_tenants  # noqa: E402
+from inputs import check_at_least, check_rates, check_seed  # noqa: E402
 from ray_cluster import check_address, join  # noqa: E402
 from tenant_students import (  # noqa: E402
     Outcome,
@@ -71,12 +72,9 @@ class Arguments:
 
     def __post_init__(self) -> None:
         least = {"workers": 0, "max_retries": 0, "threads": 1, "shots": 1, "steps": 1, "batch_size": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"--{name} {value} is out of range; it must be at least {lowest}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate {self.learning_rate} is out of range; it must be above 0.")
+        check_at_least(self, least)
+        check_rates(self, "learning_rate")
+        check_seed("seed", self.seed)
         if self.address is not None and self.workers == 0:
             raise ValueError(f"--address {self.address} needs workers, and --workers is 0; leave one of them out.")
 

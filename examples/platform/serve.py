@@ -17,7 +17,6 @@ import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 import transformers
 from transformers import HfArgumentParser
 
@@ -27,9 +26,10 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"serve.py: {error.name} is missing; install it with pip install fastapi uvicorn.") from error
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from http_app import OneByOne, make_app  # noqa: E402
+from inputs import check_at_least, check_device  # noqa: E402
 from ray_cluster import check_address  # noqa: E402
 from tenant_service import load_service  # noqa: E402
 
@@ -54,15 +54,14 @@ class Arguments:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
 
     def __post_init__(self) -> None:
-        for name, lowest in (("max_batch", 1), ("wait_ms", 0), ("max_waiting", 1), ("max_replicas", 1)):
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"--{name} {getattr(self, name)} is out of range; it must be at least {lowest}.")
+        check_at_least(self, {"max_batch": 1, "wait_ms": 0, "max_waiting": 1, "max_replicas": 1, "port": 0})
+        if self.port > 65535:
+            raise ValueError(f"--port {self.port} is out of range; it must be at most 65535.")
         if self.max_loaded < self.max_batch:  # each question of a batch may be of another tenant
             raise ValueError(f"--max_loaded {self.max_loaded} is out of range; it must be at least --max_batch.")
         if self.engine not in ("ray", "local"):
             raise ValueError(f"--engine {self.engine} is unknown; choose ray or local.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
+        check_device(self.device)
         self.students = os.path.abspath(self.students)  # replicas have a working directory of their own
 
 

@@ -4,10 +4,14 @@ A student is a folder as `save_adapter` writes it, with a file `faqs.json`: the 
 and labelled queries. The name of the folder is the tenant's.
 """
 
-import json
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from inputs import is_unicode, read_json  # noqa: E402
 
 FAQS_NAME = "faqs.json"
 BUSY = 503  # the status of what may succeed in a moment
@@ -35,15 +39,6 @@ class Failure(NamedTuple):
     detail: str
 
 
-def is_unicode(text: str) -> bool:
-    r"""Return whether UTF-8 can encode a text: JSON allows half a character (`"\ud800"`), which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def unknown(tenant: str) -> Failure:
     """Return the failure of a question of a tenant that does not exist."""
     return Failure(404, f"Tenant {tenant[:80]!r} is unknown; GET /tenants lists all.")
@@ -60,8 +55,11 @@ def folder_of(students: Path, tenant: str) -> Path | None:
 
 
 def tenants_in(students: Path) -> list[str]:
-    """Return the names of the tenants in a folder; names that start with a dot are not served."""
-    return sorted(path.name for path in students.iterdir() if not path.name.startswith(".") and path.is_dir())
+    """Return the names of the tenants in a folder, none if it is gone; names that start with a dot are not served."""
+    paths = students.iterdir() if students.is_dir() else []
+    return sorted(
+        path.name for path in paths if not path.name.startswith(".") and is_unicode(path.name) and path.is_dir()
+    )
 
 
 def read_faqs(folder: Path) -> list[tuple[str, list[str]]]:
@@ -74,16 +72,14 @@ def read_faqs(folder: Path) -> list[tuple[str, list[str]]]:
     form = 'a JSON list of {"question": text, "queries": list of texts}'
     if not path.is_file():
         raise ValueError(f"{folder} holds no {FAQS_NAME}; write the tenant's FAQs there, {form}.")
+    content = read_json(path, list, f"write {form}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); write {form}.") from error
-    try:
-        faqs = [(faq["question"], list(faq["queries"])) for faq in content]
+        faqs = [(faq["question"], faq["queries"]) for faq in content]
+        texts = [text for question, queries in faqs for text in (question, *queries)]
     except (KeyError, TypeError):
-        faqs = []
-    texts = [text for question, queries in faqs for text in (question, *queries)]
-    if not faqs or not all(isinstance(text, str) and text.strip() for text in texts):
+        faqs, texts = [], []
+    are_lists = all(isinstance(queries, list) for _, queries in faqs)
+    if not faqs or not are_lists or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{path} is no list of FAQs; write {form}.")
     for text in texts:
         if not is_unicode(text):

@@ -26,11 +26,11 @@ import hf_adapter_distillation as had
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from faq_data import Tenant  # noqa: E402
+from faq_data import Tenant, check_names, check_unicode  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
-from student_folder import FAQS_NAME, is_unicode  # noqa: E402
+from inputs import read_json  # noqa: E402
+from student_folder import FAQS_NAME  # noqa: E402
 
-from hf_adapter_distillation.composition import check_name  # noqa: E402
 from hf_adapter_distillation.student.digests import adapter_digest  # noqa: E402
 from hf_adapter_distillation.teachers.loading import load_saved_adapter, name_from_folder  # noqa: E402
 
@@ -179,14 +179,9 @@ def choose_queries(tenants: Sequence[Tenant], shots: int | None, seed: int) -> l
     Raises:
         ValueError: If a tenant has fewer than two FAQs, or its name makes no folder or stands twice.
     """
-    chosen, names = [], set()
+    check_names(tenants)
+    chosen = []
     for tenant in tenants:
-        check_name(tenant.name, f"Tenant {tenant.name!r}", "rename the tenant")
-        if tenant.name in names:
-            raise ValueError(f"Two tenants are named {tenant.name!r}; rename one of them.")
-        names.add(tenant.name)
-        if len(tenant.faqs) < 2:
-            raise ValueError(f"Tenant {tenant.name!r} has {len(tenant.faqs)} FAQ; a ranking needs at least two.")
         faqs = []
         for faq in tenant.faqs:
             order = random.Random(ascii([seed, tenant.name, faq.question]))
@@ -194,17 +189,6 @@ def choose_queries(tenants: Sequence[Tenant], shots: int | None, seed: int) -> l
             faqs.append(replace(faq, train=queries))
         chosen.append(replace(tenant, faqs=faqs))
     return chosen
-
-
-def check_unicode(tenant: Tenant) -> None:
-    """Check that a tokenizer can read the texts of a tenant.
-
-    Raises:
-        ValueError: If UTF-8 cannot encode a text.
-    """
-    for text in (text for faq in tenant.faqs for text in (faq.question, *faq.train)):
-        if not is_unicode(text):
-            raise ValueError(f"{text[:80]!r} is not valid Unicode; write the text of the FAQ.")
 
 
 def saved_faqs(tenant: Tenant) -> list[dict[str, Any]]:
@@ -219,7 +203,15 @@ def write_faqs(tenant: Tenant, folder: Path) -> None:
 
 
 def save_student(platform: EmbeddingPlatform, tenant: Tenant, output: Path) -> None:
-    """Write a student with its FAQs; the folder gets its name only when it is complete."""
+    """Write a student with its FAQs; the folder gets its name only when it is complete.
+
+    Raises:
+        ValueError: If the training left weights that are not finite.
+        OSError: If a file cannot be written.
+    """
+    modules = [module for place in platform.model.get_adapter(tenant.name).values() for module in place.values()]
+    if not all(bool(parameter.isfinite().all()) for module in modules for parameter in module.parameters()):
+        raise ValueError(f"The student of {tenant.name!r} has weights that are not finite; lower --learning_rate.")
     partial = output / f".{tenant.name}-{uuid.uuid4().hex}{PARTIAL}"
     partial.mkdir()
     platform.model.save_adapter(str(partial), tenant.name, use_safetensors=True)
@@ -254,7 +246,7 @@ def open_output(output: Path, about: dict[str, Any], tenants: Sequence[Tenant]) 
     """
     path, remedy = output / SETTINGS_NAME, "choose another folder"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, dict, remedy)
         for key in before | about:
             old, new = before.get(key), about.get(key)
             if old != new:
@@ -264,7 +256,7 @@ def open_output(output: Path, about: dict[str, Any], tenants: Sequence[Tenant]) 
     missing = [tenant for tenant in tenants if not (output / tenant.name).exists()]
     for tenant in tenants:
         faqs = output / tenant.name / FAQS_NAME
-        if tenant not in missing and json.loads(faqs.read_text(encoding="utf-8")) != saved_faqs(tenant):
+        if tenant not in missing and read_json(faqs, list, f"remove {faqs.parent}") != saved_faqs(tenant):
             raise ValueError(f"{output / tenant.name} has other FAQs than the tenant now; remove the folder.")
     output.mkdir(parents=True, exist_ok=True)
     remove_partial(output)

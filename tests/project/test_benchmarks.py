@@ -545,8 +545,19 @@ def test_each_method_takes_its_best_learning_rate():
         (["--tenants", "zoo"], "--tenants zoo is not in the data; choose of bank, rail, post"),
         (["--pool", "streaming", "--tenants", "bank"], "--tenants bank is the first to arrive and has no teachers"),
         (["--shots", "-1"], "--shots -1 is out of range"),
-        (["--shots", "6"], "6 training queries are too many"),
-        (["--shots", "all"], "6 training queries are too many"),
+        (
+            ["--shots", "6"],
+            "--shots 6 is out of range: .* has 6 queries in all, 1 for validation and one to test among",
+        ),
+        (["--shots", "all"], "--shots 6 is out of range: .* has 6 queries in all"),
+        (["--teacher_queries", "6"], "--teacher_queries 6 is out of range: .* has 6 queries in all"),
+        (["--teacher_epochs", "0"], "--teacher_epochs 0 is out of range; it must be at least 1"),
+        (["--teacher_learning_rate", "nan"], "--teacher_learning_rate nan is out of range; it must be above 0"),
+        (["--seeds", "1", "-1"], "--seeds -1 is out of range; it must be from 0"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--output", "/proc/nowhere/lines.jsonl"], "The folder of --output, /proc/nowhere cannot be written"),
+        (["--output", "/tmp"], "Is a directory: '/tmp'"),
+        (["--teachers_dir", "/proc/nowhere"], "--teachers_dir /proc/nowhere cannot be written"),
         (["--shots", "0", "--methods", "plain adapter"], "--methods 'plain adapter' needs labelled queries"),
         ([*EMBEDDINGS, "--methods", "SetFit"], "--methods 'SetFit' needs its package; install it with pip install"),
         ([*EMBEDDINGS, "--architecture", "fast"], "--architecture fast is unknown; choose of embeddings"),
@@ -573,6 +584,41 @@ def test_results_and_teachers_of_other_arguments_are_refused(benchmark, tmp_path
     (tmp_path / "lines.jsonl").unlink()
     with pytest.raises(SystemExit, match="was made with --teacher_epochs 1, not 2; choose another --teachers_dir"):
         benchmark(*methods, "--teacher_epochs", "2")
+    (tmp_path / "teachers" / "rail" / "made_with.json").unlink()
+    with pytest.raises(
+        SystemExit, match="teachers/rail is no teacher of this benchmark; choose another --teachers_dir"
+    ):
+        benchmark(*methods)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [("notes", "The last line"), ("notes\n", "Line 1"), ("5\n", "Line 1"), ('{"arguments": [1]}\n', "Line 1")],
+)
+def test_a_file_of_the_users_stays_as_it_is(content, line, benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming_tenants, "run_all", None)
+    (tmp_path / "lines.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match=f"{line} of .*lines.jsonl is no run of this benchmark; choose another file"):
+        benchmark()
+    assert (tmp_path / "lines.jsonl").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["bank", "bank"], "Two tenants are named 'bank'; rename one of them"),
+        (["bank", "a/x"], "Tenant 'a/x' would be named 'a/x'; rename the tenant"),
+        (["bank", "new"], "Tenant 'new' has a name that the benchmark gives itself; rename the tenant"),
+        (["bank"], "has 1 tenant; at least two are needed"),
+    ],
+)
+def test_tenants_that_cannot_be_compared(names, message, benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming_tenants, "run_all", None)
+    content = json.loads((tmp_path / "data.json").read_text())
+    content["tenants"] = [content["tenants"][0] | {"name": name} for name in names]
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=message):
+        benchmark()
 
 
 def runs(method, accuracies, **kwargs):
@@ -659,7 +705,7 @@ def test_the_plots_of_embeddings(tmp_path, monkeypatch, capsys):
         + of_embeddings("AdapterDistillation", [0.7, 0.7, 0.9, 0.9]),
     }
     for name, lines in files.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"method": "cut')
     monkeypatch.setattr(sys, "argv", ["report.py", "embeddings", *(str(tmp_path / f"{name}.jsonl") for name in files)])
     report.main()
     out = capsys.readouterr().out

@@ -28,6 +28,10 @@ def plain(text):
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
+FAQ = {"question": "where", "queries": ["a", "b", "c", "d"]}
+FAQS = [FAQ, FAQ | {"question": "when"}]
+
+
 def test_bundled_data_is_what_it_says():
     assert len(TENANTS) == 10
     assert all(len(tenant["faqs"]) == 12 for tenant in TENANTS)
@@ -78,8 +82,24 @@ def test_validation_queries_are_held_out_where_there_is_no_split():
     parts = [tenant.faqs[0].train, tenant.faqs[0].validation, tenant.faqs[0].test]
     assert [len(part) for part in parts] == [3, 4, 7]
     assert whole == set().union(*parts)
-    with pytest.raises(ValueError, match="10 training queries are too many"):
+    message = (
+        "--shots 10 is out of range: .* has 14 queries in all, 4 for validation and one to test among them; lower"
+    )
+    with pytest.raises(ValueError, match=message):
         hold_out(load_tenants(str(BUNDLED), seed=1)[0], 10, n_validation=4)
+
+
+def test_an_faq_with_test_queries_of_its_own_may_give_all_others_but_those_for_validation():
+    def tenant(n_queries):
+        return Tenant("bank", [Faq("where", train=[f"query {i}" for i in range(n_queries)], test=["where is it"])])
+
+    few = tenant(6)
+    hold_out(few, 50, n_validation=4, at_most=True)
+    assert [len(part) for part in (few.faqs[0].train, few.faqs[0].validation, few.faqs[0].test)] == [2, 4, 1]
+    for shots, n_validation, at_most in ((7, 0, False), (3, 4, False), (50, 6, True)):
+        with pytest.raises(ValueError, match=f"--shots {shots} is out of range: 'where' has 6 queries in all"):
+            hold_out(tenant(6), shots, n_validation, at_most=at_most)
+    hold_out(tenant(6), 6)
 
 
 def test_pairs(tiny_encoder):
@@ -129,21 +149,58 @@ def test_hub_form(monkeypatch):
     assert (len(first.faqs), len(second.faqs)) == (15, 5)
     assert (first.faqs[0].question, first.faqs[0].train, first.faqs[0].test) == ("intent 0", ["query 1"], ["query 1"])
     assert first.faqs[0].validation == []
-    monkeypatch.setattr("faq_data.datasets.load_dataset", lambda *args: {"train": split.remove_columns("intent")})
-    with pytest.raises(ValueError, match="needs one class column, a text column and the splits train and test"):
-        load_tenants("me/no-classes", seed=1)
+    unlabelled = split.remove_columns("intent")
+    for loaded, message in (
+        ({"train": unlabelled, "test": unlabelled}, "needs one class column and a text column; it has text"),
+        ({"validation": split}, "has the splits validation; it needs train and test"),
+    ):
+        monkeypatch.setattr("faq_data.datasets.load_dataset", lambda *args, loaded=loaded: loaded)
+        with pytest.raises(ValueError, match=f"^--data me/other {message}"):
+            load_tenants("me/other", seed=1)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist; give a JSON file"), ({"x": 1}, "has neither"), ({"tenants": []}, "has 0 tenants")],
+    [
+        (None, "does not exist; give a JSON file"),
+        ({"x": 1}, "has neither"),
+        ({"tenants": []}, "has no tenants; give it some"),
+        ({"tenants": {}}, "data.json, 'tenants': it is of another form .a dict in place of a list.; see faq_tenants"),
+        ({"tenants": ["a"]}, "data.json, tenant 1: it is of another form"),
+        ([1], "data.json holds no JSON object; write it as faq_tenants.json is"),
+        ("{", "data.json is no JSON .Expecting property name"),
+        ("[" * 100_000, "data.json is no JSON"),
+    ],
 )
 def test_bad_data(content, message, tmp_path):
     path = tmp_path / "data.json"
     if content is not None:
-        path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
         load_tenants(str(path), seed=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("splits", "domains", "message"),
+    [
+        ({"train": [["a"]], "test": []}, {"bank": ["pay"]}, "is not of the form of CLINC150"),
+        ({"train": [], "val": 5, "test": []}, {"bank": ["pay"]}, "is not of the form of CLINC150"),
+        ({"train": [], "test": []}, {"bank": 5}, "is not of the form of CLINC150"),
+        ({"train": [], "test": []}, ["bank"], "domains.json holds no JSON object; take the file of CLINC150"),
+        ({"train": [], "test": []}, {"bank": ["pay"]}, "FAQ 'pay' of tenant 'bank' has no queries"),
+    ],
+)
+def test_damaged_clinc150(splits, domains, message, tmp_path):
+    (tmp_path / "data_full.json").write_text(json.dumps(splits))
+    (tmp_path / "domains.json").write_text(json.dumps(domains))
+    with pytest.raises(ValueError, match=message):
+        load_tenants(str(tmp_path), seed=1)
+
+
+def test_a_mark_at_the_begin_of_a_file_is_no_damage(tmp_path):
+    (tmp_path / "data.json").write_text("\ufeff" + json.dumps({"tenants": [{"name": "bank", "faqs": [FAQ]}]}))
+    assert [tenant.name for tenant in load_tenants(str(tmp_path / "data.json"), seed=1)] == ["bank"]
 
 
 def test_metric_by_hand():
@@ -286,7 +343,11 @@ def test_labels_of_the_picture_cover_no_point_and_no_other_label():
     [
         (["--new_tenant", "zoo"], "--new_tenant zoo is not in the data; choose one of bank, airline"),
         (["--shots", "0"], "--shots 0 leaves nothing to train on and is out of range; it must be at least 1"),
-        (["--shots", "99"], "99 training queries are too many: .* has 14 in all"),
+        (["--shots", "99"], "--shots 99 is out of range: .* has 14 queries in all, one to test among them; lower it"),
+        (["--learning_rate", "inf"], "--learning_rate inf is out of range; it must be above 0 and finite"),
+        (["--seed", "-1"], "--seed -1 is out of range; it must be from 0 to 4294967295"),
+        (["--ask", "half \ud800"], "--ask 'half .ud800' is not valid Unicode; type it again"),
+        (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere cannot be written"),
         (["--data", "missing.json"], "--data missing.json does not exist"),
         (["--architecture", "bert"], "--architecture bert is unknown; choose one of embeddings, cross-encoder"),
         (["--learning_rate", "0"], "--learning_rate 0.0 is out of range; it must be above 0"),
@@ -300,22 +361,26 @@ def test_bad_arguments_cost_no_training(arguments, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-FAQ = {"question": "where", "queries": ["a", "b", "c", "d"]}
-
-
 @pytest.mark.parametrize(
     ("tenants", "message"),
     [
-        ([("one", [FAQ, FAQ])], "has 1 tenants; at least two are needed"),
-        ([("one", [FAQ]), ("two", [])], "Tenant 'two' has no FAQs; give it some"),
-        ([("one", [FAQ]), ("two", [FAQ])], "Tenant 'two' has 1 FAQ; a ranking needs at least two"),
-        ([("one", [FAQ]), ("one", [FAQ, FAQ])], "Two tenants are named 'one'; rename one"),
-        ([("one", [FAQ]), ("a.b", [FAQ, FAQ])], "Tenant 'a.b' would be named 'a.b'; rename the tenant"),
-        ([(1, [FAQ]), ("two", [FAQ, FAQ])], "Tenant 1 is named 1; give it a name"),
-        ([("one", [FAQ]), ("two", [FAQ, FAQ | {"queries": []}])], "FAQ 'where' of tenant 'two' has no queries; give"),
-        ([("one", [FAQ | {"queries": ["a", " "]}]), ("two", [FAQ])], "FAQ 'where' of tenant 'one' has an empty query"),
-        ([("one", [FAQ | {"question": ""}]), ("two", [FAQ])], "FAQ 1 of tenant 'one' has the question ''; write one"),
-        ([("one", [{"question": "where"}]), ("two", [FAQ])], "Tenant 1, FAQ 1: 'queries' is missing"),
+        ([("one", FAQS)], "has 1 tenant; at least two are needed"),
+        ([("one", FAQS), ("two", [])], "Tenant 'two' has no FAQs; give it some"),
+        ([("one", FAQS), ("two", [FAQ])], "Tenant 'two' has 1 FAQ; a ranking needs at least two"),
+        ([("one", [FAQ]), ("two", FAQS)], "Tenant 'one' has 1 FAQ; a ranking needs at least two"),
+        ([("one", FAQS), ("one", FAQS)], "Two tenants are named 'one'; rename one"),
+        ([("one", FAQS), ("a.b", FAQS)], "Tenant 'a.b' would be named 'a.b'; rename the tenant"),
+        ([(1, FAQS), ("two", FAQS)], "Tenant 1 is named 1; give it a name"),
+        ([("one", FAQS), ("two", [FAQ | {"queries": []}])], "FAQ 'where' of tenant 'two' has no queries; give"),
+        ([("one", [FAQ | {"queries": ["a", " "]}]), ("two", FAQS)], "FAQ 'where' of tenant 'one' has an empty query"),
+        ([("one", [FAQ | {"question": ""}]), ("two", FAQS)], "FAQ 1 of tenant 'one' has the question ''; write one"),
+        ([("one", [FAQ, FAQ]), ("two", FAQS)], "Two FAQs of tenant 'one' have the question 'where'; join them"),
+        ([("one", [{"question": "where"}]), ("two", FAQS)], "data.json, tenant 1, FAQ 1: 'queries' is missing"),
+        (
+            [("one", [FAQ | {"queries": "abc"}]), ("two", FAQS)],
+            "FAQ 1: it is of another form .a str in place of a list",
+        ),
+        ([("one", [*FAQS, FAQ | {"question": "\ud800"}]), ("two", FAQS)], r"'.ud800' is not valid Unicode; write the"),
     ],
 )
 def test_bad_tenants_cost_no_training(tenants, message, tmp_path, monkeypatch):

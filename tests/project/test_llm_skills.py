@@ -270,9 +270,9 @@ def test_the_packaged_model_is_read_once(tiny_llm, tmp_path, monkeypatch, capsys
         (["--methods", "best merge, trained"], "--methods 'best merge, trained' needs a merge; add 'merge: svd'"),
         (["--teachers", "0"], "--teachers 0 is out of range; it must be at least 1"),
         (["--weighing_steps", "1"], "--weighing_steps 1 is out of range; it must be at least 2"),
-        (["--learning_rates", "0"], "A learning rate of 0.0 is out of range; it must be above 0"),
+        (["--learning_rates", "0"], "--learning_rates 0.0 is out of range; it must be above 0 and finite"),
         (["--new_tenant", "zoo"], "--new_tenant zoo is not in the data; choose one of bank, air, shop"),
-        (["--shots", "8"], "8 training queries are too many: .* has 8 in all"),
+        (["--shots", "8"], "--shots 8 is out of range: .* has 8 queries in all, "),
         (["--model", "no/such/model"], "no/such/model"),
     ],
 )
@@ -296,8 +296,8 @@ def test_models_that_do_not_fit_train_nothing(tiny_llm, data, tmp_path, monkeypa
 
 
 def test_quick_leaves_what_the_user_gives():
-    args = llm_skills.Arguments(quick=True, steps=5)
-    assert (args.steps, args.teachers, args.learning_rates) == (5, 2, [3e-3])
+    args = llm_skills.Arguments(quick=True, steps=llm_skills.DEFAULTS["steps"])
+    assert (args.steps, args.teachers, args.learning_rates) == (30, 2, [3e-3])
     assert not {"average, trained", "best merge, trained"} & set(args.methods)
     assert llm_skills.Arguments().methods == ROWS
 

@@ -246,7 +246,9 @@ def says(monkeypatch, message, *arguments):
     [
         (["--workers", "-1"], "--workers -1 is out of range; it must be at least 0."),
         (["--steps", "0"], "--steps 0 is out of range; it must be at least 1."),
-        (["--learning_rate", "0"], "--learning_rate 0.0 is out of range; it must be above 0."),
+        (["--learning_rate", "0"], "--learning_rate 0.0 is out of range; it must be above 0 and finite."),
+        (["--learning_rate", "inf"], "--learning_rate inf is out of range; it must be above 0 and finite."),
+        (["--seed", "-1"], "--seed -1 is out of range; it must be from 0 to 4294967295."),
         (["--address", "a:1", "--workers", "0"], "--address a:1 needs workers, and --workers is 0"),
         (["--data", "missing.json"], "--data missing.json does not exist"),
         (["--teachers", "missing"], "--teachers missing is no folder"),

@@ -101,7 +101,10 @@ def test_what_cannot_be_answered_says_so_in_one_line(saved, service):
             answer = client.post("/answer", json=body)
             assert answer.status_code == 422
             assert answer.json()["detail"].startswith("body")
+            assert answer.json()["detail"].endswith(f"; {http_app.FORM}.")
         assert client.post("/answer", content=b"{").status_code == 422
+        answer = post(client, b"\xff")
+        assert (answer.status_code, answer.json()) == (400, {"detail": f"The body cannot be read; {http_app.FORM}."})
         assert client.get("/answer").status_code == 405
 
 
@@ -199,13 +202,27 @@ def test_a_service_that_is_full_answers_so_and_loses_nothing(saved, service, mon
 
 def test_the_tenants_are_listed_a_damaged_one_too(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "students")
-    (tmp_path / "students" / "rail" / "faqs.json").write_text("{")
+    (tmp_path / "students" / "rail" / "faqs.json").write_text("[" * 100_000)
+    (tmp_path / "students" / os.fsdecode(b"\xff")).mkdir()
     with make_client(tmp_path / "students", ask=pytest.fail) as client:
         assert client.get("/tenants").json() == [
             {"name": "bank", "faqs": 3},
             {"name": "post", "faqs": 1},
             {"name": "rail", "faqs": 0},
         ]
+        shutil.rmtree(tmp_path / "students")
+        assert client.get("/tenants").json() == []
+
+
+def test_refused_requests_are_counted_too(saved):
+    with make_client(saved, ask=pytest.fail) as client:
+        for content in (b"{", b"\xff", b" " * (http_app.MAX_BYTES + 1), b'{"tenant": "zoo", "question": "where"}'):
+            post(client, content)
+        client.get("/answer")
+        lines = client.get("/metrics").text.splitlines()
+    counts = [line for line in lines if line.startswith("tenant_requests_total")]
+    assert sorted(counts) == [f'tenant_requests_total{{status="{status}"}} 1' for status in (400, 404, 413, 422)]
+    assert "tenant_request_seconds_count 4" in lines
 
 
 def test_requests_are_counted_in_the_format_of_prometheus():
@@ -354,6 +371,8 @@ def test_wrong_students_are_named_in_one_line(change, message, engine, saved, en
         (["--max_loaded", "4"], "--max_loaded 4 is out of range; it must be at least --max_batch"),
         (["--engine", "spark"], "--engine spark is unknown; choose ray or local"),
         (["--device", "cuda"], "--device cuda finds no GPU"),
+        (["--device", "tpu"], "--device tpu is unknown; choose cpu or cuda"),
+        (["--port", "65536"], "--port 65536 is out of range; it must be at most 65535"),
         (["--model", "no/such/model", "--engine", "local"], "no/such/model"),
     ],
 )
@@ -503,7 +522,12 @@ def test_the_demo_writes_students_that_are_served(data, encoder, tmp_path, monke
     [
         (["--teachers", "0"], "--teachers 0 is out of range; it must be at least 1"),
         (["--students", "2", "--teachers", "2"], "--teachers 2 and --students 2 are more than the 3 tenants of"),
-        (["--teachers", "1", "--students", "1", "--shots", "6"], "6 training queries are too many"),
+        (["--teachers", "1", "--students", "1", "--shots", "6"], "--shots 6 is out of range: .* has 6 queries in all"),
+        (["--seed", "-1"], "--seed -1 is out of range; it must be from 0"),
+        (
+            ["--teachers", "1", "--students", "1", "--output", "/proc/nowhere/students"],
+            "The folder of --output, /proc/nowhere cannot be written",
+        ),
         (["--output", "."], "--output . is there already; choose another folder or remove it"),
         (["--data", "missing.json"], "--data missing.json does not exist"),
     ],

@@ -296,7 +296,7 @@ DAMAGES = [
     (rewrite("faqs.json", '["a"]'), "rail/faqs.json is no list of FAQs; write"),
     (rewrite("faqs.json", '[{"question": "", "queries": []}]'), "rail/faqs.json is no list of FAQs; write"),
     (rewrite("faqs.json", '[{"question": "a", "queries": ["\\ud800"]}]'), "holds '\\ud800', which is not valid"),
-    (rewrite("faqs.json", '{"a": 1}'), "rail/faqs.json is no list of FAQs; write"),
+    (rewrite("faqs.json", '{"a": 1}'), "rail/faqs.json holds no JSON list; write"),
     (of_another_model("hidden_size", 384), "rail' was made for hidden_size 384, the model has 16; use"),
     (of_another_model("model_type", "gpt2"), "rail' was made for model_type 'gpt2', the model has 'bert'"),
     (lambda folder: (folder / "adapter_config.json").unlink(), "rail' holds no adapter_config"),
