@@ -1,7 +1,7 @@
-"""Where the time of a stage-2 epoch of `examples/faq_retrieval.py` goes, part by part, beside a plain adapter's epoch.
+"""Where the time of a stage-2 epoch of a cross-encoder goes, part by part, beside a plain adapter's epoch.
 
-The data, the model, the batches and the trainer are those of the example; the teachers are not trained, which changes
-nothing of the time.
+The data, the model, the batches and the trainer are those of `examples/faq_retrieval.py --architecture cross-encoder`;
+the teachers are not trained, which changes nothing of the time.
 
     python benchmarks/profile_training.py
     python benchmarks/profile_training.py --tenant travel --data path/to/clinc150
