@@ -1,5 +1,6 @@
 """Fixtures of all tests. Nothing is downloaded."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +31,13 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup():
     """Start each test, and its fixtures, at the same random numbers, whatever ran before it in the process."""
     set_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage_is_looked_for_in_what_is_imported():
+    """Each training collects garbage, which takes as long as a tiny training if it walks over all modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

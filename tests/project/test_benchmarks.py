@@ -1,6 +1,5 @@
 """The benchmarks on a tiny model, and what they measure with."""
 
-import gc
 import json
 import random
 import subprocess
@@ -314,7 +313,6 @@ def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
     embedding_runs._platform.cache_clear()
     learn = preparation.learn_weights
     monkeypatch.setattr(preparation, "learn_weights", lambda *args, **kwargs: learn(*args, **kwargs | {"steps": 4}))
-    gc.freeze()  # each trainer collects garbage, among all modules of the tests
     queries = [f"how is the {thing}" for thing in "card train parcel weather day pay".split()]
     faqs = [{"question": f"what is {name}", "queries": queries} for name in ("my card", "the weather")]
     data = tmp_path / "data.json"
@@ -330,8 +328,7 @@ def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
         streaming_tenants.main()
         return report.read(output), capsys.readouterr().out
 
-    yield main
-    gc.unfreeze()
+    return main
 
 
 def test_every_method_onboards_a_tenant(benchmark):
