@@ -1,6 +1,7 @@
 """Load texts from a file, a folder or the Hub, find their columns, and check them."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,34 @@ from .options import DataArguments, TextArguments
 
 Labels = list[int] | list[str]  # the classes of a head: the numbers from 0 on, or names
 Arguments = TypeVar("Arguments", bound=TextArguments)
+WHOLE = r"0|-?[1-9][0-9]{0,17}"  # as Python writes it; 18 digits fit into 64 bits
+DECIMAL = rf"-?(({WHOLE})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
+NUMBERS = {int: re.compile(rf"\s*({WHOLE})\s*"), float: re.compile(rf"\s*({DECIMAL})\s*")}
+
+
+def _read_table(path: str, **form: Any) -> Dataset:
+    """Read a .csv or .tsv file, in which nothing but an empty cell is missing: `None` and `NA` are names."""
+    form |= {"keep_default_na": False, "na_values": [""]}
+    columns = Dataset.from_csv(path, nrows=1, **form).column_names
+    texts = Dataset.from_csv(path, converters=dict.fromkeys(columns, str), **form)
+    table = texts[:]
+    for name in table:
+        if holds_texts(texts, name):  # not the index that pandas makes of surplus cells
+            table[name] = _as_numbers(table[name])
+    return Dataset.from_dict(table)
+
+
+def _as_numbers(cells: Sequence[str | None]) -> Sequence[Any]:
+    """Return a column as numbers if that keeps how all of them are written, and else as it is: 01 is a name."""
+    for kind, pattern in NUMBERS.items():
+        if all(pattern.fullmatch(cell) for cell in cells if cell):
+            return [kind(cell) if cell else None for cell in cells]
+    return cells
+
+
 READERS: dict[str, Any] = {  # load_dataset("csv") would call the Hub's download counter for a local file
-    ".csv": Dataset.from_csv,
-    ".tsv": Dataset.from_csv,
+    ".csv": _read_table,
+    ".tsv": _read_table,
     ".json": Dataset.from_json,
     ".jsonl": Dataset.from_json,
     ".parquet": Dataset.from_parquet,

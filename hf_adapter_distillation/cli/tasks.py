@@ -4,6 +4,7 @@ A retrieval has no head; its model, loss and metrics are in `retrieval`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -101,9 +102,13 @@ def targets(dataset: Dataset, column: str, task: KnownTask, labels: Labels, sour
         if isinstance(dataset.features[column], ClassLabel):
             raise ValueError(f"label_column={column!r} holds classes, not numbers; leave out --task regression.")
         try:
-            return [float(value) for value in dataset[column]]
+            numbers = [float(value) for value in dataset[column]]
         except (TypeError, ValueError) as error:
             raise ValueError(f"Column {column!r} holds no number: {error}; leave out --task regression.") from error
+        for row, number in enumerate(numbers, start=1):
+            if not isfinite(number):
+                raise ValueError(f"Column {column!r} has {number} in row {row}; give a number, or leave the row out.")
+        return numbers
     ids = iter(label_ids(tags_of(dataset, column), column, labels, source))
     return [[next(ids) for _ in row] for row in dataset[column]]
 

@@ -30,8 +30,10 @@ from hf_adapter_distillation import downloads
 from hf_adapter_distillation._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from hf_adapter_distillation.cli import export, predict
 from hf_adapter_distillation.cli import train as cli_training
+from hf_adapter_distillation.cli.data import check_columns, labels_of
+from hf_adapter_distillation.cli.data import load as load_dataset
 from hf_adapter_distillation.cli.main import EXAMPLES, command_function, main, make_parser, parse
-from hf_adapter_distillation.cli.options import USUAL, TrainArguments
+from hf_adapter_distillation.cli.options import USUAL, DataArguments, TrainArguments
 from hf_adapter_distillation.hub import push as pushing
 from hf_adapter_distillation.hub.card import CardOptions
 from hf_adapter_distillation.hub.push import push_saved, student_folder
@@ -279,6 +281,41 @@ def test_datasets_of_all_kinds_and_labels(here, capsys):
         assert run(capsys, *EVAL, "--adapter=x/insurance", "--dataset=several", f"--label_column={column}")[0] == 0
 
 
+@pytest.mark.parametrize("extension", ["csv", "tsv"])
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["None", "card"], ["None", "card"]),
+        (["NA", "DE"], ["DE", "NA"]),
+        (["null", "nan"], ["nan", "null"]),
+        (["01", "1", "2"], ["01", "1", "2"]),
+        (["010", "9"], ["010", "9"]),
+        (["true", "false"], ["false", "true"]),
+        (["7", "99999999999999999999"], ["7", "99999999999999999999"]),
+        (["1", "0", " 1"], [0, 1]),
+        (["10", "9"], ["9", "10"]),
+        ([*map(str, range(20_000)), "boat"], sorted([*map(str, range(20_000)), "boat"])),
+    ],
+)
+def test_labels_of_a_table_are_as_they_are_written(tmp_path, extension, cells, labels):
+    path = write_csv(tmp_path / "rows.csv", {"id": range(1, len(cells) + 1), "label": cells, "text": cells}, n=4)
+    path.rename(path := path.with_suffix(f".{extension}"))
+    args = DataArguments(dataset=str(path), sep=",", text_column="text")
+    rows = load_dataset(str(path), args)["train"]
+    assert labels_of(rows, "label") == labels
+    assert rows["id"][:] == list(range(1, len(cells) + 1))
+
+
+@pytest.mark.parametrize("word", ["None", "null", "NA", "nan"])
+def test_a_text_of_a_table_may_look_like_a_gap(tmp_path, word):
+    path = write_csv(tmp_path / "rows.csv", {"text": [word, "a", "b"], "label": ["x", "y", ""]})
+    args = DataArguments(dataset=str(path), text_column="text", label_column="label")
+    rows = load_dataset(str(path), args)["train"]
+    assert rows["text"][0] == word
+    with pytest.raises(ValueError, match="Column 'label' is empty in row 3"):
+        check_columns(rows, args)
+
+
 def test_labels_with_the_default_names_of_transformers_are_evaluated(here, capsys):
     labels = ["LABEL_0", "LABEL_1"] * 2
     write_csv(Path("named.csv"), {"text": TEXTS, "label": labels}, n=20)
@@ -521,7 +558,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     monkeypatch.setattr(cli_training, "load_base", None)
     columns = {
         "text": TEXTS, "label": LABELS, "gaps": ["a", "", "b", "a"], "same": ["a"] * 4, "score": [0.5, 1.5, 2, 3],
-        "number": [0, 1, "", 0],
+        "number": [0, 1, "", 0], "unknown": [0.5, 1, "nan", 0],
     }  # fmt: skip
     write_csv(Path("data.csv"), columns)
     write_csv(Path("guess.csv"), {"frage": TEXTS, "antwort": TEXTS, "thema": LABELS})
@@ -564,6 +601,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--dataset=guess.csv"], "The columns 'frage', 'antwort', 'thema' do not say which one is the text_*"),
         (["--dataset=guess.csv", "--text_column=frage"], "* do not say which one is the label_column; pass *"),
         (["--task=regression"], "Column 'label' holds no number: could not convert string to float: 'card'; leave *"),
+        (["--task=regression", "--label_column=unknown"], "Column 'unknown' has nan in row 3; give a number, or *"),
         (["--dataset=glue"], "Column 'label' has no label in row 1; choose a split that has labels."),
         (["--eval_file=other.csv"], "Column 'label' has 'boat' in row 2, not a label of the training data: *"),
     ]  # fmt: skip
