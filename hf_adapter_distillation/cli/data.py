@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,14 +231,24 @@ def names_in(dataset: Dataset, column: str) -> set[str]:
     return set(feature.names if isinstance(feature, ClassLabel) else map(str, dataset[column]))
 
 
-def label_ids(dataset: Dataset, column: str, labels: Labels, source: str) -> list[int]:
-    """Return the class of each row, matched by name; `source` stands for the origin of the classes in messages."""
+def label_ids(
+    dataset: Dataset, column: str, labels: Labels, source: str, rows: Iterable[int] | None = None
+) -> list[int]:
+    """Return the class of each label, matched by name.
+
+    Args:
+        source: The origin of the classes, in messages.
+        rows: The row of each label in the file, if there can be several labels in a row.
+
+    Raises:
+        ValueError: If a row has no label, or an unknown one.
+    """
     # Not by `ClassLabel.str2int`, which takes an unknown "0" for class 0, nor `align_labels_with_mapping`, which
     # ignores case.
     feature, ids = dataset.features[column], {str(label): number for number, label in enumerate(labels)}
     by_name = isinstance(feature, ClassLabel) and isinstance(labels[0], str)
     numbers = []
-    for row, value in enumerate(dataset[column], start=1):
+    for row, value in zip(rows or count(1), dataset[column], strict=False):
         if isinstance(feature, ClassLabel) and value < 0:
             raise ValueError(f"Column {column!r} has no label in row {row}; choose a split that has labels.")
         name = feature.int2str(value) if by_name else str(value)

@@ -76,7 +76,7 @@ def evaluate_head(args: EvalArguments, examples: Dataset) -> tuple[dict[str, Any
     if loaded.task != "regression":
         in_data = names_in(tags_of(examples, column) if loaded.task == "tokens" else examples, column)
     labels = labels_of_head(loaded, in_data)
-    wanted = targets(examples, column, loaded.task, labels, args.adapter)
+    wanted = targets(examples, args, loaded.task, labels, args.adapter)
     output = run_model(loaded, encode(examples, loaded.tokenizer, args, loaded.task, wanted), args.batch_size)
     metrics = finite_metrics(output.metrics or {})
     found: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in metrics.items()}

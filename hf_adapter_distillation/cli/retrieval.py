@@ -153,7 +153,7 @@ def evaluate_ranking(args: EvalArguments, examples: Dataset) -> dict[str, Any]:
     """Return how a saved adapter ranks the texts of the label column, each once, for each query."""
     column = str(args.label_column)
     candidates = candidates_of([examples], column)
-    labels = targets(examples, column, "retrieval", candidates, args.dataset)
+    labels = targets(examples, args, "retrieval", candidates, args.dataset)
     scores = cosines(load_retriever(args), examples[args.text_column], candidates, args.batch_size)
     return {"candidates": len(candidates), **ranking_metrics(scores, labels)}
 

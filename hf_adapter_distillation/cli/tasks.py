@@ -20,7 +20,7 @@ from transformers import (
 
 from ..method.heads import head_config, kind_of_labels
 from .data import Labels, holds_texts, is_list, label_ids, labels_of, names_in
-from .options import TextArguments, TrainArguments
+from .options import DataArguments, TextArguments, TrainArguments
 
 KnownTask = Literal["classification", "regression", "tokens", "retrieval"]
 IGNORED = -100  # the label of a token that no loss and no metric counts
@@ -94,8 +94,9 @@ def candidates_of(parts: Sequence[Dataset], column: str) -> list[str]:
     return found
 
 
-def targets(dataset: Dataset, column: str, task: KnownTask, labels: Labels, source: str) -> list[Any]:
+def targets(dataset: Dataset, args: DataArguments, task: KnownTask, labels: Labels, source: str) -> list[Any]:
     """Return the class, the number, the classes of the words, or the number of the right text, for each row."""
+    column = str(args.label_column)
     if task in ("classification", "retrieval"):
         return label_ids(dataset, column, labels, source)
     if task == "regression":
@@ -109,7 +110,12 @@ def targets(dataset: Dataset, column: str, task: KnownTask, labels: Labels, sour
             if not isfinite(number):
                 raise ValueError(f"Column {column!r} has {number} in row {row}; give a number, or leave the row out.")
         return numbers
-    ids = iter(label_ids(tags_of(dataset, column), column, labels, source))
+    rows: list[int] = []  # of each tag
+    for row, (words, tags) in enumerate(zip(words_of(dataset, args), dataset[column], strict=True), start=1):
+        if len(words) != len(tags):
+            raise ValueError(f"Row {row} has {len(words)} words and {len(tags)} tags; give each word one tag.")
+        rows += [row] * len(tags)
+    ids = iter(label_ids(tags_of(dataset, column), column, labels, source, rows))
     return [[next(ids) for _ in row] for row in dataset[column]]
 
 
@@ -157,10 +163,6 @@ def _encode_words(
     if not tokenizer.is_fast:
         raise ValueError(f"Labels of tokens need a fast tokenizer, not {type(tokenizer).__name__}.")
     words = words_of(dataset, args)
-    given: list[list[Any]] = list(wanted or words)
-    for row, (own, tags) in enumerate(zip(words, given, strict=True), start=1):
-        if len(own) != len(tags):
-            raise ValueError(f"Row {row} has {len(own)} words and {len(tags)} tags; give each word one tag.")
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=args.max_length)
     rows: dict[str, list] = dict(encoded)
     rows["labels"] = []

@@ -14,11 +14,21 @@ from ..hub.push import STUDENT_FILES, write_all_formats
 from ..student.summary import as_table, summary_rows
 from ..training.arguments import DistillationTrainingArguments
 from ..training.trainers import DistillationTrainer
-from .data import check_columns, load, split_of, with_columns
+from .data import Labels, check_columns, load, split_of, with_columns
 from .models import add_student_adapter, load_base
 from .options import TrainArguments
 from .progress import SilentMixin, shorten, without_noise
-from .tasks import Labelled, add_head, collator, compute_metrics, encode, labels_of_task, targets, task_of_data
+from .tasks import (
+    KnownTask,
+    Labelled,
+    add_head,
+    collator,
+    compute_metrics,
+    encode,
+    labels_of_task,
+    targets,
+    task_of_data,
+)
 
 
 class SilentTrainer(SilentMixin, DistillationTrainer):
@@ -102,16 +112,25 @@ def check_unused(folder: Path) -> None:
 
 
 def load_labelled(args: TrainArguments, seed: int) -> Labelled:
-    """Load and check the examples with their labels."""
-    args, data = load_splits(args, seed)
-    column, task = str(args.label_column), task_of_data(data["train"], args)
-    labels = labels_of_task(data, column, task)
-    wanted = {name: targets(part, column, task, labels, "the training data") for name, part in data.items()}
+    """Load and check the examples with their labels, and split off a fraction for `eval` if that is wanted."""
+    args, data, fraction = load_splits(args)
+    task = task_of_data(data["train"], args)
+    labels = labels_of_task(data, str(args.label_column), task)
+    labelled = with_targets(args, task, data, labels)  # before the split: errors name rows of the file
+    if fraction is None:
+        return labelled
+    halves = data["train"].train_test_split(fraction, seed=seed)
+    return with_targets(args, task, {"train": halves["train"], "eval": halves["test"]}, labels)
+
+
+def with_targets(args: TrainArguments, task: KnownTask, data: dict[str, Dataset], labels: Labels) -> Labelled:
+    """Return examples with their targets."""
+    wanted = {name: targets(part, args, task, labels, "the training data") for name, part in data.items()}
     return Labelled(args, task, data, labels, wanted)
 
 
-def load_splits(args: TrainArguments, seed: int) -> tuple[TrainArguments, dict[str, Dataset]]:
-    """Load and check the examples for `train`, and for `eval` if there are any; return them with their columns."""
+def load_splits(args: TrainArguments) -> tuple[TrainArguments, dict[str, Dataset], float | None]:
+    """Load and check the examples; return the columns, the examples, and the fraction to split off for `eval`."""
     data = load(args.dataset, args)
     parts = {"train": split_of(data, args.train_split, args.dataset)}
     fraction = None
@@ -124,9 +143,6 @@ def load_splits(args: TrainArguments, seed: int) -> tuple[TrainArguments, dict[s
     args = with_columns(parts["train"], args, has_pairs=args.task != "retrieval")
     for part in parts.values():
         check_columns(part, args)
-    if fraction is None:
-        return args, parts
-    if not 0 < fraction < 1:
+    if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"eval_split={args.eval_split} is out of range; a fraction lies between 0 and 1.")
-    halves = parts["train"].train_test_split(fraction, seed=seed)
-    return args, {"train": halves["train"], "eval": halves["test"]}
+    return args, parts, fraction

@@ -231,6 +231,11 @@ def test_other_tasks_from_the_files_of_other_programs(here, capsys):
     Dataset.from_dict({"words": words, "tags": [["O"] * (len(w) - 1) + ["END"] for w in words]}).to_json("t.jsonl")
     code, out, _ = run(capsys, *train, "--dataset=t.jsonl", "--output_dir=t")
     assert code == 0
+    Dataset.from_dict(
+        {"words": words, "tags": [["O"] * len(w) for w in words[:-1]] + [["X"] * len(words[-1])]}
+    ).to_json("x.jsonl")
+    unknown = "Column 'tags' has 'X' in row 4, not a label of t/insurance: *"
+    says_why(capsys, 2, unknown, "eval", "--adapter=t/insurance", "--dataset=x.jsonl")
     code, out, _ = run(capsys, "eval", "--adapter=t/insurance", "--dataset=t.jsonl")
     assert re.search(r"^END +[\d.]+ +[\d.]+ +[\d.]+ +4$", out, re.M)
     row = json.loads(run(capsys, "predict", "--adapter=t/insurance", "--text", TEXTS[0])[1])
@@ -314,6 +319,40 @@ def test_a_text_of_a_table_may_look_like_a_gap(tmp_path, word):
     assert rows["text"][0] == word
     with pytest.raises(ValueError, match="Column 'label' is empty in row 3"):
         check_columns(rows, args)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_labels_of_the_file_are_known_after_a_fraction_is_split_off(tmp_path, seed):
+    texts, labels = [[f"text {n}" for n in range(20)], [f"intent{n // 2}" for n in range(20)]]
+    path = write_csv(tmp_path / "few.csv", {"text": texts, "label": labels})
+    tags = [["O", f"tag{n}"] for n in range(10)]
+    Dataset.from_dict({"words": [["a", "b"]] * 10, "tags": tags}).to_json(tmp_path / "tags.jsonl")
+    options = {"model": "m", "teachers": ["a"], "student": "s", "eval_split": "0.4"}
+    labelled = cli_training.load_labelled(TrainArguments(dataset=str(path), **options), seed)
+    assert {name: len(part) for name, part in labelled.data.items()} == {"train": 12, "eval": 8}
+    assert labelled.labels == sorted({*labels})
+    for name, part in labelled.data.items():
+        assert [labelled.labels[number] for number in labelled.targets[name]] == list(part["label"])
+    tagged = cli_training.load_labelled(TrainArguments(dataset=str(tmp_path / "tags.jsonl"), **options), seed)
+    assert tagged.labels == sorted({"O", *(tag for _, tag in tags)})
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([["A"], ["A", "B"], ["A", "B"]], "Row 2 has 1 words and 2 tags; give each word one tag."),
+        ([["A"], ["B"], ["A"]], "Row 3 has 2 words and 1 tags; give each word one tag."),
+    ],
+)
+def test_an_error_names_the_row_of_the_file_whatever_is_split_off(tmp_path, tags, message):
+    words = [["a"], ["b"], ["c", "d"]]
+    Dataset.from_dict({"words": [*words, *words[:1] * 9], "tags": [*tags, *tags[:1] * 9]}).to_json(
+        tmp_path / "t.jsonl"
+    )
+    options = {"model": "m", "teachers": ["a"], "student": "s", "eval_split": "0.5"}
+    for seed in range(3):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            cli_training.load_labelled(TrainArguments(dataset=str(tmp_path / "t.jsonl"), **options), seed)
 
 
 def test_labels_with_the_default_names_of_transformers_are_evaluated(here, capsys):
