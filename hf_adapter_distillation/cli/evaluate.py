@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from ..method.heads import head_config
+from ..student.provenance import read_saved
 from ..student.training_run import finite_metrics
 from ..teachers.loading import load_saved_adapter
+from ..teachers.peft_lora import is_peft
 from .data import Labels, check_columns, load, names_in, split_of, with_columns
 from .models import load_base, locate_adapter
 from .options import EvalArguments, PredictArguments
@@ -33,6 +35,11 @@ class Loaded(NamedTuple):
 def load_adapter(args: EvalArguments | PredictArguments) -> Loaded:
     """Load a saved adapter without its teachers."""
     saved = locate_adapter(args)
+    if is_peft(read_saved(saved.folder)):
+        raise ValueError(
+            f"{args.adapter} is an adapter of PEFT, whose head adapters does not load; give the folder that "
+            "save_adapter wrote, or pass --task retrieval for an adapter of an embedding model."
+        )
     model, tokenizer = load_base(saved.base, args.max_length)
     load_saved_adapter(model, saved.folder, saved.name, f"Adapter {args.adapter!r}")
     model.set_active_adapters(saved.name)

@@ -5,10 +5,11 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from ..analysis.plots import plot_teacher_attention
 from ..downloads import ADAPTER_CONFIG_NAME, locate_saved
-from ..student.provenance import provenance_of, read_saved
+from ..student.provenance import PROVENANCE_NAME, provenance_of, read_student
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
@@ -27,9 +28,14 @@ def check_writable(path: str) -> None:
         raise ValueError(f"--output {path} is a folder; name a file.")
 
 
+def located_student(source: str) -> dict[str, Any]:
+    """Return the config of a saved student in a folder or on the Hub, with its provenance."""
+    return read_student(locate_saved(source, [ADAPTER_CONFIG_NAME, PROVENANCE_NAME]), source)
+
+
 def inspect(args: Namespace) -> str:
     """Return the provenance of a saved student, as tables or as JSON."""
-    saved = read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME]))
+    saved = located_student(args.source)
     if "distillation" not in saved:
         # A RuntimeError has the exit code 1: this is an answer, not wrong input.
         raise RuntimeError(f"{args.source} holds an adapter that was not distilled; it names no teachers.")
@@ -67,7 +73,7 @@ def _as_text(value: object) -> object:
 def plot(args: Namespace) -> str:
     """Draw the attention of a saved student over its teachers to a file."""
     check_writable(args.output)
-    provenance = provenance_of(read_saved(locate_saved(args.source, [ADAPTER_CONFIG_NAME])), args.source)
+    provenance = provenance_of(located_student(args.source), args.source)
     if not provenance.run.attention:
         raise ValueError(
             f"{args.source} has no record of the attention over its teachers; train it with --analysis, or call "

@@ -19,9 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
 from ..downloads import hub_reason
 from ..method.heads import number_of_labels
-from ..student.peft_export import PEFT_FILES, PROVENANCE_NAME, save_adapter_as_peft
-from ..student.provenance import provenance_of, read_saved
+from ..student.peft_export import PEFT_FILES, save_adapter_as_peft
+from ..student.provenance import PROVENANCE_NAME, provenance_of, read_saved
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
+from ..teachers.peft_lora import is_peft
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
 STUDENT_FILES = (
@@ -257,7 +258,12 @@ def push_saved(
         OSError: If the Hub cannot be reached or refuses, as for `push_student`.
     """
     push = PushOptions(**options)
-    student = str(read_saved(folder).get("name"))
+    saved = read_saved(folder)
+    if is_peft(saved):
+        raise ValueError(
+            f"{folder} is an adapter of PEFT; push it with `hf upload`, or give the folder that save_adapter wrote."
+        )
+    student = str(saved.get("name"))
     repo_id = check_push(student, repo_id, push.token)
     card = CardOptions(**(adapter_card_kwargs or {}))
     with saved_student_folder(folder, repo_id, card) as files:

@@ -19,9 +19,8 @@ from ..downloads import read_adapter_config, suggestion
 from ..method.distillation import distillations
 from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, is_peft, projections_of
 from .peft_heads import modules_of_head, plain_with_head
-from .provenance import Provenance
+from .provenance import PROVENANCE_NAME, Provenance
 
-PROVENANCE_NAME = "distillation.json"  # beside the files of PEFT, which drops the keys that it does not know
 PEFT_FILES = (PEFT_WEIGHTS_NAME, PROVENANCE_NAME, ADAPTER_CONFIG_NAME)
 
 TASKS = {  # of PEFT, by the end of the name of the class

@@ -4,6 +4,7 @@ The module imports no torch, so that `adapter-distill inspect` is there at once.
 """
 
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..method.distillation import Distillation
 
 METHOD = "AdapterDistillation (Wang et al., EMNLP 2023 Industry, arXiv 2312.16261)"
+PROVENANCE_NAME = "distillation.json"  # beside the files of PEFT, which drops the keys that it does not know
 PACKAGES = ("hf-adapter-distillation", "adapters", "transformers", "torch")
 
 
@@ -74,12 +76,29 @@ class Provenance:
 
 
 def read_provenance(folder: str | Path) -> Provenance:
-    """Return the provenance of a student in a folder that `save_adapter` wrote.
+    """Return the provenance of a student in a folder that `save_adapter` or `save_adapter_as_peft` wrote.
 
     Raises:
         ValueError: If the folder holds no adapter or a plain one, or its provenance is damaged.
     """
-    return provenance_of(read_saved(folder), folder)
+    return provenance_of(read_student(folder, folder), folder)
+
+
+def read_student(folder: str | Path, source: str | Path) -> dict[str, Any]:
+    """Return the config of a saved adapter; for one of PEFT, which has no name, with the provenance beside it.
+
+    Args:
+        source: The folder or the Hub id that names the adapter.
+    """
+    saved, path = read_saved(folder), Path(folder) / PROVENANCE_NAME
+    if "peft_type" not in saved or not path.is_file():
+        return saved
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        provenance = None  # which `provenance_of` refuses
+    names = {"name": Path(source).name, "model_name": saved.get("base_model_name_or_path")}
+    return saved | names | {"distillation": provenance}
 
 
 def note_loaded(distillation: "Distillation", source: str) -> None:
@@ -110,8 +129,8 @@ def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:
             raise ValueError(f"the adapter has no name: {saved.get('name')!r}")
         return Provenance.from_dict(saved["distillation"])
     except ValueError as error:
-        file = f"{ADAPTER_CONFIG_NAME} of {source}"
-        raise ValueError(f'"distillation" in the {file} is damaged; save the student again.') from error
+        place = PROVENANCE_NAME if "peft_type" in saved else f'"distillation" in the {ADAPTER_CONFIG_NAME}'
+        raise ValueError(f"{place} of {source} is damaged; save the student again.") from error
 
 
 def teacher_sources(distillation: "Distillation", digests: Mapping[str, str]) -> list[TeacherSource]:

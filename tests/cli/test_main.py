@@ -503,7 +503,7 @@ def test_export_writes_what_peft_reads(here, capsys):
         expected = own.eval().base_model(ids).last_hidden_state
         torch.testing.assert_close(model.eval()(ids).last_hidden_state, expected, rtol=1e-6, atol=1e-6)
     saved = json.loads(Path("peft/distillation.json").read_text())
-    assert saved == read_provenance("lora/insurance").to_dict()
+    assert saved == read_provenance("lora/insurance").to_dict() == read_provenance("peft").to_dict()
     all_say_why(
         capsys,
         [
@@ -531,6 +531,39 @@ def test_export_writes_what_peft_reads(here, capsys):
         ],
     )
     assert not Path("b").exists()
+
+
+def test_an_export_is_inspected_and_the_other_commands_say_what_to_give_instead(here, capsys, hub):
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    model.add_adapter("s", config="lora", distill_from=["adapters/banking", "adapters/travel"])
+    model.add_classification_head("s", num_labels=2, layers=1, use_pooler=True)
+    model.save_adapter("s", "s")
+    assert run(capsys, "export", "s", "peft")[0] == 0
+    own, exported = (run(capsys, "inspect", folder) for folder in ("s", "peft"))
+    assert exported == (0, own[1].replace("'s'", "'peft'"), "")
+    hub.create("me/faq", {path.name: path.read_bytes() for path in Path("peft").iterdir()})
+    code, out, _ = run(capsys, "inspect", "me/faq", "--json")
+    assert (code, json.loads(out)) == (
+        0,
+        {"name": "faq", "model_name": "bert-base-uncased"} | read_provenance("s").to_dict(),
+    )
+    assert not any("safetensors" in line for line in hub.requests)
+    peft_of = "peft is an adapter of PEFT"
+    head = f"{peft_of}, whose head adapters does not load; give the folder that save_adapter wrote, or *retrieval*."
+    push = f"{peft_of}; push it with `hf upload`, or give the folder that save_adapter wrote."
+    cases = [
+        (2, ["predict", "--adapter=peft", "--text=a"], head),
+        (2, [*EVAL, "--adapter=peft"], head),
+        (2, ["plot", "peft", "-o", "a.png"], "peft has no record of the attention over its teachers; *"),
+    ]
+    all_say_why(capsys, cases)
+    with hub.quiet():
+        says_why(capsys, 2, push, "push", "peft", "me/faq")
+    for content in ("{", "5"):
+        Path("peft/distillation.json").write_text(content)
+        says_why(capsys, 2, "distillation.json of peft is damaged; save the student again.", "inspect", "peft")
+    Path("peft/distillation.json").unlink()
+    says_why(capsys, 1, "peft holds an adapter that was not distilled; it names no teachers.", "inspect", "peft")
 
 
 def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
