@@ -1,6 +1,8 @@
 """Options, config files, errors and exit codes of `adapter-distill`."""
 
+import codecs
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -173,6 +175,31 @@ def command_function(name: str) -> Callable[..., str]:
     return getattr(import_module(f".{module}", __package__), function)
 
 
+def _escape_as_json(error: Any) -> tuple[str, int]:
+    """Handle an error of encoding: the escapes of `backslashreplace` are not valid in JSON."""
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def write_result(result: str) -> None:
+    """Write a result to the standard output, with escapes for characters that its encoding lacks.
+
+    A reader such as `head` may close the pipe: that is not an error.
+
+    Raises:
+        OSError: If the output cannot be written, as on a full disk.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    codecs.register_error("json", _escape_as_json)
+    try:
+        sys.stdout.write(result.encode(encoding, "json").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # Python writes the rest at its exit, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default with the arguments of the process, and return the exit code.
 
@@ -184,12 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, arguments = parse([argument for argument in given if argument != "--debug"])
         with redirect_stdout(sys.stderr):  # Trainer prints its log
             result = run(*arguments)
+        if result:
+            write_result(result)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         interrupted = isinstance(error, KeyboardInterrupt)
         sys.stderr.write(f"{PROGRAM}: error: {'stopped by Ctrl-C' if interrupted else one_line(error)}\n")
         return INTERRUPTED if interrupted else WRONG_INPUT if isinstance(error, ValueError) else FAILED
-    if result:
-        sys.stdout.write(f"{result}\n")
     return 0

@@ -793,11 +793,12 @@ def test_a_run_that_fails_or_is_stopped_has_its_exit_code(here, capsys, monkeypa
     assert "Traceback" in capsys.readouterr().err
 
 
-def process(*argv):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
+def process(*argv, stdout=subprocess.PIPE, **variables):
+    own = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE)}
+    environment = {**os.environ, **own, **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "hf_adapter_distillation.cli", *argv],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background may ignore it
     )  # fmt: skip
 
@@ -818,6 +819,32 @@ def test_exit_codes_of_a_process_and_ctrl_c_in_a_training(here):
     assert out == ""
     assert "Traceback" not in err
     assert err.endswith("adapter-distill: error: stopped by Ctrl-C\n")
+
+
+def test_a_result_is_written_in_the_encoding_of_the_output(here):
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    model.load_adapter("outputs/insurance", load_as="s")
+    model.heads["s"].config["label2id"] = {"zurück €": 0, "\U0001f600": 1}
+    model.save_adapter("s", "s")
+    with process("predict", "--adapter=s", "--text", "é", PYTHONIOENCODING="ascii") as predicting:
+        out, err = predicting.communicate(timeout=120)
+    assert predicting.returncode == 0, err
+    assert r"zur\u00fcck \u20ac" in out
+    assert {"é", "zurück €", "\U0001f600"} <= {json.loads(out)["text"], *json.loads(out)["scores"]}
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_cannot_be_written_is_no_traceback(here, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with process("inspect", "outputs/insurance", stdout=writing, PYTHONUNBUFFERED=unbuffered) as cut:
+        err = cut.communicate(timeout=120)[1]
+    os.close(writing)
+    assert (cut.returncode, err) == (0, "")
+    with open("/dev/full", "w") as full:
+        with process("inspect", "outputs/insurance", stdout=full, PYTHONUNBUFFERED=unbuffered) as failed:
+            err = failed.communicate(timeout=120)[1]
+    assert (failed.returncode, err) == (1, "adapter-distill: error: [Errno 28] No space left on device\n")
 
 
 # What the documentation says
