@@ -15,7 +15,7 @@ from .data import check_columns, load, split_of, with_columns
 from .evaluate import labels_of_head, load_adapter, run_model
 from .options import PredictArguments
 from .progress import without_noise
-from .tasks import IGNORED, encode, with_best, words_of
+from .tasks import IGNORED, RANKED, check_text_columns, encode, with_best, words_of
 
 
 @without_noise()
@@ -48,9 +48,12 @@ def predict_by_head(args: PredictArguments, examples: Dataset) -> list[dict[str,
         raise ValueError(f"format='csv' has no form for the tags of {args.adapter}; leave it out for JSON lines.")
     if loaded.task != "classification" and args.top_k is not None:
         raise ValueError(f"top_k={args.top_k} is for classes of texts, not for {loaded.task}; leave it out.")
+    labels = list(map(str, labels_of_head(loaded, set())))
+    ranked = [*RANKED, *(f"score_{label}" for label in labels if args.format == "csv" and args.top_k is None)]
+    check_text_columns(args, {"classification": ranked, "regression": ["score"]}.get(loaded.task, []))
     output = run_model(loaded, encode(examples, loaded.tokenizer, args, loaded.task), args.batch_size)
     logits: Any = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    labels, shares = list(map(str, labels_of_head(loaded, set()))), torch.tensor(logits).softmax(dim=-1).numpy()
+    shares = torch.tensor(logits).softmax(dim=-1).numpy()
     columns = [column for column in (args.text_column, args.text_pair_column) if column is not None]
     texts = [{column: row[column] for column in columns} for row in examples.select_columns(columns)]
     if loaded.task == "regression":

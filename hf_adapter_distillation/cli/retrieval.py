@@ -22,7 +22,7 @@ from .data import check_columns, load, split_of, with_columns
 from .models import add_student_adapter, check_max_length, load_pretrained, locate_adapter
 from .options import DataArguments, EvalArguments, PredictArguments
 from .progress import SilentMixin
-from .tasks import Labelled, candidates_of, targets, with_best
+from .tasks import RANKED, Labelled, candidates_of, check_text_columns, targets, with_best
 
 SCALE = 20.0  # of the cosines, as in MultipleNegativesRankingLoss
 MOST_CANDIDATES = 64  # that a step embeds
@@ -160,6 +160,7 @@ def evaluate_ranking(args: EvalArguments, examples: Dataset) -> dict[str, Any]:
 
 def find_texts(args: PredictArguments, examples: Dataset) -> list[dict[str, Any]]:
     """Return each query with its best candidates."""
+    check_text_columns(args, RANKED)
     candidates, column = read_candidates(args), str(args.text_column)
     scores = cosines(load_retriever(args), examples[column], candidates, args.batch_size).tolist()
     queries = zip(examples[column], scores, strict=True)

@@ -3,7 +3,7 @@
 A retrieval has no head; its model, loss and metrics are in `retrieval`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from .data import Labels, holds_texts, is_list, label_ids, labels_of, names_in
 from .options import DataArguments, TextArguments, TrainArguments
 
 KnownTask = Literal["classification", "regression", "tokens", "retrieval"]
+RANKED = ("label", "score", "scores")  # the results of a text, as `with_best` names them
 IGNORED = -100  # the label of a token that no loss and no metric counts
 
 
@@ -211,6 +212,13 @@ def class_rows(logits: Any, wanted: Any, names: list[str]) -> list[tuple[str, fl
     columns = precision_recall_fscore_support(right, predicted, labels=range(len(names)), zero_division=0)
     rows = zip(names, *(column.tolist() for column in columns), strict=True)
     return [(name, round(p, 4), round(r, 4), round(f1, 4), int(n)) for name, p, r, f1, n in rows]
+
+
+def check_text_columns(args: TextArguments, results: Collection[str]) -> None:
+    """Check that no result has the name of a text column, whose texts it would replace."""
+    for option in ("text_column", "text_pair_column"):
+        if (column := vars(args)[option]) in results:
+            raise ValueError(f"{option}={column!r} is also the name of a result; rename the column.")
 
 
 def with_best(

@@ -224,6 +224,9 @@ def test_other_tasks_from_the_files_of_other_programs(here, capsys):
     assert "mean_squared_error" in out
     assert "accuracy" not in out
     assert run(capsys, "eval", "--adapter=r/insurance", *pairs)[0] == 0
+    for column, code in (("score", 2), ("label", 0)):
+        found = run(capsys, "predict", "--adapter=r/insurance", "--text=a", f"--text_column={column}")
+        assert found[0] == code, found
     (line, *_) = run(capsys, "predict", "--adapter=r/insurance", *pairs)[1].splitlines()
     assert json.loads(line).keys() == {"sentence1", "sentence2", "score"}
     assert "\xe9" in line
@@ -711,6 +714,16 @@ def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
     ]  # fmt: skip
     all_say_why(capsys, cases)
     assert not Path("new", "insurance").exists()
+
+
+@pytest.mark.parametrize("column", ["label", "score", "scores", "score_card"])
+def test_a_text_column_with_the_name_of_a_result_is_refused_before_the_model_runs(here, capsys, monkeypatch, column):
+    monkeypatch.setattr(predict, "run_model", None)
+    write_csv(Path("texts.csv"), {column: TEXTS, "other": TEXTS})
+    argv = ["predict", "--adapter=outputs/insurance", "--dataset=texts.csv", "--format=csv"]
+    for option, others in (("text_column", []), ("text_pair_column", ["--text_column=other"])):
+        message = f"{option}={column!r} is also the name of a result; rename the column."
+        says_why(capsys, 2, message, *argv, *others, f"--{option}={column}")
 
 
 def test_adapters_that_tell_nothing_say_why(here, capsys, hub, monkeypatch):

@@ -160,6 +160,10 @@ def test_what_does_not_fit_is_told_before_a_model_is_loaded(here, capsys, monkey
         ([*find, "--candidates=faq.csv", "--candidates_column=x"], f"candidates_column='x' is not * {columns}."),
         ([*find, "--candidates=same.csv", "--candidates_column=faq"], "Column 'faq' holds only one text, 'a'; *"),
         ([*find, "--candidates=faq.csv", "--top_k=0"], "top_k=0 is out of range; it must be at least 1."),
+        (
+            [*find, "--candidates=faq.csv", "--text_column=score"],
+            "text_column='score' is also the name of a result; *",
+        ),
         (["predict", "--adapter=a", "--candidates=b"], "candidates='b' is for --task retrieval; leave it out."),
         (["eval", "--task=tokens", "--adapter=a", "--dataset=b"], "argument --task: invalid choice: 'tokens' *"),
     ]
