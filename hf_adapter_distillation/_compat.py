@@ -46,6 +46,17 @@ def heads_of(model: nn.Module) -> Mapping[str, nn.Module]:
     return model.heads if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else {}
 
 
+def merged_without_bias(model: nn.Module) -> str | None:
+    """Return a merged projection to which `adapters.init` of stock adapters gives a random bias; None without one.
+
+    `AutoAdapterModel.from_pretrained`, for models with flexible heads, sets such a bias to zero.
+    """
+    if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
+        return None
+    modules = model.named_modules()
+    return next((path for path, each in modules if isinstance(each, LoRAMergedLinear) and each.bias is None), None)
+
+
 def forward_arguments(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of the positional arguments of a model's forward, without `self`.
 

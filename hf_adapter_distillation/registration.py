@@ -11,7 +11,7 @@ from adapters.composition import ALLOWED_NESTINGS
 from adapters.hub_mixin import PushAdapterToHubMixin
 from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 
-from ._compat import ForwardContext, warn_if_untested
+from ._compat import ForwardContext, LoRAMergedLinear, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
 from .method.distillation import distillations
@@ -38,7 +38,8 @@ def register() -> None:
     """Add the block `AdapterDistillation` and `add_adapter(..., distill_from=...)` to adapters.
 
     The import of the package calls this. It also applies to models that exist already, and changes nothing for a model
-    without a distilled student. A second call does nothing.
+    without a distilled student, with one exception: a model that is made from now on gets no random bias in its merged
+    projections of query, key and value. A second call does nothing.
     """
     if _originals:
         return
@@ -58,6 +59,7 @@ def register() -> None:
     _wrap(ModelAdaptersMixin, "save_adapter", _save_adapter)
     _wrap(ModelAdaptersMixin, "save_pretrained", _save_pretrained)
     _wrap(PushAdapterToHubMixin, "push_adapter_to_hub", _push_adapter_to_hub)
+    _wrap(LoRAMergedLinear, "wrap", _wrap_merged)
 
 
 def unregister() -> None:
@@ -77,15 +79,16 @@ def unregister() -> None:
 
 
 def _wrap(owner: type, attribute: str, wrapper: Callable) -> Callable:
-    """Replace a method by `wrapper(original, self, ...)` and return the replacement."""
+    """Replace a method by `wrapper(original, self, ...)`, or a class method, and return the replacement."""
     original = vars(owner)[attribute]
+    function = original.__func__ if isinstance(original, classmethod) else original
 
-    @functools.wraps(original)
+    @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+        return wrapper(function, self, *args, **kwargs)
 
     _originals.append((owner, attribute, original))
-    setattr(owner, attribute, method)
+    setattr(owner, attribute, classmethod(method) if isinstance(original, classmethod) else method)
     return method
 
 
@@ -203,3 +206,12 @@ def _push_adapter_to_hub(
         names = ", ".join(map(repr, self.adapters_config)) or "none"
         raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {names}.")
     return original(self, repo_id, adapter_name, *args, **kwargs)
+
+
+def _wrap_merged(
+    original: Callable, cls: type[LoRAMergedLinear], module: Any, *args: Any, **kwargs: Any
+) -> LoRAMergedLinear:
+    merged = original(cls, module, *args, **kwargs)
+    if module.bias is None:  # adapters 1.3.0 leaves the random one of the new module, which nobody saves
+        merged.bias = None
+    return merged

@@ -10,6 +10,7 @@ from adapters.composition import ALLOWED_NESTINGS
 from adapters.context import ForwardContext
 from adapters.hub_mixin import PushAdapterToHubMixin
 from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
+from adapters.methods.lora import LoRAMergedLinear
 from tiny_models import make_batch, make_model, make_student
 
 import hf_adapter_distillation as had
@@ -21,6 +22,7 @@ TOUCHED = (
     ModelWithHeadsAdaptersMixin,
     ForwardContext,
     ComposableAdapterLayerBase,
+    LoRAMergedLinear,
 )
 
 
@@ -77,6 +79,17 @@ def test_plain_adapters_are_untouched(registered):
     assert torch.equal(with_package.loss, stock.loss)
     assert torch.equal(with_package.logits, stock.logits)
     assert "distillations" not in vars(model.adapters_config)
+
+
+@pytest.mark.parametrize(("family", "has_bias"), [("deberta", False), ("modernbert", False), ("gpt2", True)])
+def test_a_merged_projection_without_a_bias_gets_none(family, has_bias, registered):
+    def has_biases():
+        modules = make_model(family, "base").modules()
+        return {module.bias is not None for module in modules if isinstance(module, LoRAMergedLinear)}
+
+    assert has_biases() == {has_bias}
+    had.unregister()
+    assert has_biases() == {True}
 
 
 def test_wrappers_keep_names_and_docstrings():

@@ -12,9 +12,11 @@ from transformers import (
     AutoModelForTokenClassification,
     BartConfig,
     BertConfig,
+    DebertaConfig,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
     RobertaConfig,
     T5Config,
     set_seed,
@@ -50,6 +52,13 @@ CONFIGS = {
         vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=37, decoder_ffn_dim=37, max_position_embeddings=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, **kw,
+    ),
+    "deberta": lambda **kw: DebertaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, **kw
+    ),
+    "modernbert": lambda **kw: ModernBertConfig(  # without a class with flexible heads
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **kw,
     ),
 }  # fmt: skip
 STATIC = {

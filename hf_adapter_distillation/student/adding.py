@@ -6,6 +6,7 @@ from dataclasses import replace
 from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from transformers.utils import logging
 
+from .._compat import merged_without_bias
 from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
 from ..downloads import is_pool, one_line
@@ -136,4 +137,9 @@ def _add(model: ModelAdaptersMixin, add_adapter: Callable[[], None], student: st
         logger.warning(
             f"{student!r} cannot be saved whole: adapters leaves out the weights that its layers share where the "
             "model has no head. Add it to an AutoAdapterModel to keep it."
+        )
+    if path := merged_without_bias(model):
+        logger.warning(
+            f"{student!r} computes something else where adapters.init runs without this package, because it gives "
+            f"{path} a random bias there; import hf_adapter_distillation first, where the student is loaded, too."
         )

@@ -19,7 +19,7 @@ from hf_adapter_distillation.method.stacking import StackedAdapters
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_modules_of_several_adapters_are_those_that_adapters_returns(family):
     configs = ["double_seq_bn", "seq_bn_inv", "lora[attn_matrices=['q','k','v']]", "mam", "compacter", "prompt_tuning"]
-    model, added = make_model(family), []
+    model, added = make_model(family, "base"), []
     for name, config in zip("abcdef", configs, strict=True):
         try:
             model.add_adapter(name, config=config)

@@ -231,6 +231,19 @@ def test_a_saved_teacher_without_the_weights_that_its_layers_share_is_named(conf
         assert torch.equal(model.base_model.shared_parameters["bank"][key], weight)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "warns"), [("deberta", "base", True), ("deberta", "flex", False), ("gpt2", "base", False)]
+)
+def test_a_student_that_needs_this_package_where_it_is_loaded_is_named(family, kind, warns, caplog):
+    make_student(make_model(family, kind), train=False)
+    message = (
+        "'insurance' computes something else where adapters.init runs without this package, because it gives "
+        "encoder.layer.0.attention.self.in_proj a random bias there; import hf_adapter_distillation first, where the "
+        "student is loaded, too."
+    )
+    assert (message in caplog.messages) == warns
+
+
 @pytest.mark.parametrize("config", ["compacter[reduction_factor=4]", "vera", "seq_bn"])
 @pytest.mark.parametrize("kind", ["base", "flex"])
 def test_a_student_that_adapters_cannot_save_whole_is_named_before_its_training(config, kind, caplog):

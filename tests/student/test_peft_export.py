@@ -51,6 +51,8 @@ CASES = {  # family, kind of model, LoRA, flexible head
     "gpt2-merged": ("gpt2", "base", LoRAConfig(attn_matrices=["k", "v"], r=2), None),
     "gpt2-classes": ("gpt2", "classification", LoRAConfig(attn_matrices=["v"], output_lora=True), None),
     "llama": ("llama", "causal_lm", FULL, None),
+    "deberta": ("deberta", "classification", FULL, None),
+    "modernbert": ("modernbert", "classification", FULL, None),
     "t5": ("t5", "seq2seq_lm", FULL, None),
     "bart": ("bart", "seq2seq_lm", FULL, None),
     "bert-flex": ("bert", "flex", FULL, ("classification", HEAD)),

@@ -14,23 +14,23 @@ def test_a_saved_student_loads_without_this_package(trainer_args, tmp_path):
     del batch["labels"]
     torch.save(batch, tmp_path / "batch.pt")
     cases, logits = [], []
-    for kind in ("flex", "classification"):
-        base = make_model(kind=kind)  # a model of its own: adapters cannot train one after save_pretrained
-        (base if kind == "classification" else base.base_model).save_pretrained(str(tmp_path / kind))
-        model = make_student(make_model(kind=kind))
+    for family, kind, ways in (("bert", "flex", 3), ("bert", "classification", 1), ("deberta", "flex", 1)):
+        base = make_model(family, kind)  # a model of its own: adapters cannot train one after save_pretrained
+        (base if kind == "classification" else base.base_model).save_pretrained(str(tmp_path / (family + kind)))
+        model = make_student(make_model(family, kind))
         had.DistillationTrainer(model, trainer_args(keep_fusion=True), train_dataset=make_dataset()).train()
-        for setup, safe in ((False, False), (False, True), (True, False))[: 3 if kind == "flex" else 1]:
-            folder = str(tmp_path / f"{kind}-{setup}-{safe}")
+        for setup, safe in ((False, False), (False, True), (True, False))[:ways]:
+            folder = str(tmp_path / f"{family}-{kind}-{setup}-{safe}")
             if setup:
                 block = had.AdapterDistillation("insurance", TEACHERS)
                 model.save_adapter_setup(folder, block, head_setup="insurance")
             else:
                 model.save_adapter(folder, "insurance", use_safetensors=safe)
-            cases.append([str(tmp_path / kind), folder, kind != "flex", setup, safe])
+            cases.append([str(tmp_path / (family + kind)), folder, kind != "flex", setup, safe])
             with torch.no_grad():
                 logits.append(model.eval()(**batch).logits)
     loaded = logits_without_package(tmp_path, cases)
-    assert len(loaded) == 4
+    assert len(loaded) == 5
     assert all(torch.equal(*each) for each in zip(loaded, logits, strict=True))
 
 

@@ -62,6 +62,8 @@ def saved_by_peft(folder, family="bert", task="SEQ_CLS", **config):
         ("t5", "SEQ_2_SEQ_LM", {"target_modules": ["q", "v", "wo"]}),
         ("bart", "SEQ_2_SEQ_LM", {"target_modules": ["q_proj", "v_proj"]}),
         ("gpt2", "CAUSAL_LM", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+        ("deberta", "SEQ_CLS", {"target_modules": ["in_proj", "intermediate.dense"]}),
+        ("modernbert", "SEQ_CLS", {"target_modules": ["Wqkv", "mlp.Wi"]}),
         (
             "bert",
             "SEQ_CLS",

@@ -39,6 +39,8 @@ def logits(model):
         ),
         ("gpt2", "causal_lm", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
         ("llama", "causal_lm", {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}),
+        ("deberta", "classification", {"target_modules": ["in_proj"]}),
+        ("modernbert", "classification", {"target_modules": ["Wqkv"]}),
     ],
 )
 def test_each_adapter_computes_the_same_on_the_same_base_weights(family, kind, config):
