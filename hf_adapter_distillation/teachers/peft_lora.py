@@ -71,7 +71,11 @@ def projections_of(model: ModelAdaptersMixin) -> dict[str, LoRALinear | LoRAMerg
 
 @torch.no_grad()
 def convert_peft_lora(
-    model: ModelAdaptersMixin, saved: dict, weights: Mapping[str, torch.Tensor], label: str
+    model: ModelAdaptersMixin,
+    saved: dict,
+    weights: Mapping[str, torch.Tensor],
+    label: str,
+    scalings_in_memory: Mapping[str, float] | None = None,
 ) -> PeftLoRA:
     """Return the adapter that computes the same as a LoRA of PEFT, without a head that was saved with it.
 
@@ -82,6 +86,8 @@ def convert_peft_lora(
         saved: The contents of `adapter_config.json`.
         weights: The contents of `adapter_model.safetensors`.
         label: The LoRA in messages.
+        scalings_in_memory: The factors of the updates by the saved paths of the projections, by default those of the
+            config.
 
     Raises:
         ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
@@ -91,7 +97,8 @@ def convert_peft_lora(
     parts: dict[str, dict[str, Factors]] = {}  # by path and key: merged projections have several parts
     for saved_path, (down, up) in _factors(model, weights, label).items():
         path = _checked_path(model, projections, saved_path, down, up, label)
-        rank, scalings[path] = _rank_and_scaling(saved, saved_path, label)
+        rank, of_config = _rank_and_scaling(saved, saved_path, label)
+        scalings[path] = (scalings_in_memory or {}).get(saved_path, of_config)
         if (down.shape[0], up.shape[1]) != (rank, rank):
             raise ValueError(
                 f"{label} has the ranks {down.shape[0]} and {up.shape[1]} in {saved_path}, but its config says "
@@ -99,10 +106,11 @@ def convert_peft_lora(
             )
         module = projections[path]
         parts[path] = _split(down, up) if isinstance(module, LoRAMergedLinear) else {module.attn_key or "": (down, up)}
-    config = _config(model, parts, next(iter(scalings.values())), saved.get("lora_dropout") or 0.0)
+    scaling = next(filter(None, scalings.values()), 0.0)
+    config = _config(model, parts, scaling, saved.get("lora_dropout") or 0.0)
     factors = {}
     for path, of_path in parts.items():
-        ratio = scalings[path] * config.r / config.alpha if config.alpha else 1.0
+        ratio = scalings[path] / scaling if scaling else 1.0
         kept = [part for key, part in of_path.items() if not key or key in config.attn_matrices]
         padded = [_padded(*part, config.r, ratio) for part in kept]
         factors[path] = (torch.cat([down for down, _ in padded]), torch.cat([up for _, up in padded]))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..composition import check_name
 from ..downloads import one_line
-from .peft_lora import add_peft_lora, convert_peft_lora
+from .peft_lora import PREFIX, add_peft_lora, convert_peft_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,8 +80,16 @@ def _converted(peft_model: "PeftModel", base: PreTrainedModel) -> dict[str, Any]
             )
         saved = config.to_dict()
         weights = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
-        converted[name] = convert_peft_lora(empty, saved, weights, label)
+        converted[name] = convert_peft_lora(empty, saved, weights, label, _scalings(peft_model, name))
     return converted
+
+
+def _scalings(peft_model: "PeftModel", name: str) -> dict[str, float]:
+    """Return the factors of the updates in memory, which `set_scale` of a layer may have changed."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {path: each for path, each in peft_model.named_modules() if isinstance(each, LoraLayer)}
+    return {path.removeprefix(PREFIX): each.scaling[name] for path, each in layers.items() if name in each.scaling}
 
 
 def _check_heads(peft_model: "PeftModel", names: list[str]) -> None:

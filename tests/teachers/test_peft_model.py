@@ -61,6 +61,21 @@ def test_each_adapter_computes_the_same_on_the_same_base_weights(family, kind, c
     assert (expected["bank"] - expected["travel"]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("scales", [(0.25, 0.25), (3.0, 0.5), (0.0, 2.0), (0.0, 0.0)])
+def test_a_scale_that_was_set_in_memory_is_kept(scales):
+    def scaled():
+        model = peft_model(target_modules=["query", "value"])
+        for path, layer in model.named_modules():
+            if path.endswith(("query", "value")):
+                layer.set_scale("travel", scales[path.endswith("value")])
+        model.set_adapter("travel")
+        return model
+
+    expected, model = logits(scaled()), had.from_peft(scaled())
+    model.set_active_adapters("travel")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_head_that_peft_trained_is_the_head_of_the_model_and_is_distilled(trainer_args):
     given = peft_model(names=["bank"], target_modules=["query"], task_type="SEQ_CLS")
     given.classifier.modules_to_save["bank"].weight.data += 1
