@@ -233,7 +233,9 @@ def _split(down: torch.Tensor, up: torch.Tensor) -> dict[str, Factors]:
 def _padded(down: torch.Tensor, up: torch.Tensor, rank: int, ratio: float) -> Factors:
     """Return factors of a larger rank with the same product times a ratio."""
     more = rank - down.shape[0]
-    return pad(down, (0, 0, 0, more)), pad(up if ratio == 1 else up * ratio, (0, more))
+    if ratio != 1:
+        up = up.to(torch.promote_types(up.dtype, torch.float32)) * ratio  # half precision would round it
+    return pad(down, (0, 0, 0, more)), pad(up, (0, more))
 
 
 def is_of_base(model: ModelAdaptersMixin, key: str) -> bool:

@@ -92,6 +92,25 @@ def test_a_teacher_of_peft_computes_what_peft_does(family, task, config, tmp_pat
     torch.testing.assert_close(converted, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_lora_in_half_precision_with_different_scalings_is_not_rounded(dtype, tmp_path):
+    config = peft.LoraConfig(target_modules=["query", "value"], r=4, lora_alpha=7, alpha_pattern={"value": 5})
+    reference = peft.get_peft_model(base("bert", "SEQ_CLS"), config)
+    for name, parameter in reference.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter).to(dtype)
+    reference.save_pretrained(str(tmp_path / "bank"))
+    model = make_model()
+    model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    for part in ("query", "value"):
+        path = f"encoder.layer.0.attention.self.{part}"
+        layer = reference.get_submodule(f"base_model.model.bert.{path}")
+        lora = model.base_model.get_submodule(path).loras["bank"]
+        update = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        converted = lora.lora_B.double() @ lora.lora_A.double()
+        torch.testing.assert_close(lora.scaling * converted, layer.scaling["default"] * update, rtol=1e-6, atol=1e-6)
+
+
 STARTS = [
     "gaussian",
     "eva",
