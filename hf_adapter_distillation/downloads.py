@@ -27,10 +27,10 @@ REASONS: dict[type[Exception], str] = {
 }
 
 
-def is_repo_id(name: str) -> bool:
-    """Check whether a name has the form of a repository, with or without an owner."""
+def is_repo_id(name: object) -> bool:
+    """Check whether a name is a text that has the form of a repository, with or without an owner."""
     try:
-        validate_repo_id(name)
+        validate_repo_id(name)  # type: ignore[arg-type]
     except errors.HFValidationError:
         return False
     return True

@@ -11,7 +11,7 @@ from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAd
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
-from ..downloads import download, hub_reason, is_hub_id, one_line, read_adapter_config, suggestion
+from ..downloads import download, hub_reason, is_hub_id, is_repo_id, one_line, read_adapter_config, suggestion
 from .compatibility import check_weights
 from .peft_conversion import lora_by_peft
 from .peft_lora import PEFT_WEIGHTS_NAME, PeftLoRA, add_peft_lora, convert_peft_lora, is_peft, read_peft_weights
@@ -117,9 +117,7 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
         raise ValueError(f"{path} is no adapter config ({missing[0]!r} is missing); save the adapter again.")
     else:
         made_for = {key: saved[key] for key in of_model}
-    names = of_model["model_name"], made_for["model_name"]
-    # Local paths name the same model differently on each machine, so only two Hub ids are compared.
-    if any(not name or os.path.isabs(name) or os.path.exists(name) for name in names):
+    if not _are_other_ids(model.model_name, made_for["model_name"]):
         del made_for["model_name"]
     for key, value in made_for.items():
         if value != of_model[key]:
@@ -134,6 +132,15 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
         saved, weights, conversion = lora_by_peft(model, folder, saved, weights, label)
     lora = convert_peft_lora(model, saved, weights, label)
     return SavedAdapter(folder, label, None, lora.config, lora, conversion)
+
+
+def _are_other_ids(first: Any, second: Any) -> bool:
+    """Return whether two names of models are ids on the Hub, and of different models."""
+    if not all(is_repo_id(name) and not os.path.exists(name) for name in (first, second)):
+        return False  # each machine has its own paths of the same model
+    if "/" in first and "/" in second:
+        return first != second
+    return first.rpartition("/")[2] != second.rpartition("/")[2]  # old ids have no owner
 
 
 def load_teacher(model: ModelAdaptersMixin, teacher: Teacher, with_head: bool = True) -> None:

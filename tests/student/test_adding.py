@@ -1,5 +1,7 @@
 """`add_adapter(..., distill_from=...)`."""
 
+import json
+
 import adapters
 import pytest
 import torch
@@ -210,6 +212,37 @@ def test_bad_folders_leave_the_model_as_it_was(what, message, tmp_path):
     with pytest.raises(ValueError, match=one_line(part=message)):
         model.add_adapter("insurance", distill_from=["work", str(tmp_path / "good"), str(folder)])
     assert everything(model) == before
+
+
+@pytest.mark.parametrize(
+    ("of_teacher", "of_model", "fits"),
+    [
+        ("./models/bert", "bert-base-uncased", True),
+        ("../models/bert", "bert-base-uncased", True),
+        ("~/models/bert", "bert-base-uncased", True),
+        ("C:\\models\\bert", "bert-base-uncased", True),
+        ("some/where/bert", "bert-base-uncased", True),
+        ("bert-base-uncased", "./models/bert", True),
+        ("bert-base-uncased", "google-bert/bert-base-uncased", True),
+        ("google-bert/bert-base-uncased", "bert-base-uncased", True),
+        (["bert-base-uncased"], "bert-base-uncased", True),
+        ("bert-base-cased", "google-bert/bert-base-uncased", False),
+        ("someone/bert-base-uncased", "google-bert/bert-base-uncased", False),
+    ],
+)
+def test_only_ids_on_the_hub_tell_base_models_apart(of_teacher, of_model, fits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_teachers(teachers=["bank"]).save_adapter("bank", "bank")
+    config = json.loads((tmp_path / "bank" / "adapter_config.json").read_text())
+    (tmp_path / "bank" / "adapter_config.json").write_text(json.dumps(config | {"model_name": of_teacher}))
+    model = make_model()
+    model.config.name_or_path = of_model
+    if not fits:
+        with pytest.raises(ValueError, match=one_line(part=f"was made for model_name {of_teacher!r}, the model has")):
+            model.add_adapter("insurance", distill_from=["./bank"])
+        return
+    model.add_adapter("insurance", distill_from=["./bank"])
+    assert "bank" in model.adapters_config
 
 
 @pytest.mark.parametrize("config", ["compacter[reduction_factor=4]", "vera"])
