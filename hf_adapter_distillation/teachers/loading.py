@@ -45,7 +45,8 @@ class Teacher(NamedTuple):
 def locate_teacher(model: ModelAdaptersMixin, entry: str) -> Teacher:
     """Resolve one entry of `distill_from`: an adapter on the model, a local folder, or a Hub id (with `@revision`).
 
-    An adapter on the Hub is downloaded. Nothing is added to the model.
+    An adapter on the Hub is downloaded, and named after its repository, with `_` for each dot. Nothing is added to the
+    model.
 
     Raises:
         ValueError: If it is none of these, cannot be downloaded, suits another base model, or its name is taken.
@@ -53,27 +54,33 @@ def locate_teacher(model: ModelAdaptersMixin, entry: str) -> Teacher:
     label = f"Teacher {entry!r}"
     if entry in model.adapters_config:
         return Teacher(entry, label, {"source": entry, "revision": None}, None)
-    if os.path.isdir(entry):
-        folder, revision = Path(entry), None
+    if is_folder := os.path.isdir(entry):
+        name, remedy = name_from_folder(entry, label), "rename the folder"
     else:
-        folder = _download(model, entry)
-        revision = folder.name
-    name = name_from_folder(entry.partition("@")[0] if revision else entry, label)
+        name, remedy = _name_from_id(model, entry), "give a folder of another name that holds it"
+        check_name(name, label, remedy)
     if name in model.adapters_config or name in heads_of(model):
         raise ValueError(
             f"{label} would be named {name!r}, and the model has an adapter or head of that name; "
-            f"distill from {name!r} if it is the same, else rename the folder."
+            f"distill from {name!r} if it is the same, else {remedy}."
         )
+    folder = Path(entry) if is_folder else _download(entry)
+    revision = None if is_folder else folder.name
     saved = check_saved_adapter(model, folder, label)
     source = {"source": entry, "revision": revision}
     return Teacher(name, label, source | ({"conversion": saved.conversion} if saved.conversion else {}), saved)
 
 
-def _download(model: ModelAdaptersMixin, teacher: str) -> Path:
+def _name_from_id(model: ModelAdaptersMixin, teacher: str) -> str:
+    """Return the name that an adapter gets from its Hub id; names of adapters have no dots, unlike repositories."""
     if not is_hub_id(teacher):
         hint = suggestion(teacher, model.adapters_config) or "it is no local folder or Hub id either."
         adapters = ", ".join(map(repr, model.adapters_config)) or "none"
         raise ValueError(f"Unknown teacher {teacher!r}: {hint} Adapters on the model: {adapters}.")
+    return teacher.partition("@")[0].rpartition("/")[2].replace(".", "_")
+
+
+def _download(teacher: str) -> Path:
     try:
         return download(teacher, ADAPTER_FILES)
     except OSError as error:

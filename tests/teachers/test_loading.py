@@ -68,6 +68,37 @@ def test_a_teacher_is_pinned_to_its_commit(teacher, hub, tmp_path):
     assert model.heads["faq-bank"] is not None
 
 
+def test_a_dot_of_a_repository_is_an_underscore_in_the_name(hub, tmp_path):
+    repo = hub.create("me/Llama-3.2-1B-bank", files_of(tmp_path))
+    model = make_model()
+    model.add_adapter("insurance", distill_from=["me/Llama-3.2-1B-bank@main"])
+    sources = {"Llama-3_2-1B-bank": {"source": "me/Llama-3.2-1B-bank@main", "revision": repo.refs["main"]}}
+    assert distillations(model.adapters_config)["insurance"].sources == sources
+    model.save_adapter(str(tmp_path / "saved"), "insurance")
+    (saved,) = read_provenance(str(tmp_path / "saved")).teachers
+    assert (saved.name, saved.source) == ("Llama-3_2-1B-bank", "me/Llama-3.2-1B-bank@main")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("me/keys", "would be named 'keys', as is a part of torch's ModuleDict; {remedy}."),
+        (
+            "me/wo.rk@v1",
+            "would be named 'wo_rk', and the model has an adapter or head of that name; distill from 'wo_rk' if it is "
+            "the same, else {remedy}.",
+        ),
+    ],
+)
+def test_a_name_that_no_teacher_can_have_is_refused_before_the_download(source, message, hub):
+    model = with_teachers(make_model(), teachers=["wo_rk"])
+    hub.requests.clear()
+    remedy = "give a folder of another name that holds it"
+    with pytest.raises(ValueError, match=exactly(f"Teacher {source!r} " + message.format(remedy=remedy))):
+        pull(source, model)
+    assert not hub.requests
+
+
 def test_nothing_but_the_adapter_is_downloaded(teacher, hub):
     pull("me/faq-bank")
     fetched = {match[1] for line in hub.requests if (match := re.match(r"GET .*/resolve/\w+/(.*)", line))}
