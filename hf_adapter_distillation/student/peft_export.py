@@ -182,9 +182,14 @@ def _common_ends(paths: Collection[str], names: Iterable[str]) -> list[str]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds an adapter in another form, or a file."""
+    """Refuse a folder that cannot be replaced whole, or holds an adapter in another form."""
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to {folder.readlink()}, which is not there; give a folder.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder.")
+    for path in (folder / file for file in PEFT_FILES):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder in the place of a file; remove it, or give another folder.")
     if (folder / ADAPTER_CONFIG_NAME).is_file() and not is_peft(read_adapter_config(folder)):
         raise ValueError(f"{folder} holds an adapter that save_adapter wrote; give another folder.")
 

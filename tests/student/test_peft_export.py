@@ -211,6 +211,25 @@ def test_an_adapter_without_a_form_in_peft_is_named(config, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("file", [*peft_export.PEFT_FILES, None])
+def test_a_target_that_cannot_be_replaced_is_named_before_anything_is_written(file, tmp_path):
+    model, folder = make_model(), tmp_path / "peft"
+    model.add_adapter("bank", config="lora")
+    if file is None:
+        folder.symlink_to(tmp_path / "missing")
+        message = f"{folder} is a link to {tmp_path / 'missing'}, which is not there; give a folder."
+    else:
+        had.save_adapter_as_peft(model, "bank", folder)
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).mkdir()
+        message = f"{folder / file} is a folder in the place of a file; remove it, or give another folder."
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    noisy(model, "bank")
+    with pytest.raises(ValueError, match=exactly(message)):
+        had.save_adapter_as_peft(model, "bank", folder)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
 def test_heads_names_and_folders_that_do_not_fit_are_named(tmp_path, monkeypatch):
     model = make_model()
     model.add_adapter("bank", config="lora")
