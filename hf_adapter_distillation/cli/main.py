@@ -1,8 +1,8 @@
 """Options, config files, errors and exit codes of `adapter-distill`."""
 
-import codecs
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -175,23 +175,20 @@ def command_function(name: str) -> Callable[..., str]:
     return getattr(import_module(f".{module}", __package__), function)
 
 
-def _escape_as_json(error: Any) -> tuple[str, int]:
-    """Handle an error of encoding: the escapes of `backslashreplace` are not valid in JSON."""
-    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
-
-
 def write_result(result: str) -> None:
-    """Write a result to the standard output, with escapes for characters that its encoding lacks.
+    """Write a result to the standard output, with the escapes of JSON if its encoding lacks a character.
 
     A reader such as `head` may close the pipe: that is not an error.
 
     Raises:
         OSError: If the output cannot be written, as on a full disk.
     """
-    encoding = sys.stdout.encoding or "utf-8"
-    codecs.register_error("json", _escape_as_json)
     try:
-        sys.stdout.write(result.encode(encoding, "json").decode(encoding) + "\n")
+        result.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        result = re.sub(r"[^\0-\x7f]", lambda character: json.dumps(character[0])[1:-1], result)
+    try:
+        sys.stdout.write(f"{result}\n")
         sys.stdout.flush()
     except OSError as error:
         # Python writes the rest at its exit, and would fail again.
