@@ -139,6 +139,7 @@ class Distillation:
         ranking: The scores by which the teachers were chosen, the best first: of all by `rank_teachers`, or their
             weights, or of those that were chosen from a pool by `choose_teachers`.
         weights: The weights of the teachers for the task, with `student_start="weighted"`.
+        is_weighed: Whether the next training keeps the weights, as those that `fit_start` has learned for it.
         candidates: The folders, by name, of the saved adapters of a pool from which the teachers are still to be
             chosen; until then one of them stands in. Empty once they are chosen.
         is_from_pool: Whether the teachers are, or will be, chosen from a pool.
@@ -158,6 +159,7 @@ class Distillation:
     own_start: dict[str, torch.Tensor] = field(default_factory=dict)
     ranking: dict[str, float] | None = None
     weights: TeacherWeights | None = None
+    is_weighed: bool = False
     candidates: dict[str, str] = field(default_factory=dict)
     is_from_pool: bool = False
     is_loaded: bool = False

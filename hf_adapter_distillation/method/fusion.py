@@ -82,6 +82,11 @@ class TeacherFusion(nn.Module):
         weight = self.key.weight
         self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(weight.device, at_least_float32(weight.dtype))
 
+    def set_equal_weights(self) -> None:
+        """Let the fused update start at the mean of the teachers' updates."""
+        self.weighted_names, self.scale = (), 1.0
+        self.register_buffer("log_weights", None, persistent=False)
+
     def weights(self) -> dict[str, float]:
         """Return the weights of the teachers; empty where they are equal."""
         if self.log_weights is None:

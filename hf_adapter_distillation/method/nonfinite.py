@@ -43,6 +43,11 @@ def find_overflow(distillation: Distillation, forward_passes: Callable[[], objec
     return next(iter(overflow_pass.overflows), "")
 
 
+def start_message(student: str, cause: str) -> str:
+    """Return the message of an error: a student cannot start at its teachers, whose updates are not finite."""
+    return f"{student!r} cannot start at its teachers: {cause}; {TAKE_MORE_RANGE}."
+
+
 def nonfinite_term(record: DistillationRecord) -> str:
     """Name the term that makes a loss NaN or infinite, and the first layer concerned."""
     if record.distillation_loss is None or record.fusion_regularization is None:

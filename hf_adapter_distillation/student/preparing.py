@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Stack
+from transformers.utils import logging
 
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
@@ -15,6 +16,8 @@ from ..teachers.compatibility import check_devices, check_supported, check_weigh
 from ..teachers.loading import Source
 from .fusions import drop_fusion
 from .warm_start import is_at_average, start_as_new, start_at_average, start_head
+
+logger = logging.get_logger(__name__)
 
 
 def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
@@ -91,11 +94,25 @@ def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: 
         start_at_average(model, block.student)
 
 
+def forget_weights(model: ModelAdaptersMixin, student: str) -> None:
+    """Let the teachers that a student still has weigh the same, as before an earlier training."""
+    distillation = distillation_of(model, student)
+    if distillation.weights is not None and distillation.run is None:
+        kept = ", ".join(map(repr, distillation.config.teachers))
+        logger.warning(
+            f"{student!r} goes on from its present weights, with the teachers that it still has ({kept}): its last "
+            "training did not end, or was loaded over. Add it again with overwrite_ok=True to start anew."
+        )
+    distillation.weights, distillation.is_weighed = None, False
+    for fusion in fusions_of(model, student):
+        fusion.set_equal_weights()
+
+
 def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weights: TeacherWeights) -> None:
     """Keep the heavy teachers, or the heaviest for a selection, and let the fusions start at their weights.
 
     A student that is still at the average of its teachers is set to their weighted mean, and so is its head; or both
-    to their own start, as those of a new adapter, where the teachers do not help.
+    to their own start, as those of a new adapter, where the teachers do not help. The next training keeps the weights.
     """
     student, at_start = block.student, is_at_average(model, block.student)
     distillation = distillation_of(model, student)
@@ -109,7 +126,7 @@ def start_at_weights(model: ModelAdaptersMixin, block: AdapterDistillation, weig
         _fuse_only(model, block, kept)
     for fusion in fusions_of(model, student):
         fusion.set_weights(weights.at(fusion.location, kept))
-    distillation.weights = weights
+    distillation.weights, distillation.is_weighed = weights, True
     if at_start and not weights.help:
         start_as_new(model, student)
     elif at_start:

@@ -13,7 +13,7 @@ from ..method.distillation import distillation_of
 from ..method.heads import are_alike
 from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterPlace, adapter_layers, adapters_of
-from ..method.nonfinite import TAKE_MORE_RANGE, find_overflow
+from ..method.nonfinite import find_overflow, start_message
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
 from ..method.weights import weight_of_none
@@ -257,7 +257,7 @@ def fit_start(
         if not fit.square.isfinite():
             overflow = find_overflow(distillation, run, joins_student=False)
             cause = overflow or f"the state of the model is not finite in {name}"
-            raise FloatingPointError(f"{student!r} cannot start at its teachers: {cause}; {TAKE_MORE_RANGE}.")
+            raise FloatingPointError(start_message(student, cause))
     unexplained = []
     for name, layer in adapter_layers(model, student):
         if name in fitting_pass.fits:

@@ -17,6 +17,7 @@ from ..method.fusion import fusions_of
 from ..method.heads import are_alike
 from ..method.layer_pass import LayerPass, Place
 from ..method.losses import at_least_float32
+from ..method.nonfinite import find_overflow, start_message
 from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
@@ -93,7 +94,9 @@ def weigh_teachers(
 
     Raises:
         ValueError: If no distilled student is active, its teachers are still to be chosen from a pool, there are no
-            batches or steps, or the loss does not depend on the teachers. Nothing on the model has changed then, too.
+            batches or steps, or the loss does not depend on the teachers or never has finite gradients. Nothing on the
+            model has changed then, too.
+        FloatingPointError: If the updates of a teacher are the reason for the latter.
     """
     block, read = active_block(model), list(batches)
     if not read:
@@ -132,7 +135,8 @@ def learn_weights(
     for number, learner in enumerate(learners):
         other = halves[1 - number]
         with learner.running():
-            learner.learn(halves[number], steps // 2)
+            if not learner.learn(halves[number], steps // 2):
+                raise learner.nonfinite_error(halves[number])
             with_teachers += learner.evaluate(other)
             total = total + learner.weights()
         with learner.without_teachers(), learner.running():
@@ -160,7 +164,7 @@ class Learner:
         loss_scale: float,
     ) -> None:
         self.model, self.loss, self.reduce, self.loss_scale = model, loss, reduce, loss_scale
-        self.distillation = distillation_of(model, block.student)
+        self.student, self.distillation = block.student, distillation_of(model, block.student)
         fusions = fusions_of(model, block.student)
         self.places = {fusion.location: number * per_layer for number, fusion in enumerate(fusions)}
         weight, size = fusions[0].key.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
@@ -208,14 +212,19 @@ class Learner:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
-    def learn(self, batches: Batches, steps: int) -> None:
-        """Train for some steps, over the batches again and again; fewer steps are larger ones, up to a limit."""
+    def learn(self, batches: Batches, steps: int) -> bool:
+        """Train for some steps, over the batches again and again; fewer steps are larger ones, up to a limit.
+
+        Returns:
+            Whether any step had finite gradients; the others change nothing.
+        """
         rate = min(MAXIMAL_RATE, 2 * SCORE_RANGE / (steps + 1))  # falls to 0: half of it on average
         rates = {self.scores: rate, self.log_scales: rate * SCALE_RANGE / SCORE_RANGE}
         rates |= dict.fromkeys(self.trained, rate * HEAD_RANGE / SCORE_RANGE)
         optimizer = torch.optim.Adam([{"params": [parameter], "lr": of_one} for parameter, of_one in rates.items()])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
         passes = chain.from_iterable(batch() for batch in repeat(batches))
+        learns = False
         for _, batch in zip(range(steps), passes, strict=False):
             self._backward(batch)
             gradients = []
@@ -223,11 +232,29 @@ class Learner:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.reduce(own)
                 gradients.append(parameter.grad)
-            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            is_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+            learns = learns or is_finite
+            if not is_finite:
                 optimizer.zero_grad()  # as a GradScaler leaves a step out
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        return learns
+
+    @torch.no_grad()
+    def nonfinite_error(self, batches: Batches) -> Exception:
+        """Return the error of steps that all had gradients that are not finite, with the teacher that is the cause."""
+
+        def forward_passes() -> None:
+            for batch in batches():
+                self.loss(batch)
+
+        if overflow := find_overflow(self.distillation, forward_passes, joins_student=False):
+            return FloatingPointError(start_message(self.student, overflow))
+        return ValueError(
+            f"The teachers of {self.student!r} cannot be weighed: no step has finite gradients; check the loss and "
+            "the labels, or train in bfloat16 or float32."
+        )
 
     def _backward(self, batch: Any) -> None:
         """Compute the gradients of the loss of a batch."""

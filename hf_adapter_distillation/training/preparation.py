@@ -24,7 +24,7 @@ from ..method.predictions import PredictionCache, example_keys, of_each_teacher,
 from ..student.choosing import choose_again, choose_from_pool
 from ..student.digests import teacher_digests
 from ..student.fusions import warn_of_silent_teachers
-from ..student.preparing import keep_teachers, start_at_weights, train_again
+from ..student.preparing import forget_weights, keep_teachers, start_at_weights, train_again
 from ..student.summary import weights_table
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, predict_labels, rank_teachers
@@ -85,6 +85,7 @@ def prepare_training(
         load_student(model, block, checkpoint)
     else:
         block = weigh(model, block, examples, accelerator, show)
+    distillation_of(model, block.student).is_weighed = False  # also if this training does not end
     check_trainable(model, block)
     warn_of_silent_teachers(model, block)
     places = (place for held in adapters_of(model, block.teachers).values() for place in held.values())
@@ -200,10 +201,9 @@ def weigh(
 ) -> AdapterDistillation:
     """Learn the weights of the teachers if the student starts at them; return the active block."""
     distillation = distillation_of(model, block.student)
-    learned = distillation.weights is not None and distillation.run is None  # by `fit_start`
-    if learned or not _starts_at_weights(model, block):
+    if distillation.is_weighed or not _starts_at_weights(model, block):
         return block
-    distillation.weights = None  # of an earlier training
+    forget_weights(model, block.student)
     with torch.random.fork_rng():  # the order of the training data stays the same
         labelled = examples.labelled()
         if labelled is None:

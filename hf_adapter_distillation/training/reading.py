@@ -30,8 +30,8 @@ class ReadingTrainer(TwoStageTrainer):
         """Move a student that is still at the average of its teachers' weights to the average of their updates.
 
         Before, teachers are chosen (`teacher_selection`), and with `student_start="weighted"` their weights are
-        learned. `train` does all this before the first step. A student with a gate or a norm behind its up-projections
-        stays at the average of the weights.
+        learned. `train` does all this before the first step, or keeps what this method has done. A student with a gate
+        or a norm behind its up-projections stays at the average of the weights.
         """
         model, examples = self.model_with_adapters, self._examples()
         self.block = choose(model, self.block, examples, self.accelerator, None, show=False)

@@ -317,11 +317,40 @@ def test_bad_batches_and_losses():
         assert_unchanged(model, before)
 
 
-def test_losses_that_are_not_finite_weigh_nothing():
+def test_losses_that_are_never_finite_are_refused():
     model = make_student(make_model())
-    weights = had.weigh_teachers(model, [make_batch()], lambda batch: model(**batch).loss * float("nan"), steps=4)
-    assert set(weights.mean().values()) == {0.25}
-    assert weights.gain == 0.0
+    before = whole_state(model)
+    message = (
+        "The teachers of 'insurance' cannot be weighed: no step has finite gradients; check the loss and the labels, "
+        "or train in bfloat16 or float32."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        had.weigh_teachers(model, [make_batch()], lambda batch: model(**batch).loss * float("nan"), steps=4)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("config", ["seq_bn", "prefix_tuning"])
+def test_a_teacher_that_is_not_finite_is_named(config):
+    model = make_student(make_model(), config=config)
+    module = next(iter(next(iter(model.get_adapter("travel").values())).values()))
+    next(module.parameters()).data.fill_(float("inf"))
+    before = whole_state(model)
+    with pytest.raises(FloatingPointError) as error:
+        had.weigh_teachers(model, [make_batch()], steps=4)
+    assert str(error.value).startswith("'insurance' cannot start at its teachers: the update of teacher 'travel' is ")
+    assert str(error.value).endswith("; train in bf16 or float32, leave this teacher out.")
+    assert_unchanged(model, before)
+
+
+def test_a_step_that_is_not_finite_is_left_out():
+    model, calls = make_student(make_model()), []
+
+    def loss(batch):
+        calls.append(1)
+        return model(**batch).loss * (float("nan") if len(calls) == 1 else 1.0)
+
+    weights = had.weigh_teachers(model, [make_batch()], loss, steps=4)
+    assert len(set(weights.mean().values())) == 3
 
 
 def test_one_batch_is_both_halves_and_a_loader_is_read_once():

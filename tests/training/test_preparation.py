@@ -18,7 +18,7 @@ from tiny_models import (
     with_teachers_of_their_own_scores,
 )
 from torch.nn.functional import cross_entropy
-from trainings import trainer_for
+from trainings import EachStep, trainer_for
 from transformers import TrainerCallback
 from wrapped_models import Classifier
 
@@ -339,6 +339,8 @@ def test_too_little_data_gives_equal_weights(data, trainer_args, caplog):
     trainer = trainer_for(model, trainer_args(**args), train_dataset=data)
     trainer.distillation.weights = of_places(model, 0.5, bank=0.2)
     trainer.distillation.run = TrainingRun([])  # of an earlier training, with these weights
+    for fusion in fusions_of(model, "insurance"):
+        fusion.set_weights({"bank": 0.2, "travel": 0.9, "work": 0.4})
     trainer.train()
     assert "The teachers of 'insurance' get equal weights: too few training examples, or a stream" in caplog.text
     assert trainer.distillation.weights is None
@@ -421,6 +423,51 @@ def test_the_teachers_are_weighed_once_before_the_first_step(trainer_args, monke
     trainer.train()
     assert learned == []
     assert trainer.distillation.weights is weights
+
+
+@pytest.mark.parametrize("fits_first", [False, True])
+def test_the_training_after_one_that_did_not_end_weighs_again(fits_first, trainer_args, monkeypatch, caplog):
+    """The teachers that are left, whether the weights were learned by it or by `fit_start`."""
+    model = weighted()
+    calls = count_weighing(monkeypatch, of_places(model, 0.5, bank=0.01, travel=0.9, work=0.4))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = trainer_for(model, trainer_args(max_steps=2), callbacks=[EachStep(stop)])
+    if fits_first:
+        trainer.fit_start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert len(calls) == 1
+    warning = (
+        "'insurance' goes on from its present weights, with the teachers that it still has ('travel', 'work'): its "
+        "last training did not end, or was loaded over. Add it again with overwrite_ok=True to start anew."
+    )
+    assert warning not in caplog.text
+    again = of_places(model, 0.3, travel=0.3, work=0.4)
+    calls = count_weighing(monkeypatch, again)
+    trainer = trainer_for(model, trainer_args(max_steps=2, keep_fusion=True))
+    trainer.train()
+    assert len(calls) == 1
+    assert warning in caplog.text
+    assert trainer.distillation.weights == again
+    assert trainer.block.teachers == ("travel", "work")
+    assert fusions_of(model, "insurance")[0].weights() == pytest.approx({"travel": 0.3, "work": 0.4})
+
+
+def test_a_teacher_that_is_not_finite_is_named_before_the_first_step(trainer_args):
+    """And the student starts at the others once it is gone."""
+    model = weighted()
+    next(iter(next(iter(model.get_adapter("travel").values())).values())).adapter_up.weight.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="'insurance' cannot start .* 'travel' is not finite"):
+        trainer_for(model, trainer_args(max_steps=1)).train()
+    with pytest.warns(UserWarning, match="'travel' was a teacher"):
+        model.delete_adapter("travel")
+    model.train_adapter("insurance")
+    trainer = trainer_for(model, trainer_args(max_steps=1))
+    trainer.train()
+    assert trainer.distillation.weights.mean().keys() == {"bank", "work"}
 
 
 # Teachers without weights
