@@ -20,6 +20,8 @@ from .data import Examples, Labelled, draw_examples, halves
 from .preparation import choose, fit_student, select_teachers, weigh
 from .steps import TwoStageTrainer
 
+LIBRARIES = ("transformers", "sentence_transformers", "trl")  # whose trainers load the data that they are given
+
 
 class ReadingTrainer(TwoStageTrainer):
     """Trainer that reads examples before its first step and after its last one."""
@@ -58,14 +60,7 @@ class ReadingTrainer(TwoStageTrainer):
         both = halves(drawn, self.args.seed)
         if both is None:
             return None
-        own = vars(self).copy()  # with the data, and perhaps its loader
-        try:
-            loaders = []
-            for half in both:
-                self.train_dataset = type(own["train_dataset"])(half) if isinstance(half, dict) else half
-                loaders.append(self.get_train_dataloader())
-        finally:
-            vars(self).update(own)
+        loaders = [self._loader_of(half) for half in both]
         if any(_is_stream(loader) for loader in loaders):
             return None
         # The same number in each process, so that none waits alone.
@@ -82,6 +77,21 @@ class ReadingTrainer(TwoStageTrainer):
             self.args.weighing_steps,
             [parameter for key, parameter in beside.items() if key not in outside],
         )
+
+    def _loader_of(self, half: Any) -> DataLoader:
+        """Return a loader of some training examples.
+
+        Loaders and samplers of the user's own may be for the whole data set, so those of the library take their place.
+        """
+        own = vars(self).copy()  # with the data, and perhaps its loader
+        try:
+            self.train_dataset = type(own["train_dataset"])(half) if isinstance(half, dict) else half
+            for name in ("get_train_dataloader", "_get_train_sampler"):
+                vars(self)[name] = partial(_of_library(type(self), name), self)
+            return self.get_train_dataloader()
+        finally:
+            vars(self).clear()
+            vars(self).update(own)
 
     @property
     def _losses(self) -> list[nn.Module]:
@@ -176,6 +186,12 @@ class ReadingTrainer(TwoStageTrainer):
         else:
             with AdapterSetup(Stack(*self.block.children), head_setup=head):
                 yield
+
+
+def _of_library(trainer: type, name: str) -> Callable:
+    """Return a method of a trainer without what the user's own classes make of it."""
+    holders = (holder for holder in trainer.__mro__ if name in vars(holder))
+    return next(vars(holder)[name] for holder in holders if holder.__module__.partition(".")[0] in LIBRARIES)
 
 
 def _first_batches(loader: DataLoader, number: int) -> list[Any]:

@@ -1,9 +1,14 @@
 """Examples that a trainer reads, as inputs of the model with adapters."""
 
+import pytest
 import torch
 from tiny_models import make_dataset, make_model, make_student
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from trainings import trainer_for
+from transformers import Trainer
 from wrapped_models import Classifier
+
+import hf_adapter_distillation as had
 
 
 def test_a_plain_batch_is_the_input_of_the_model(trainer_args):
@@ -42,3 +47,40 @@ def test_several_data_sets_are_read_in_the_shares_of_their_sizes(trainer_args):
     trainer = trainer_for(make_student(make_model()), trainer_args(), train_dataset=make_dataset())
     drawn = trainer._examples()._replace(train=several).draw(8)
     assert [len(batch["labels"]) for batch in drawn()] == [6, 2]
+
+
+class SamplingTrainer(Trainer):
+    """Samples the whole data set, as for unbalanced classes."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return WeightedRandomSampler([1.0] * 16, 16)
+
+
+class LoadingTrainer(Trainer):
+    """Loads the whole data set, and keeps its loader."""
+
+    def get_train_dataloader(self):
+        if "loader" not in vars(self):
+            sampler = WeightedRandomSampler([1.0] * 16, 16)
+            self.loader = DataLoader(self.train_dataset.with_format("torch"), 4, sampler=sampler)
+        return self.loader
+
+
+@pytest.mark.parametrize("base", [SamplingTrainer, LoadingTrainer])
+@pytest.mark.parametrize("is_below", [True, False])
+def test_the_halves_need_no_sampler_or_loader_of_the_users_own(base, is_below, trainer_args):
+    class Mine(*((had.DistillationMixin, base) if is_below else (base, had.DistillationTrainer))):
+        """Both."""
+
+    dataset = make_dataset()
+    args = trainer_args(weighing_steps=16)
+    trainer = Mine(make_student(make_model(), student_start="weighted"), args, train_dataset=dataset)
+    before = set(vars(trainer))
+    labelled = trainer._labelled()
+    rows = [tuple(row.tolist()) for half in labelled.halves for batch in half() for row in batch["input_ids"]]
+    assert sorted(rows) == sorted(map(tuple, dataset["input_ids"]))
+    assert set(vars(trainer)) == before
+    assert trainer.train_dataset is dataset
+    trainer.train()
+    assert trainer.distillation.weights is not None
+    assert isinstance(trainer.callback_handler.train_dataloader.batch_sampler.sampler, WeightedRandomSampler)
