@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..composition import AdapterDistillation
 from ..configuration import AdapterDefaultsMixin, DistillationArgumentsMixin
 from ..method.distillation import distillations
 from ..method.wrappers import models_with_adapters, noting_inputs
@@ -132,8 +133,8 @@ class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceT
 
     training_args_class: Any = SentenceTransformerDistillationTrainingArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _take(self, block: AdapterDistillation, *, has_unlabelled: bool) -> None:
+        super()._take(block, has_unlabelled=has_unlabelled)
         self.distillation.pool = self._pool
 
     def _pool(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

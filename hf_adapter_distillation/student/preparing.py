@@ -44,6 +44,20 @@ def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillat
     return block
 
 
+def live_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> AdapterDistillation:
+    """Return the block of a student with the teachers that it has by now.
+
+    What is stacked below the student is that of the active block, if it is the student's.
+
+    Raises:
+        ValueError: If the student is not distilled any more, or has lost all its teachers.
+    """
+    active = block_of(model.active_adapters)
+    if active is None or active.student != block.student:
+        active = block
+    return AdapterDistillation(Stack(*active.children), distillation_of(model, block.student).config.teachers)
+
+
 def check_prepared(model: ModelAdaptersMixin, setup: object) -> None:
     """Refuse to activate a setup whose block is misplaced, or would silently distil nothing."""
     block = block_of(_as_setup(setup))

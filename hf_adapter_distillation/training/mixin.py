@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .._compat import loss_counts_items
 from ..analysis.observe import teacher_attention, write_analysis
+from ..composition import AdapterDistillation
 from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import StageSettings, active_block
 from ..method.heads import label_names, text_head
@@ -22,6 +23,7 @@ from ..method.parameters import check_trainable, parameter_table
 from ..method.wrappers import model_with_adapters
 from ..student.digests import check_teachers_unchanged
 from ..student.fusions import drop_fusion
+from ..student.preparing import live_block
 from ..student.provenance import teacher_sources
 from ..student.summary import as_table, summary_rows
 from ..student.training_run import TrainingRun, finite_metrics
@@ -105,27 +107,17 @@ class DistillationMixin(WritingTrainer):
         with _trainable_if_quantized(model):
             super().__init__(model, args, *others, **kwargs)
         inner = self.model_with_adapters
-        self.block = active_block(inner)
-        check_trainable(inner, self.block)
+        check_trainable(inner, active_block(inner))
         if inner is self.model:
             # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
             self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(inner)
         if self._gives_inputs_to_inner:
-            self.label_names = self.label_names or label_names(inner, self.block.student)
-        config, is_wrapped = self.distillation.config, inner is not self.model
+            self.label_names = self.label_names or label_names(inner, active_block(inner).student)
         if args.analysis and is_sharded(inner):
             raise ValueError(
                 "analysis=True runs the model in one process, but its base model lies in shards; leave it out."
             )
-        check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
-        check_combinations(
-            args,
-            self.distillation,
-            self.accelerator.distributed_type,
-            predicts_text=text_head(inner, self.block.student) is not None,
-            model_has_labels=not self._takes_labels_away,
-            has_unlabelled=distillation_dataset is not None,
-        )
+        self._take(active_block(inner), has_unlabelled=distillation_dataset is not None)
         self._unlabelled = None
         if distillation_dataset is not None:
             dataset, collator = self._without_unused_columns(distillation_dataset)
@@ -175,6 +167,20 @@ class DistillationMixin(WritingTrainer):
 
     # Before the first step
 
+    def _take(self, block: AdapterDistillation, *, has_unlabelled: bool) -> None:
+        """Take a block as the one to train, after a check that its settings suit the training."""
+        self.block, inner = block, self.model_with_adapters
+        config, is_wrapped = self.distillation.config, inner is not self.model
+        check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
+        check_combinations(
+            self.args,
+            self.distillation,
+            self.accelerator.distributed_type,
+            predicts_text=text_head(inner, block.student) is not None,
+            model_has_labels=not self._takes_labels_away,
+            has_unlabelled=has_unlabelled,
+        )
+
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Prepare the student, then create optimizer and scheduler for the steps of both stages.
 
@@ -183,6 +189,9 @@ class DistillationMixin(WritingTrainer):
         Raises:
             ValueError: If `distillation_share` leaves less than one step with teachers.
         """
+        inner = self.model_with_adapters
+        block = live_block(inner, self.block) if self.model_init is None else active_block(inner)
+        self._take(block, has_unlabelled=self._unlabelled is not None)
         left = num_training_steps - self._first_of_stage_2(num_training_steps)
         share = self.args.distillation_share
         if share is not None and 0 < left * share < 1:
@@ -190,10 +199,9 @@ class DistillationMixin(WritingTrainer):
                 f"distillation_share={share:g} runs the teachers in less than one of the "
                 f"{left} steps of stage 2; raise it to 1/{left} or more."
             )
-        inner = self.model_with_adapters
         self._prepared = prepare_training(
             inner,
-            self.block if self.model_init is None else active_block(inner),
+            self.block,
             self._examples(),
             self.accelerator,
             checkpoint=self._checkpoint,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .._compat import forward_arguments, heads_of
 from ..method.predictions import without_dropout
 from ..method.wrappers import accepted_inputs, noting_inputs
+from ..student.preparing import live_block
 from .data import Examples, Labelled, draw_examples, halves
 from .preparation import choose, fit_student, select_teachers, weigh
 from .steps import TwoStageTrainer
@@ -36,7 +37,7 @@ class ReadingTrainer(TwoStageTrainer):
         or a norm behind its up-projections stays at the average of the weights.
         """
         model, examples = self.model_with_adapters, self._examples()
-        self.block = choose(model, self.block, examples, self.accelerator, None, show=False)
+        self.block = choose(model, live_block(model, self.block), examples, self.accelerator, None, show=False)
         self.block = select_teachers(model, self.block, examples, self.accelerator, show=False)
         self.block = weigh(model, self.block, examples, self.accelerator, show=False)
         fit_student(model, self.block.student, examples, self.accelerator)

@@ -203,6 +203,15 @@ def test_texts_without_labels_are_distilled_too(tiny_encoder, tmp_path):
         CrossEncoderDistillationTrainer(None, args, distillation_dataset=PAIRS)
 
 
+def test_a_student_that_was_added_again_has_the_pooling_of_the_model(tiny_encoder, tmp_path):
+    trainer = trainer_of(tmp_path, tiny_encoder, model=embedding_model(tmp_path, tiny_encoder, pooling="cls"))
+    model = trainer.model_with_adapters
+    model.add_adapter("insurance", config="seq_bn", overwrite_ok=True, distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    trainer.train()
+    assert trainer.distillation.pool == trainer._pool
+
+
 def test_losses_that_train_a_copy_are_named_at_construction(tiny_encoder, tmp_path):
     model = embedding_model(tmp_path, tiny_encoder)
     with pytest.raises(ValueError, match="^ContrastiveTensionLoss trains another copy .* choose a loss of one model"):

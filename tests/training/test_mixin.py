@@ -57,6 +57,56 @@ def test_a_second_train_starts_again(trainer_args):
     assert second.training_loss < first.training_loss
 
 
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_the_teachers_are_those_that_the_student_has_by_then(is_fitted, trainer_args):
+    """A teacher is deleted between two trainings, and the student is added again, while another is active."""
+    model = make_student(make_model())
+    trainer = trainer_for(model, trainer_args(max_steps=1))
+    trainer.train()
+    model.delete_adapter("bank")
+    if is_fitted:
+        trainer.fit_start()
+    trainer.train()
+    assert [teacher.name for teacher in trainer.distillation.run.teachers] == ["travel", "work"]
+    settings = had.DistillationConfig(["work"], student_start="teachers")
+    model.add_adapter("insurance", config="seq_bn", overwrite_ok=True, distill_from=settings)
+    model.train_adapter("insurance")
+    if is_fitted:
+        trainer.fit_start()
+    model.set_active_adapters("travel")
+    trainer.train()
+    assert [teacher.name for teacher in trainer.distillation.run.teachers] == ["work"]
+    assert trainer.block == had.AdapterDistillation("insurance", ["work"])
+
+
+def test_the_student_stands_on_what_it_was_trained_on_last(trainer_args):
+    model = make_student(make_model())
+    for name in ("german", "english"):
+        model.add_adapter(name)
+    model.train_adapter(Stack("german", had.AdapterDistillation("insurance", TEACHERS)))
+    trainer = trainer_for(model, trainer_args(max_steps=1))
+    model.train_adapter(Stack("english", had.AdapterDistillation("insurance", TEACHERS)))
+    trainer.train()
+    assert trainer.block.children == ["english", "insurance"]
+    trainer.train()
+    assert trainer.block.children == ["english", "insurance"]
+
+
+def test_a_student_that_was_added_again_is_checked_again(trainer_args):
+    model = make_student(make_model())
+    trainer = trainer_for(model, trainer_args(max_steps=1, label_smoothing_factor=0.1))
+    settings = had.DistillationConfig(TEACHERS, student_start="teachers", carrier="dual")
+    model.add_adapter("insurance", config="seq_bn", overwrite_ok=True, distill_from=settings)
+    model.train_adapter("insurance")
+    with pytest.raises(ValueError, match="The carrier 'dual' needs the model's own loss in both of its passes"):
+        trainer.train()
+    for name in TEACHERS:
+        with pytest.warns(UserWarning, match="was a teacher of 'insurance'"):
+            model.delete_adapter(name)
+    with pytest.raises(ValueError, match="No teachers are given for 'insurance': name at least one adapter to dist"):
+        trainer.train()
+
+
 def test_evaluation_loss_is_the_students_task_loss(trainer_args):
     model = make_student(make_model())
     trainer = trainer_for(model, trainer_args(distillation_start=0.0), eval_dataset=make_dataset(seed=1))
