@@ -15,11 +15,12 @@ from transformers.utils import logging
 from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
+from ..teachers.batches import Batches, Loss, own_loss, read_batches
 from ..teachers.compatibility import choose_level
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, remove_adapter
 from ..teachers.pool import Slot, add_stand_in, group_by_config, report_skipped
 from ..teachers.relevance import measure_relevance
-from ..teachers.weighing import STEPS, Batches, Loss
+from ..teachers.weighing import STEPS
 from .fusions import drop_fusion
 from .preparing import train_again
 from .provenance import read_provenance
@@ -50,14 +51,13 @@ def choose_teachers(
     Raises:
         ValueError: If no student with a pool is active, its teachers are chosen already, there are no batches, the
             loss does not depend on the teachers, or no adapter of the pool can be loaded.
+        TypeError: If `batches` is one batch.
     """
-    block, read = active_block(model), list(batches)
+    block = active_block(model)
     if not distillation_of(model, block.student).candidates:
         raise ValueError(f"The teachers of {block.student!r} are chosen already; add it again to choose others.")
-    if not read:
-        raise ValueError("There are no batches to choose teachers with; give at least one, with labels.")
-    of_batch = loss or (lambda batch: model(**batch)["loss"])
-    return choose_from_pool(model, block, of_batch, [lambda: read], steps=steps)
+    read = read_batches(batches, "choose teachers")
+    return choose_from_pool(model, block, loss or own_loss(model), [lambda: read], steps=steps)
 
 
 def choose_from_pool(

@@ -26,7 +26,8 @@ from ..method.distillation import Distillation, distillation_of
 from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterInput, AdapterPlace, adapter_update
 from ..method.predictions import without_dropout
-from .weighing import Batches, Learner, Loss
+from .batches import Batches, Loss
+from .weighing import Learner
 
 BATCHES = 16  # of which the gradients are taken
 TOKENS = 128  # of each place, all batches together: those with the largest gradients

@@ -21,6 +21,7 @@ from ..method.nonfinite import find_overflow, start_message
 from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
+from .batches import Batches, Loss, own_loss, read_batches
 
 STEPS = 16
 # How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
@@ -28,9 +29,6 @@ STEPS = 16
 SCORE_RANGE, MAXIMAL_RATE = 2.25, 0.5
 SCALE_RANGE = 0.6  # the same for the logarithm of the scale: a factor of 1.8
 HEAD_RANGE = 0.01  # the same for a head's parameters
-
-Batches = Callable[[], Iterable[Any]]  # a new pass over some labelled batches
-Loss = Callable[[Any], torch.Tensor]  # of a batch, with the model as it is
 
 
 class WeighingPass(LayerPass):
@@ -97,17 +95,15 @@ def weigh_teachers(
             batches or steps, or the loss does not depend on the teachers or never has finite gradients. Nothing on the
             model has changed then, too.
         FloatingPointError: If the updates of a teacher are the reason for the latter.
+        TypeError: If `batches` is one batch.
     """
-    block, read = active_block(model), list(batches)
-    if not read:
-        raise ValueError("There are no batches to weigh the teachers with; give at least one, with labels.")
+    block, read = active_block(model), read_batches(batches, "weigh the teachers")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 2.")
     halves: list[Batches] = [lambda: read[::2], lambda: read[1::2] or read]
     if distillation_of(model, block.student).candidates:
         raise ValueError(f"The teachers of {block.student!r} are not chosen yet; call had.choose_teachers first.")
-    of_batch = loss or (lambda batch: model(**batch)["loss"])
-    return learn_weights(model, block, of_batch, halves, steps=steps, per_layer=per_layer)
+    return learn_weights(model, block, loss or own_loss(model), halves, steps=steps, per_layer=per_layer)
 
 
 def learn_weights(

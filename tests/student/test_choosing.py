@@ -175,6 +175,8 @@ def test_without_a_choice_there_is_no_training_step_and_without_labels_no_choice
         ValueError, match=exactly("There are no batches to choose teachers with; give at least one, with labels.")
     ):
         had.choose_teachers(model, [])
+    with pytest.raises(TypeError, match=exactly("batches is one batch, a dict; put it into a list: [batch].")):
+        had.choose_teachers(model, make_batch())
     with pytest.raises(
         ValueError, match=exactly("The teachers of 'new' are not chosen yet; call had.choose_teachers first.")
     ):
@@ -185,6 +187,10 @@ def test_without_a_choice_there_is_no_training_step_and_without_labels_no_choice
     unlabelled = Dataset.from_dict({"input_ids": make_dataset()["input_ids"]})
     with pytest.raises(ValueError, match=one_line(start="The training batches have no labels")):
         trainer_for(model, trainer_args(), train_dataset=unlabelled).train()
+    with pytest.raises(
+        ValueError, match=exactly("BertAdapterModel puts out no loss; give the batches labels, or pass loss=...")
+    ):
+        had.choose_teachers(model, [make_batch(labels=None)])
     trainer_for(model, trainer_args(max_steps=2)).train()
     assert len(had.distillation_of(model, "new").config.teachers) == 2, "the next try chooses"
 

@@ -1,0 +1,43 @@
+"""Labelled batches of a user, and the model's own loss of one."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from adapters import ModelAdaptersMixin
+
+Batches: TypeAlias = Callable[[], Iterable[Any]]  # a new pass over some labelled batches
+Loss: TypeAlias = Callable[[Any], torch.Tensor]  # of a batch, with the model as it is
+
+
+def read_batches(batches: Iterable[Any], purpose: str) -> list[Any]:
+    """Read labelled batches of a user.
+
+    Raises:
+        TypeError: If it is one batch.
+        ValueError: If there is none.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches is one batch, a {type(batches).__name__}; put it into a list: [batch].")
+    read = list(batches)
+    if not read:
+        raise ValueError(f"There are no batches to {purpose} with; give at least one, with labels.")
+    return read
+
+
+def own_loss(model: ModelAdaptersMixin) -> Loss:
+    """Return the model's own loss of a batch, which must be there."""
+
+    def loss(batch: Any) -> torch.Tensor:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"A batch is a {type(batch).__name__}, not a dict of inputs; pass a loss=... that reads it."
+            )
+        output, kind = model(**batch), type(model).__name__
+        if not isinstance(output, Mapping):
+            raise ValueError(f"{kind} puts out a tuple; leave out return_dict=False, or pass loss=...")
+        if output.get("loss") is None:
+            raise ValueError(f"{kind} puts out no loss; give the batches labels, or pass loss=...")
+        return output["loss"]
+
+    return loss
