@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .._compat import loss_counts_items
-from ..analysis.observe import teacher_attention, write_analysis
+from ..analysis.observe import AttentionTable, teacher_attention, write_analysis
 from ..composition import AdapterDistillation
 from ..configuration import DistillationArgumentsMixin
 from ..method.distillation import StageSettings, active_block
@@ -30,7 +30,7 @@ from ..student.training_run import TrainingRun, finite_metrics
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
 from .checks import check_arguments, check_combinations, check_loss
-from .data import UnlabelledBatches
+from .data import UnlabelledBatches, number_of_examples
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import prepare_training
@@ -283,6 +283,7 @@ class DistillationMixin(WritingTrainer):
         """Measure the attention over the teachers, by layer, on evaluation data if possible; write the analysis."""
         args = self.args
         one_set = self.eval_dataset is not None and not isinstance(self.eval_dataset, dict)
+        one_set = one_set and number_of_examples(self.eval_dataset) != 0
         examples = self._examples()._replace(train=self.eval_dataset if one_set else self.train_dataset)
         ended_early = self.state.global_step <= self.first_distillation_step
         drawn = None if ended_early else examples.draw(ANALYSED_EXAMPLES)
@@ -293,15 +294,16 @@ class DistillationMixin(WritingTrainer):
             if args.analysis:
                 logger.warning(f"There is no analysis: {reason}.")
             return {}
-        with torch.random.fork_rng(), self._autocast():
-            batches, inner = [self._model_inputs(inputs) for inputs in drawn()], self.model_with_adapters
-            loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            table = teacher_attention(inner, loader)
-            if args.analysis and self.is_world_process_zero():
-                try:
+        table: AttentionTable = {}
+        try:
+            with torch.random.fork_rng(), self._autocast():
+                batches, inner = [self._model_inputs(inputs) for inputs in drawn()], self.model_with_adapters
+                loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+                table = teacher_attention(inner, loader)
+                if args.analysis and self.is_world_process_zero():
                     write_analysis(inner, loader, Path(args.output_dir) / "analysis")
-                except OSError as error:  # at the end of a training nothing may be lost
-                    logger.warning(f"The analysis could not be written: {error}.")
+        except (OSError, ValueError) as error:  # at the end of a training nothing may be lost
+            logger.warning(f"The analysis could not be written: {str(error).rstrip('.')}.")
         return {layer: {name: round(cell.mean, 4) for name, cell in row.items()} for layer, row in table.items()}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -227,6 +227,23 @@ def test_what_cannot_be_analysed_is_said(trainer_args, tmp_path, caplog):
     assert written == {name for name in FILES if not name.startswith("leave_one")}
 
 
+def test_an_empty_eval_dataset_leaves_the_training_data(trainer_args, tmp_path):
+    model = analysed(trainer_args, eval_dataset=make_dataset().select([]), analysis=True).model
+    assert model.active_adapters == Stack("insurance")
+    empty = read(tmp_path / "training" / "analysis" / "teacher_attention.csv")
+    analysed(trainer_args, analysis=True)
+    assert read(tmp_path / "training" / "analysis" / "teacher_attention.csv") == empty
+
+
+def test_examples_that_cannot_be_read_take_the_analysis_alone(trainer_args, tmp_path, caplog):
+    stream = make_dataset().to_iterable_dataset().filter(lambda row: False)
+    trainer = analysed(trainer_args, eval_dataset=stream, analysis=True)
+    message = "The analysis could not be written: There is no attention to show: there are no examples, or the fusion "
+    assert message in caplog.text
+    assert trainer.model.active_adapters == Stack("insurance")
+    assert trainer.distillation.run.settings["steps"] == trainer.state.max_steps
+
+
 def test_a_disk_that_fails_takes_the_analysis_alone(trainer_args, tmp_path, caplog):
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "analysis").write_text("a file")
