@@ -140,6 +140,8 @@ class Distillation:
             weights, or of those that were chosen from a pool by `choose_teachers`.
         weights: The weights of the teachers for the task, with `student_start="weighted"`.
         is_weighed: Whether the next training keeps the weights, as those that `fit_start` has learned for it.
+        explained: The share of the teachers' mean update to which `fit_start` has moved the student for the next
+            training, which notes it.
         candidates: The folders, by name, of the saved adapters of a pool from which the teachers are still to be
             chosen; until then one of them stands in. Empty once they are chosen.
         is_from_pool: Whether the teachers are, or will be, chosen from a pool.
@@ -160,6 +162,7 @@ class Distillation:
     ranking: dict[str, float] | None = None
     weights: TeacherWeights | None = None
     is_weighed: bool = False
+    explained: float | None = None
     candidates: dict[str, str] = field(default_factory=dict)
     is_from_pool: bool = False
     is_loaded: bool = False

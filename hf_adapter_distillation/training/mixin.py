@@ -210,6 +210,9 @@ class DistillationMixin(WritingTrainer):
             show=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         self.block = self._prepared.block
+        if self._prepared.explained is None:
+            self._prepared = self._prepared._replace(explained=self.distillation.explained)
+        self.distillation.explained = None
         if self._checkpoint is not None:
             checkpoints.load_beside(self._beside, self._checkpoint)
         self._terms.begin(inner, self.block)

@@ -40,7 +40,9 @@ class ReadingTrainer(TwoStageTrainer):
         self.block = choose(model, live_block(model, self.block), examples, self.accelerator, None, show=False)
         self.block = select_teachers(model, self.block, examples, self.accelerator, show=False)
         self.block = weigh(model, self.block, examples, self.accelerator, show=False)
-        fit_student(model, self.block.student, examples, self.accelerator)
+        explained = fit_student(model, self.block.student, examples, self.accelerator)
+        if explained is not None:
+            self.distillation.explained = explained
 
     def _examples(self) -> Examples:
         reads_loader = self.train_dataset is None and not _is_stream(self.get_train_dataloader())

@@ -79,6 +79,20 @@ def test_the_teachers_are_those_that_the_student_has_by_then(is_fitted, trainer_
     assert trainer.block == had.AdapterDistillation("insurance", ["work"])
 
 
+def test_a_start_that_was_fitted_before_is_noted(trainer_args):
+    noted = []
+    for calls in range(3):
+        trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=1))
+        for _ in range(calls):
+            trainer.fit_start()
+        trainer.train()
+        noted.append(trainer.distillation.run.settings["start_explained"])
+    assert 0 < noted[0] < 1
+    assert noted == [noted[0]] * 3
+    trainer.train()
+    assert "start_explained" not in trainer.distillation.run.settings
+
+
 def test_the_student_stands_on_what_it_was_trained_on_last(trainer_args):
     model = make_student(make_model())
     for name in ("german", "english"):
