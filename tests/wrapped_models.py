@@ -23,3 +23,14 @@ class Classifier(nn.Module):
         weights = (attention_mask / attention_mask.sum(dim=1, keepdim=True)).to(states.dtype)
         logits = self.head(self.norm(torch.einsum("bt,btd->bd", weights, states)))
         return {"loss": None if labels is None else cross_entropy(logits, labels), "logits": logits}
+
+
+class Passing(nn.Module):
+    """Passes on whatever it gets."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)

@@ -100,11 +100,17 @@ def number_of_labels(model: ModelAdaptersMixin, student: str) -> int | None:
     return model.config.num_labels if has_labels else None
 
 
+def name_of_head(model: ModelAdaptersMixin, student: str) -> str:
+    """Return the name of the head that the student predicts with: the active one, if it has none of its own."""
+    heads = heads_of(model)
+    return student if student in heads or not heads else str(model.active_head)
+
+
 def label_names(model: ModelAdaptersMixin, student: str) -> list[str]:
     """Return the names of the labels of the student's head, or else of the active one; "labels" without a head."""
     heads: Mapping[str, Any] = heads_of(model)
-    names = [name for name in (student, str(model.active_head)) if name in heads] if heads else []
-    return list(heads[names[0]].get_label_names()) if names else ["labels"]
+    name = name_of_head(model, student)
+    return list(heads[name].get_label_names()) if name in heads else ["labels"]
 
 
 def check_head(model: ModelAdaptersMixin, student: str) -> None:

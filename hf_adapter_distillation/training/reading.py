@@ -1,6 +1,5 @@
 """The examples that a trainer reads beside its steps, as inputs of the model with adapters."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -121,17 +120,6 @@ class ReadingTrainer(TwoStageTrainer):
     def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model
         with self.accelerator.autocast(), self.compute_loss_context_manager():
             yield
-
-    @property
-    def _gives_inputs_to_inner(self) -> bool:
-        """Whether a batch is the input of the model with adapters, or of a wrapper that passes on whatever it gets."""
-        if self.model_with_adapters is self.model:
-            return True
-        parameters = inspect.signature(self.model.forward).parameters.values()
-        passes_on = all(
-            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters
-        )
-        return passes_on and not self._computes_own_loss
 
     def _set_signature_columns_if_needed(self) -> None:
         """Take the columns that the model takes, also where its signature does not name them.

@@ -1,7 +1,8 @@
 """The training steps of both stages: their settings, their loss, and the terms that are logged."""
 
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import ceil, floor
 from random import Random
@@ -13,6 +14,7 @@ from transformers import Trainer
 
 from ..hub.trainer_mixin import StudentPushingTrainer
 from ..method.distillation import Distillation, DistillationRecord, StageSettings, distillation_of
+from ..method.heads import name_of_head, predicts_next
 from ..method.nonfinite import find_overflow, loss_error
 from ..student.preparing import keep_active
 from .data import UnlabelledBatches, number_of_examples
@@ -170,7 +172,23 @@ class TwoStageTrainer(StudentPushingTrainer):
         """
         if model.training:
             self._check_labels(inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._shifting_labels():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @contextmanager
+    def _shifting_labels(self) -> Iterator[None]:
+        """Let the label smoother compare a token's logits with the next token, where the head predicts it.
+
+        Trainer does so for the class names of transformers, which neither flexible heads nor wrappers have.
+        """
+        smoother, inner = self.label_smoother, self.model_with_adapters
+        is_own = smoother is None or self._computes_own_loss or not self._gives_inputs_to_inner
+        if not is_own and predicts_next(inner, name_of_head(inner, self.block.student)):
+            self.label_smoother = partial(smoother, shift_labels=True)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self.label_smoother = smoother
 
     def _check_labels(self, inputs: dict[str, Any]) -> None:
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
@@ -244,6 +262,17 @@ class TwoStageTrainer(StudentPushingTrainer):
             raise loss_error(self.state.global_step + 1, loss, record, lambda: "")
         find = partial(find_overflow, distillation, once_more, distillation.config.carrier != "student")
         raise loss_error(self.state.global_step + 1, loss, record, find)
+
+    @property
+    def _gives_inputs_to_inner(self) -> bool:
+        """Whether a batch is the input of the model with adapters, or of a wrapper that passes on whatever it gets."""
+        if self.model_with_adapters is self.model:
+            return True
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        passes_on = all(
+            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters
+        )
+        return passes_on and not self._computes_own_loss
 
     @property
     def _computes_own_loss(self) -> bool:

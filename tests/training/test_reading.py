@@ -6,7 +6,7 @@ from tiny_models import make_dataset, make_model, make_student
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from trainings import trainer_for
 from transformers import Trainer
-from wrapped_models import Classifier
+from wrapped_models import Classifier, Passing
 
 import hf_adapter_distillation as had
 
@@ -29,14 +29,6 @@ def test_a_batch_of_a_wrapper_is_read_where_it_calls_the_model(trainer_args):
 
 
 def test_a_wrapper_may_pass_its_inputs_on(trainer_args):
-    class Passing(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, **inputs):
-            return self.inner(**inputs)
-
     trainer = trainer_for(Passing(make_student(make_model())), trainer_args(max_steps=2))
     trainer.train()
     assert trainer.state.log_history[1]["distillation_loss"] > 0

@@ -8,8 +8,10 @@ import pytest
 import torch
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, heard, make_batch, make_dataset, make_model, make_student
+from torch.nn.functional import cross_entropy
 from trainings import EachStep, gradients, trainer_for
 from transformers import TrainerCallback
+from wrapped_models import Passing
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -418,3 +420,27 @@ def test_a_share_that_cannot_be_is_an_error(kwargs, carrier, message, trainer_ar
     args = trainer_args(max_steps=8, distillation_start=0.0, **kwargs)
     with pytest.raises(ValueError, match=message):
         trainer_for(make_student(make_model(), carrier=carrier), args).train()
+
+
+@pytest.mark.parametrize("head", ["static", "own", "active", "not shifted"])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_smoothed_labels_are_the_next_tokens(head, is_wrapped, trainer_args):
+    model = make_model("gpt2", "causal_lm" if head == "static" else "flex")
+    model = make_student(model, train=False, head="causal_lm", student_start="random")
+    if head != "static":
+        name = "all" if head == "active" else "insurance"
+        model.add_causal_lm_head(name)
+        model.heads[name].config["shift_labels"] = head != "not shifted"
+    model.train_adapter("insurance")
+    args = trainer_args(label_smoothing_factor=0.1)
+    wrapped = Passing(model) if is_wrapped else model
+    wrapped.config = model.config  # Trainer reads it
+    trainer = trainer_for(wrapped, args, train_dataset=make_dataset(labels="tokens"))
+    model.eval()
+    batch = make_batch(labels="tokens")
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (B, T, n_tokens)
+    labels = batch["labels"]
+    if head != "not shifted":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(trainer.compute_loss(wrapped, dict(batch)), expected)
