@@ -108,10 +108,9 @@ class DistillationMixin(WritingTrainer):
             super().__init__(model, args, *others, **kwargs)
         inner = self.model_with_adapters
         check_trainable(inner, active_block(inner))
-        if inner is self.model:
+        if self._gives_inputs_to_inner:
             # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
             self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(inner)
-        if self._gives_inputs_to_inner:
             self.label_names = self.label_names or label_names(inner, active_block(inner).student)
         if args.analysis and is_sharded(inner):
             raise ValueError(

@@ -144,6 +144,29 @@ def test_splits_into_micro_batches_give_the_same_gradients(family, kind, labels,
         assert log[key] == pytest.approx(other[key], abs=2e-6), key  # logged with 6 places
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "labels"),
+    [
+        ("bert", "flex", "classification"),
+        ("gpt2", "causal_lm", "tokens"),
+        ("t5", "seq2seq_lm", "tokens"),
+    ],
+)
+def test_a_wrapper_that_passes_its_inputs_on_gets_the_gradients_of_its_model(family, kind, labels, trainer_args):
+    dataset = make_dataset(8, labels)
+    if labels == "tokens":  # as many in each micro-batch
+        dataset = dataset.map(lambda row: {"attention_mask": [1] * 8, "labels": row["input_ids"]})
+    results = []
+    for is_wrapped, batch_size, accumulation in ((False, 8, 1), (True, 2, 4)):
+        model = make_student(make_model(family, kind, dtype=torch.float64)).double()
+        model = Passing(model) if is_wrapped else model
+        results.append(gradients(model, trainer_args, batch_size, accumulation, train_dataset=dataset))
+    (whole, _), (split, _) = results
+    assert {f"inner.{name}" for name in whole} == set(split)
+    for name, grad in whole.items():
+        torch.testing.assert_close(grad, split[f"inner.{name}"], rtol=1e-9, atol=1e-12)
+
+
 def test_a_compute_loss_func_gets_the_terms_too(trainer_args):
     def loss_func(outputs, labels, num_items_in_batch=None):
         return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
