@@ -60,12 +60,21 @@ class _WrappedTransformerMixin(DistillationMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args or self.training_args_class("tmp_trainer"), *others, **kwargs)
-        for loss in self._losses:
-            check_loss_of_one_model(loss, self.model)
+        if self.model_init is None:  # else the losses have another model until the training begins
+            self._check_losses()
 
     @property
     def _losses(self) -> list[nn.Module]:
         return list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
+
+    def _check_losses(self) -> None:
+        for loss in self._losses:
+            check_loss_of_one_model(loss, self.model)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Check the losses, and prepare the training as `DistillationMixin` does."""
+        self._check_losses()
+        super().create_optimizer_and_scheduler(num_training_steps)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run a forward and a backward pass, as `DistillationMixin.training_step` does.
@@ -103,17 +112,19 @@ class _WrappedTransformerMixin(DistillationMixin):
 
 
 def check_loss_of_one_model(loss: nn.Module, model: nn.Module) -> None:
-    """Check that a loss trains no copy of a model with a distilled student.
+    """Check that a loss trains no copy of a model with a distilled student; a frozen one may be a guide.
 
     Raises:
-        ValueError: If it holds one, as `ContrastiveTensionLoss` does.
+        ValueError: If it trains one, as `ContrastiveTensionLoss` does.
     """
     trained = set(model.modules())
     for name, other in models_with_adapters(loss).items():
-        if other not in trained and distillations(other.adapters_config):
+        is_trained = any(parameter.requires_grad for parameter in other.parameters())
+        if other not in trained and is_trained and distillations(other.adapters_config):
             raise ValueError(
                 f"{type(loss).__name__} trains another copy of the model, {name!r}, which learns nothing from the "
-                "teachers; choose a loss of one model, such as MultipleNegativesRankingLoss."
+                "teachers; choose a loss of one model, such as MultipleNegativesRankingLoss, or freeze a guide with "
+                "guide.requires_grad_(False)."
             )
 
 

@@ -220,6 +220,51 @@ def test_losses_that_train_a_copy_are_named_at_construction(tiny_encoder, tmp_pa
         )
 
 
+def test_a_finished_student_may_guide_a_loss_if_it_is_frozen(tiny_encoder, tmp_path):
+    guide_trainer = trainer_of(tmp_path, tiny_encoder)
+    guide_trainer.train()
+    guide, model = guide_trainer.model, embedding_model(tmp_path, tiny_encoder)
+    loss = losses.GISTEmbedLoss(model, guide)
+    with pytest.raises(ValueError, match=r"'guide.0.model', .* freeze a guide with guide.requires_grad_\(False\)"):
+        SentenceTransformerDistillationTrainer(model, arguments(tmp_path), train_dataset=PAIRS, loss=loss)
+    guide.requires_grad_(False)
+    before = snapshot(guide)
+    trainer = SentenceTransformerDistillationTrainer(model, arguments(tmp_path), train_dataset=PAIRS, loss=loss)
+    trainer.train()
+    assert trainer.state.log_history[-2]["distillation_loss"] > 0
+    assert not changed(guide, before)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "cross-encoder"])
+def test_a_model_that_is_made_at_the_training_trains_as_one_that_is_given(kind, tiny_encoder, tmp_path):
+    trainer_class, args_class = (
+        SentenceTransformerDistillationTrainer,
+        SentenceTransformerDistillationTrainingArguments,
+    )
+    make, config, loss = embedding_model, {"pooling": "max", "objective": "similarity"}, losses.CoSENTLoss
+    if kind == "cross-encoder":
+        trainer_class, args_class = CrossEncoderDistillationTrainer, CrossEncoderDistillationTrainingArguments
+        make, config, loss = cross_encoder, {}, cross_encoder_losses.BinaryCrossEntropyLoss
+
+    def model_init():
+        return make(tmp_path, tiny_encoder, dropout=0.0, **config)
+
+    found = []
+    for given in ({"model": model_init()}, {"model_init": model_init}):
+        args = arguments(tmp_path, args_class, per_device_train_batch_size=16)  # in whatever order
+        trainer = trainer_class(args=args, train_dataset=SCORED, loss=loss, **given)
+        trainer.train()
+        found.append([log for log in trainer.state.log_history if "loss" in log])
+        if kind == "embeddings":
+            states = torch.randn(2, 3, 16)  # (B, T, d)
+            pooled = trainer.distillation.pool(states, torch.ones(2, 3))
+            torch.testing.assert_close(pooled, states.amax(dim=1))
+    for key in ("loss", "distillation_loss"):
+        values = [[log.get(key, 0.0) for log in logs] for logs in found]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+        assert values[0][-1] > 0
+
+
 @pytest.mark.parametrize(
     "loss",
     [
