@@ -8,10 +8,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, cross_entropy, linear, mse_loss
+from torch.linalg import vector_norm
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, mse_loss
 
 from .layer_match import MINIMAL_VARIANCE, LayerMatch
 
+MINIMAL_LENGTH = 1e-8  # keeps the cosine finite where the teachers put out zero
+LENGTH_FLOOR = 1e-2  # of the length of the fused update: a shorter update of the student counts as this share of it
 PROJECTION_DIVISOR = 8  # `TaskSpecificLoss` matches the updates in their width divided by this number
 
 
@@ -109,16 +112,23 @@ class CosineLoss(nn.Module):
     r"""One minus the cosine between the student's update and the teachers' fused update, in one layer.
 
     .. math::
-        \mathcal{L} = \frac{1}{B} \sum_b \frac{1}{T_b} \sum_t 1 - \cos(u_{bt}, f_{bt})
+        \mathcal{L} = \frac{1}{B} \sum_b \frac{1}{T_b} \sum_t 1 - \frac{u_{bt} \cdot f_{bt}}
+            {\max\big(\lVert u_{bt} \rVert, \; 0.01 \, \lVert f_{bt} \rVert\big) \, \lVert f_{bt} \rVert}
 
     Only the direction of each token's update is matched; `FeatureLoss` matches its length, too. DistilBERT matches
     hidden states by their cosine, https://arxiv.org/abs/1910.01108.
+
+    An update shorter than a hundredth of the fused one counts as that long, without gradient through this floor: near
+    an update of zero, where a LoRA starts, the gradient of the cosine has no bound.
     """
 
     def forward(self, student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the loss, from 0 to 2, of the arguments of `FeatureLoss`."""
         student, fused = in_float32(student_output, fused_output)
-        return mean_over_tokens(1 - cosine_similarity(student, fused, dim=-1), weights)
+        fused_length = vector_norm(fused, dim=-1, keepdim=True).clamp(min=MINIMAL_LENGTH)  # (B, T, 1)
+        length = vector_norm(student, dim=-1, keepdim=True).maximum(LENGTH_FLOOR * fused_length.detach())
+        cosines = (student / length * (fused / fused_length)).sum(dim=-1)  # (B, T)
+        return mean_over_tokens(1 - cosines, weights)
 
     def match(
         self,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity, normalize
 
 from hf_adapter_distillation.method.logit_losses import LogitLoss
 from hf_adapter_distillation.method.losses import (
@@ -106,6 +107,32 @@ def test_cosine_by_hand():
     size = 18**1.5
     assert student.grad.flatten().tolist() == pytest.approx([0, 0, 9 / size / 2, -9 / size / 2])
     assert CosineLoss()(student, fused, token_weights(torch.tensor([[1, 0]]))).item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-12, 0.005, 0.02, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_a_short_update_counts_as_a_hundredth_of_the_fused_one(length, scale):
+    torch.manual_seed(0)
+    directions = normalize(torch.randn(2, 2, 3, 4, dtype=torch.float64), dim=-1)
+    student, fused = (scale * length * directions[0]).requires_grad_(), (scale * directions[1]).requires_grad_()
+    loss = CosineLoss()(student, fused, token_weights(torch.ones(2, 3).double()))
+    if length > 0.01:
+        expected = (1 - cosine_similarity(student, fused, dim=-1)).mean()
+    else:
+        unit = fused / fused.norm(dim=-1, keepdim=True)
+        expected = (1 - (student * unit).sum(dim=-1) / (0.01 * scale)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-15)
+    wanted = torch.autograd.grad(expected, (student, fused))
+    for grad, other in zip(torch.autograd.grad(loss, (student, fused)), wanted, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-15)
+
+
+def test_the_cosine_of_silent_teachers_has_no_gradient_in_the_student():
+    student = torch.stack([torch.zeros(3, 4), torch.ones(3, 4)]).requires_grad_()
+    loss = CosineLoss()(student, torch.zeros(2, 3, 4), token_weights(torch.ones(2, 3)))
+    loss.backward()
+    assert loss.item() == 1
+    assert not student.grad.any()
 
 
 def test_the_length_of_an_update_is_free_for_the_cosine_alone():
