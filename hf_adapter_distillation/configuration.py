@@ -290,10 +290,18 @@ class AdapterDefaultsMixin(DistillationArgumentsMixin):
     """Arguments of the two stages, with defaults for adapters in place of two defaults of the other base.
 
     A value that the user gives always wins. `logging_steps` is a share of the steps, which Trainer rounds up to whole
-    steps: at 0.05 a training of ten or more steps logs at least ten times.
+    steps: at 0.05 a training of ten or more steps logs at least ten times. Without `eval_steps`, Trainer evaluates as
+    often as it logs. With the default it evaluates as often as it saves if the best checkpoint is to be loaded, which
+    needs `save_steps` that are a multiple of `eval_steps`.
     """
 
     learning_rate: float = option(
         "Peak learning rate of the student and its head. Adapters need a higher one than whole models.", 1e-3
     )
     logging_steps: float = option("Steps between two lines of the log; below 1, a share of all steps.", 0.05)
+
+    def __post_init__(self) -> None:
+        loads_best = self.load_best_model_at_end and self.eval_strategy == self.save_strategy == "steps"
+        if loads_best and not self.eval_steps and self.logging_steps == AdapterDefaultsMixin.logging_steps:
+            self.eval_steps = self.save_steps
+        super().__post_init__()

@@ -125,15 +125,15 @@ def test_arguments_are_read_from_a_command_line(tmp_path):
     assert args.keep_fusion is True
 
 
-@pytest.mark.parametrize(
-    "cls",
-    [
-        DistillationTrainingArguments,
-        Seq2SeqDistillationTrainingArguments,
-        sentence_transformers.SentenceTransformerDistillationTrainingArguments,
-        sentence_transformers.CrossEncoderDistillationTrainingArguments,
-    ],
-)
+CLASSES = [
+    DistillationTrainingArguments,
+    Seq2SeqDistillationTrainingArguments,
+    sentence_transformers.SentenceTransformerDistillationTrainingArguments,
+    sentence_transformers.CrossEncoderDistillationTrainingArguments,
+]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_defaults_for_adapters_and_values_that_a_user_gives(cls, tmp_path):
     """Also values that are the defaults of Trainer, in code and on a command line."""
     args = cls(str(tmp_path), use_cpu=True)
@@ -143,6 +143,22 @@ def test_defaults_for_adapters_and_values_that_a_user_gives(cls, tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --learning_rate 5e-5 --logging_steps 500"
     (args,) = HfArgumentParser(cls).parse_args_into_dataclasses(line.split())
     assert (args.learning_rate, args.logging_steps) == (5e-5, 500)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("given", "eval_steps"),
+    [
+        ({}, 0.05),
+        ({"load_best_model_at_end": True}, 500),
+        ({"load_best_model_at_end": True, "save_steps": 0.12}, 0.12),
+        ({"load_best_model_at_end": True, "eval_steps": 100}, 100),
+        ({"load_best_model_at_end": True, "logging_steps": 20}, 20),
+        ({"load_best_model_at_end": True, "save_strategy": "best", "metric_for_best_model": "loss"}, 0.05),
+    ],
+)
+def test_evaluations_are_as_frequent_as_lines_or_for_the_best_model_as_checkpoints(cls, given, eval_steps, tmp_path):
+    assert cls(str(tmp_path), use_cpu=True, eval_strategy="steps", **given).eval_steps == eval_steps
 
 
 def test_the_default_logs_at_least_ten_times_whatever_the_number_of_steps(tmp_path):
