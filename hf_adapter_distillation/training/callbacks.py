@@ -42,10 +42,10 @@ class SigtermCallback(TrainerCallback):
     """Finish the running step at SIGTERM, write a checkpoint, and exit with status 143.
 
     Schedulers and spot machines send SIGTERM before they kill. The callback catches it while it is entered as a
-    context, and stops all processes of the accelerator at the same step.
+    context, and stops all processes of the accelerator, which a function returns, at the same step.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Callable[[], Accelerator]) -> None:
         self.accelerator = accelerator
         self.received = False
         self._before: Any = None
@@ -69,13 +69,13 @@ class SigtermCallback(TrainerCallback):
         """Ask for a checkpoint, in all processes at the same step."""
         if args.world_size > 1:
             received = torch.tensor(float(self.received), device=args.device)
-            self.received = bool(self.accelerator.reduce(received) > 0)
+            self.received = bool(self.accelerator().reduce(received) > 0)
         if self.received:
             control.should_save = True
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Exit with the status of a process that SIGTERM has ended, as soon as the checkpoint is written."""
         if self.received:
-            self.accelerator.wait_for_everyone()
+            self.accelerator().wait_for_everyone()
             logger.warning(f"Stopped by SIGTERM after step {state.global_step}; resume_from_checkpoint=True goes on.")
             raise SystemExit(128 + signal.SIGTERM)

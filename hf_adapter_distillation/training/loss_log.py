@@ -1,6 +1,7 @@
 """The means of the loss terms between two logs, and the norms of gradients."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +16,13 @@ from ..method.parameters import parameter_roles
 
 
 class LoggedTerms:
-    """Sums of the loss terms since the last log, and norms of the last step's gradients."""
+    """Sums of the loss terms since the last log, and norms of the last step's gradients.
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    Args:
+        accelerator: Returns the accelerator of the training; each trial of a search for hyperparameters makes its own.
+    """
+
+    def __init__(self, accelerator: Callable[[], Accelerator]) -> None:
         self.accelerator = accelerator
         self.trained: dict[str, list[nn.Parameter]] = {}
         self.stage = 1  # of the last step
@@ -35,7 +40,7 @@ class LoggedTerms:
     def clear(self) -> None:
         """Forget all sums."""
         self.norms: dict[str, torch.Tensor] = {}
-        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator().device))
         self.attention: dict[tuple[str, ...], torch.Tensor] = {}
 
     def note(
@@ -74,8 +79,8 @@ class LoggedTerms:
 
         A role without gradients, such as the fusion in stage 1, has no norm. All processes have the same gradients.
         """
-        scaler = self.accelerator.scaler  # of float16, which Trainer takes out of the gradients where it clips them
-        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))
+        scaler = self.accelerator().scaler  # of float16, which Trainer takes out of the gradients where it clips them
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator().device))
         gradients = {role: [p.grad for p in ps if p.grad is not None] for role, ps in self.trained.items()}
         self.norms = {role: get_total_norm(grads) / scale for role, grads in gradients.items() if grads}
 

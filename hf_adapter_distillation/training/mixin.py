@@ -124,11 +124,11 @@ class DistillationMixin(WritingTrainer):
             self._unlabelled = UnlabelledBatches(dataset, collator, self.label_names, args.seed, *world)
         self._prepared = None
         self._checkpoint: str | None = None
-        self._terms = LoggedTerms(self.accelerator)
+        self._terms = LoggedTerms(lambda: self.accelerator)
         self._fusion_parameters = fusion_parameters(inner, self.block.student)
         self._created_optimizer: torch.optim.Optimizer | None = None
         self.add_callback(StageCallback(lambda: self.first_distillation_step, self.callback_handler))
-        self._sigterm = SigtermCallback(self.accelerator) if args.save_on_sigterm else None
+        self._sigterm = SigtermCallback(lambda: self.accelerator) if args.save_on_sigterm else None
         if self._sigterm is not None:
             self.add_callback(self._sigterm)
         self._allow_pushing()

@@ -114,6 +114,22 @@ def test_norms_in_float16_are_those_of_float32(trainer_args):
         assert {part: half[part] for part in parts} == pytest.approx({part: full[part] for part in parts}, rel=0.05)
 
 
+def test_a_new_accelerator_of_the_trainer_scales_the_norms_and_stops_the_processes(trainer_args):
+    """Each trial of a search for hyperparameters makes one."""
+    norms = []
+    for is_new in (False, True):
+        trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=1, save_on_sigterm=True))
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        if is_new:
+            trainer.create_accelerator_and_postprocess()
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+        trainer.train()
+        norms.append({part: value for part, value in logs_of(trainer)[0].items() if part in NORMS})
+        assert trainer._sigterm.accelerator() is trainer.accelerator
+    assert norms[0]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 def test_each_training_has_the_norms_of_its_own_model(trainer_args):
     """With `model_init` each training makes a model anew, so that both are the same."""
     trainer = trainer_for(
