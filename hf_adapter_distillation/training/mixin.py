@@ -155,6 +155,7 @@ class DistillationMixin(WritingTrainer):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.distillation.settings = StageSettings()
+            self.distillation.is_weighed = False
         self._note_training()
         if not self.args.disable_tqdm and self.is_world_process_zero():
             self._show_summary()

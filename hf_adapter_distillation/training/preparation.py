@@ -85,7 +85,6 @@ def prepare_training(
         load_student(model, block, checkpoint)
     else:
         block = weigh(model, block, examples, accelerator, show)
-    distillation_of(model, block.student).is_weighed = False  # also if this training does not end
     check_trainable(model, block)
     warn_of_silent_teachers(model, block)
     places = (place for held in adapters_of(model, block.teachers).values() for place in held.values())

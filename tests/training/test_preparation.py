@@ -456,6 +456,26 @@ def test_the_training_after_one_that_did_not_end_weighs_again(fits_first, traine
     assert fusions_of(model, "insurance")[0].weights() == pytest.approx({"travel": 0.3, "work": 0.4})
 
 
+def test_a_training_that_begins_again_with_a_smaller_batch_keeps_its_weights(trainer_args, monkeypatch, caplog):
+    model = weighted()
+    calls = count_weighing(monkeypatch, of_places(model, 0.5, bank=0.01, travel=0.9, work=0.4))
+    trainer = trainer_for(model, trainer_args(auto_find_batch_size=True, max_steps=2))
+    sizes, compute_loss = [], trainer.compute_loss
+
+    def too_large(model, inputs, *args, **kwargs):
+        sizes.append(len(inputs["input_ids"]))
+        if model.training and sizes[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = too_large
+    trainer.train()
+    assert (max(sizes), sizes[-1]) == (4, 2)
+    assert len(calls) == 1
+    assert trainer.block.teachers == ("travel", "work")
+    assert "did not end" not in caplog.text
+
+
 def test_a_teacher_that_is_not_finite_is_named_before_the_first_step(trainer_args):
     """And the student starts at the others once it is gone."""
     model = weighted()
