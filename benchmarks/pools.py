@@ -24,8 +24,7 @@ from faq_data import (  # isort: skip
     Faq,
     Tenant,
     check_held_out,
-    check_names,
-    check_unicode,
+    check_platform,
     hold_out,
     load_tenants,
 )
@@ -105,11 +104,8 @@ def check_tenants(args: Arguments, tenants: list[Tenant]) -> None:
     Raises:
         ValueError: If a name cannot be an adapter's, a text cannot be read, or an FAQ has too few queries.
     """
-    if len(tenants) < 2:
-        raise ValueError(f"--data {args.data} has {len(tenants)} tenant; at least two are needed, one of them new.")
-    check_names(tenants)
+    check_platform(tenants)
     for tenant in tenants:
-        check_unicode(tenant)
         if tenant.name == NEW or (args.pool == "relatives" and tenant.name.endswith(RELATIVE)):
             raise ValueError(f"Tenant {tenant.name!r} has a name that the benchmark gives itself; rename the tenant.")
         trained = [tenant]

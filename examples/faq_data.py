@@ -122,17 +122,26 @@ def check_names(tenants: Sequence[Tenant]) -> None:
             raise ValueError(f"Tenant {tenant.name!r} has {len(tenant.faqs)} FAQ; a ranking needs at least two.")
 
 
-def choose_new(tenants: Sequence[Tenant], name: str) -> tuple[Tenant, list[Tenant]]:
-    """Return the new tenant, by default the last one, and the others.
+def check_platform(tenants: Sequence[Tenant]) -> None:
+    """Check that one tenant can be new and others can teach it.
 
     Raises:
-        ValueError: If there is no such tenant or no other, or something is wrong with their names, FAQs or texts.
+        ValueError: If there are not two, or something is wrong with their names, FAQs or texts.
     """
     if len(tenants) < 2:
         raise ValueError(f"--data has {len(tenants)} tenant; at least two are needed, one of them new.")
     check_names(tenants)
     for tenant in tenants:
         check_unicode(tenant)
+
+
+def choose_new(tenants: Sequence[Tenant], name: str) -> tuple[Tenant, list[Tenant]]:
+    """Return the new tenant, by default the last one, and the others.
+
+    Raises:
+        ValueError: If there is no such tenant or no other, or something is wrong with their names, FAQs or texts.
+    """
+    check_platform(tenants)
     names = [tenant.name for tenant in tenants]
     if name and name not in names:
         raise ValueError(f"--new_tenant {name} is not in the data; choose one of {', '.join(names)}.")

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import demo_embeddings  # noqa: E402
 import faq_retrieval  # noqa: E402
-from faq_data import BUNDLED, Tenant, check_names, check_unicode, hold_out, load_tenants  # noqa: E402
+from faq_data import BUNDLED, Tenant, check_platform, hold_out, load_tenants  # noqa: E402
 from faq_embeddings import EmbeddingPlatform, labelled_queries  # noqa: E402
 from inputs import check_at_least, check_seed, open_folder  # noqa: E402
 from tenant_students import write_faqs  # noqa: E402
@@ -70,9 +70,7 @@ def prepare() -> tuple[Arguments, EmbeddingPlatform, list[Tenant], list[Tenant]]
             f"the data; lower one of them."
         )
     teachers, students = tenants[: args.teachers], tenants[-args.students :]
-    check_names([*teachers, *students])
-    for tenant in (*teachers, *students):
-        check_unicode(tenant)
+    check_platform([*teachers, *students])
     for tenant in students:
         hold_out(tenant, args.shots)
     open_folder("The folder of --output,", Path(args.output).parent)

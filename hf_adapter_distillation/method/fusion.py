@@ -69,6 +69,10 @@ class TeacherFusion(nn.Module):
             nn.init.eye_(self.value.weight)
         self.layer_weight = 1.0  # in the mean of the layers' losses
         self.task_specific: TaskSpecificLoss | None = None
+        self.set_equal_weights()
+
+    def set_equal_weights(self) -> None:
+        """Let the fused update start at the mean of the teachers' updates."""
         self.weighted_names: tuple[str, ...] = ()
         self.scale = 1.0
         # (n_teachers + 1,), the null teacher's last; it follows from `Distillation.weights`, which is saved.
@@ -81,11 +85,6 @@ class TeacherFusion(nn.Module):
         values = torch.tensor([*weights.values(), self.scale - total], dtype=torch.float64) / self.scale
         weight = self.key.weight
         self.log_weights = values.clamp(min=MINIMAL_WEIGHT).log().to(weight.device, at_least_float32(weight.dtype))
-
-    def set_equal_weights(self) -> None:
-        """Let the fused update start at the mean of the teachers' updates."""
-        self.weighted_names, self.scale = (), 1.0
-        self.register_buffer("log_weights", None, persistent=False)
 
     def weights(self) -> dict[str, float]:
         """Return the weights of the teachers; empty where they are equal."""
