@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets import Sequence as ListOf
-from PIL import Image as PILImage
 
 PEOPLE = ["anna", "ben", "clara", "david", "eva", "frank", "greta", "hugo"]
 
@@ -273,6 +272,8 @@ def pictures(image_column: str, label_column: str) -> dict[str, DatasetDict]:
     Returns:
         `{task: data}`, and under `"pretraining"` pictures of all grounds, whose squares are dark.
     """
+    from PIL import Image as PILImage  # the other demos run without Pillow
+
     corners = {"top left": (2, 2), "top right": (2, 9), "bottom left": (9, 2), "bottom right": (9, 9)}
     grounds = {"grass": (40, 120, 40), "water": (40, 60, 140), "sand": (150, 120, 60)}
     features = Features({image_column: Image(), label_column: ClassLabel(names=list(corners))})

@@ -55,7 +55,7 @@ def teacher_attention(
 
     Returns:
         `{layer: {teacher: estimate}}`: the mean over sequences of the mean over non-padding tokens. The means of a
-        layer sum to 1.
+        layer sum to 1, or with weighted teachers to 1 less the attention to no teacher.
 
     Raises:
         ValueError: If no distillation block is active, its fusion was dropped, or there are no examples.

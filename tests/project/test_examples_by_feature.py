@@ -54,6 +54,13 @@ def test_each_script_is_tested_and_described():
     assert all(f"{script}.py --demo" in readme for script in scripts)
 
 
+def test_only_pictures_need_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    importlib.reload(demo_data)
+    with pytest.raises(ImportError):
+        demo_data.pictures("image", "label")
+
+
 @pytest.mark.parametrize("script", DEMOS)
 def test_demo(script, folder, monkeypatch, capsys):
     run_example(monkeypatch, script, "--demo", "--output_dir", folder / script)
