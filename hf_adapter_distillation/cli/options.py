@@ -34,7 +34,7 @@ USUAL = {
     "use_cpu": "Train on the CPU, even if there is a GPU.",
     "report_to": "Programs that get the log, such as tensorboard, wandb or none.",
     "resume_from_checkpoint": "`true` goes on from the last whole checkpoint.",
-    "overwrite_output_dir": "Replace an earlier student.",
+    "overwrite_output_dir": "Replace an earlier student, with its checkpoints and its README.md.",
     "push_to_hub": "Push the student to the Hub.",
 }
 

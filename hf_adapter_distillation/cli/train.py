@@ -3,13 +3,15 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from datasets import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..downloads import ADAPTER_CONFIG_NAME
+from ..hub.card import CARD_NAME
 from ..hub.push import STUDENT_FILES, write_all_formats
 from ..student.summary import as_table, summary_rows
 from ..training.arguments import DistillationTrainingArguments
@@ -35,6 +37,27 @@ class SilentTrainer(SilentMixin, DistillationTrainer):
     """Trainer of a student with a head."""
 
 
+class RemoveEarlier(TrainerCallback):
+    """Callback that removes the checkpoints and the card of an earlier student once a training begins.
+
+    A later run would resume from these checkpoints, and push this card, as if they were of the new student.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # of the student
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove them."""
+        if not state.is_world_process_zero:
+            return
+        for checkpoint in self.folder.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if checkpoint.name.rpartition("-")[2].isdecimal():
+                rmtree(checkpoint)
+        (self.folder / CARD_NAME).unlink(missing_ok=True)
+
+
 @without_noise()
 def train(args: TrainArguments, training_args: DistillationTrainingArguments) -> str:
     """Train, evaluate and save a student, and return a table of the results, empty on processes but the first."""
@@ -49,6 +72,8 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     set_seed(training_args.seed)
     trainer = make_trainer(labelled, training_args)
     shorten(trainer)
+    if training_args.overwrite_output_dir and not resume:
+        trainer.add_callback(RemoveEarlier(folder))
     loss = trainer.train(resume_from_checkpoint=resume).training_loss
     if "eval" in labelled.data:
         trainer.evaluate()

@@ -393,6 +393,21 @@ def test_an_output_folder_is_kept_unless_it_is_to_be_replaced_or_gone_on_with(he
     assert Path("new/insurance/pytorch_adapter.bin").read_bytes() != b"of another student"
 
 
+def test_a_student_that_is_replaced_leaves_no_checkpoint_and_no_card(here, capsys):
+    new = [*TRAIN, "--save_strategy=steps", "--output_dir=new"]
+    assert run(capsys, *new, "--save_steps=1")[0] == 0
+    earlier = [Path("new/checkpoint-2"), Path("new/insurance/README.md"), Path("new/checkpoint-of-mine")]
+    earlier[1].touch()
+    earlier[2].mkdir()
+    replace = [*new, "--save_steps=1", "--max_steps=1", "--overwrite_output_dir"]
+    assert run(capsys, *replace, "--learning_rate=nan")[0] == 2
+    assert all(path.exists() for path in earlier)
+    assert run(capsys, *replace)[0] == 0
+    assert [path.exists() for path in earlier] == [False, False, True]
+    assert run(capsys, *replace, "--resume_from_checkpoint=true", "--max_steps=2")[0] == 0
+    assert all(Path(f"new/checkpoint-{step}").exists() for step in (1, 2))
+
+
 def test_inspect_reads_the_config_alone(here, capsys, hub, monkeypatch):
     monkeypatch.setattr(torch, "load", None)
     code, out, _ = run(capsys, "inspect", "outputs/insurance")
