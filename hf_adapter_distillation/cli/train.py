@@ -86,7 +86,8 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     write_all_formats(folder, folder, args.student)
     assert (run := trainer.distillation.run) is not None
     rows = summary_rows(args.student, run)
-    rows += [("train_loss", f"{loss:.4g}")]
+    if not resume:  # Trainer divides the loss of the steps since then by all steps
+        rows += [("train_loss", f"{loss:.4g}")]
     rows += [(f"{name} examples", str(len(part))) for name, part in labelled.data.items()]
     rows += [("saved in", str(folder))]
     lines = lines_that_load(labelled, folder)
