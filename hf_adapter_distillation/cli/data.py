@@ -20,15 +20,21 @@ DECIMAL = rf"-?(({WHOLE})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 NUMBERS = {int: re.compile(rf"\s*({WHOLE})\s*"), float: re.compile(rf"\s*({DECIMAL})\s*")}
 
 
+class WrongRowsError(ValueError):
+    """Error of a file that can be read, but not as the rows that were meant."""
+
+
+SURPLUS = "quote the texts that hold the separator, name all columns, or pass another --sep."
+
+
 def _read_table(path: str, **form: Any) -> Dataset:
     """Read a .csv or .tsv file, in which nothing but an empty cell is missing: `None` and `NA` are names."""
     form |= {"keep_default_na": False, "na_values": [""]}
-    columns = Dataset.from_csv(path, nrows=1, **form).column_names
-    texts = Dataset.from_csv(path, converters=dict.fromkeys(columns, str), **form)
-    table = texts[:]
-    for name in table:
-        if holds_texts(texts, name):  # not the index that pandas makes of surplus cells
-            table[name] = _as_numbers(table[name])
+    width = len(Dataset.from_csv(path, nrows=1, header=None, **form).column_names)
+    texts = Dataset.from_csv(path, converters=dict.fromkeys(range(width), str), **form)
+    if len(texts.column_names) > width:  # pandas makes an index of the first cells, and shifts the others
+        raise WrongRowsError(f"{path} has rows with more cells than its header names; {SURPLUS}")
+    table = {name: _as_numbers(cells) for name, cells in texts[:].items()}
     return Dataset.from_dict(table)
 
 
@@ -94,11 +100,14 @@ def load(dataset: str, args: TextArguments) -> DatasetDict:
         raise ValueError(f"The dataset {dataset} does not exist; {give}")
     try:
         loaded = reader(dataset, **_form(suffix, args)) if reader else load_from_disk(dataset)
+    except WrongRowsError:
+        raise
     except Exception as error:  # on a damaged file, the libraries that read it can raise anything
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeError):
             wrong = f"encoding={args.encoding!r} does not fit {dataset} ({one_line(cause).rstrip('.')})"
             raise ValueError(f"{wrong}; pass another --encoding, such as latin-1.") from error
+        give = SURPLUS if isinstance(cause, ValueError) and "fields in line" in str(cause) else give
         raise ValueError(f"The dataset {dataset} cannot be read ({one_line(cause).rstrip('.')}); {give}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 

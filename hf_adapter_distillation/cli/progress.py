@@ -28,15 +28,21 @@ def log_line(logs: Mapping[str, Any], step: int) -> str:
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Silence the warnings of adapters and of the loader of transformers, and the progress of `datasets`.
+    """Silence the warnings of adapters and of the loader of transformers, and the log and progress of `datasets`.
 
-    They tell of unused heads of base models, of our own passes without an adapter, and of layers on one device.
+    They tell of unused heads of base models, of our own passes without an adapter, and of layers on one device. The
+    readers of `datasets` log the errors that they raise.
     """
-    names = ("adapters", "transformers.modeling_utils", "transformers.integrations.tensor_parallel")
-    loggers = [logging.getLogger(name) for name in names]
+    quiet = {
+        "adapters": logging.ERROR,
+        "transformers.modeling_utils": logging.ERROR,
+        "transformers.integrations.tensor_parallel": logging.ERROR,
+        "datasets.packaged_modules": logging.CRITICAL,
+    }
+    loggers = [logging.getLogger(name) for name in quiet]
     levels, had_bars = [logger.level for logger in loggers], not are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    for logger, level in zip(loggers, quiet.values(), strict=True):
+        logger.setLevel(level)
     disable_progress_bars()
     try:
         yield

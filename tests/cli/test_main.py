@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from adapters import AutoAdapterModel
 from command_line import QUICK, all_say_why, run, says_why, write_csv
 from datasets import ClassLabel, Dataset, DatasetDict
 from hub_server import check_card
+from messages import exactly, one_line
 from paths import ROOT
 from safetensors.torch import load, load_file, save_file
 from tiny_models import noisy
@@ -322,6 +324,19 @@ def test_a_text_of_a_table_may_look_like_a_gap(tmp_path, word):
     assert rows["text"][0] == word
     with pytest.raises(ValueError, match="Column 'label' is empty in row 3"):
         check_columns(rows, args)
+
+
+@pytest.mark.parametrize("rows", ["a, b,x\nc, d,y\n", "a,x,\nb,y,\n", "a, b,x\nc,y\n", "a,1,2\nb,3,4\n"])
+def test_surplus_cells_of_a_table_do_not_shift_the_others(tmp_path, rows):
+    (path := tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
+    fix = "quote the texts that hold the separator, name all columns, or pass another --sep."
+    with pytest.raises(ValueError, match=exactly(f"{path} has rows with more cells than its header names; {fix}")):
+        load_dataset(str(path), DataArguments(dataset=str(path)))
+    path.write_text(f"text,label\na,x\n{rows}")
+    with pytest.raises(ValueError, match=one_line(part=f"saw 3); {fix}")):
+        load_dataset(str(path), DataArguments(dataset=str(path)))
+    path.write_text("text,label,__index_level_0__\na,x,7\n")  # as pandas names the index of a selection
+    assert load_dataset(str(path), DataArguments(dataset=str(path)))["train"]["__index_level_0__"][:] == [7]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -655,6 +670,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     write_csv(Path("data.csv"), columns)
     write_csv(Path("guess.csv"), {"frage": TEXTS, "antwort": TEXTS, "thema": LABELS})
     Path("semicolons.csv").write_text("text;label\nmy card is gone;card\n")
+    Path("surplus.csv").write_text("text,label\nmy card,card\nmy card, and me,card\n")
     Path("broken.parquet").write_text("text,label")
     Path("empty.csv").write_text("text,label\n")
     Path("folder").mkdir()
@@ -685,6 +701,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--label_column=same"], "label_column='same' holds only one label, 'a'; a head needs at least two."),
         (["--label_column=score"], "label_column='score' holds float64, *; pass --task regression to *"),
         (["--dataset=semicolons.csv"], "The only column is 'text;label'; pass --sep ';' if that separates columns."),
+        (["--dataset=surplus.csv"], "The dataset surplus.csv cannot be read (*saw 3); quote the texts that hold *"),
         (["--output_dir=guess.csv"], "output_dir='guess.csv' is a file; name a folder."),
         (["--sep=;", "--dataset=glue"], "sep=';' is for .csv and .tsv files, not for glue; leave it out."),
         (["--encoding=x"], "encoding='x' is unknown; give one such as utf-8 or latin-1."),
@@ -700,6 +717,13 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     given = [*TRAIN, "--dataset=data.csv", "--output_dir=new"]
     all_say_why(capsys, [(2, [*given, *argv], message) for argv, message in cases])
     assert not Path("new").exists()
+
+
+def test_the_log_of_a_reader_is_not_shown_beside_its_error(here, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    Path("surplus.csv").write_text("text,label\nmy card,card\nmy card, and me,card\n")
+    says_why(capsys, 2, "The dataset surplus.csv cannot be read *", *EVAL, "--dataset=surplus.csv")
+    assert not caplog.messages
 
 
 def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
