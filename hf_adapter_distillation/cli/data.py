@@ -34,8 +34,18 @@ def _read_table(path: str, **form: Any) -> Dataset:
     texts = Dataset.from_csv(path, converters=dict.fromkeys(range(width), str), **form)
     if len(texts.column_names) > width:  # pandas makes an index of the first cells, and shifts the others
         raise WrongRowsError(f"{path} has rows with more cells than its header names; {SURPLUS}")
-    table = {name: _as_numbers(cells) for name, cells in texts[:].items()}
-    return Dataset.from_dict(table)
+    table = texts[:]
+    if form["sep"] == "\t":
+        _check_quotes(path, table)
+    return Dataset.from_dict({name: _as_numbers(cells) for name, cells in table.items()})
+
+
+def _check_quotes(path: str, table: dict[str, list[str | None]]) -> None:
+    """Check that no cell of a table, in which tabs separate, holds the rows from one lone quote to the next."""
+    for cell in (cell for cells in table.values() for cell in cells if cell):
+        if "\t" in cell and "\n" in cell:
+            start = cell.split("\t")[0].split("\n")[0]
+            raise WrongRowsError(f"{path} has a quote without an end before {start!r}; close it, or leave it out.")
 
 
 def _as_numbers(cells: Sequence[str | None]) -> Sequence[Any]:

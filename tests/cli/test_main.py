@@ -339,6 +339,19 @@ def test_surplus_cells_of_a_table_do_not_shift_the_others(tmp_path, rows):
     assert load_dataset(str(path), DataArguments(dataset=str(path)))["train"]["__index_level_0__"][:] == [7]
 
 
+@pytest.mark.parametrize("row", ['"{}\t{}', '{}\t"{}'])
+def test_a_lone_quote_of_a_table_does_not_swallow_rows(tmp_path, row):
+    rows = [row.format("my card", "card"), "the train\ttrain", row.format("my pay", "pay"), "the train\ttrain"]
+    (path := tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    start = "my card" if row.startswith('"') else "card"
+    message = f"{path} has a quote without an end before {start!r}; close it, or leave it out."
+    with pytest.raises(ValueError, match=exactly(message)):
+        load_dataset(str(path), DataArguments(dataset=str(path)))
+    path.write_text('text\tlabel\n"my\tcard"\tcard\n"the\ntrain"\ttrain\n')
+    found = load_dataset(str(path), DataArguments(dataset=str(path)))["train"]
+    assert found["text"][:] == ["my\tcard", "the\ntrain"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_all_labels_of_the_file_are_known_after_a_fraction_is_split_off(tmp_path, seed):
     texts, labels = [[f"text {n}" for n in range(20)], [f"intent{n // 2}" for n in range(20)]]
