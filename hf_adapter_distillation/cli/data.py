@@ -231,15 +231,17 @@ def _type_of(dataset: Dataset, column: str) -> str:
 def labels_of(dataset: Dataset, column: str) -> Labels:
     """Return the classes of a column: sorted, unless the dataset has its own order."""
     feature = dataset.features[column]
-    if isinstance(feature, ClassLabel):
-        return feature.names
     # Not by `class_encode_column`: it sorts numbers as texts, 10 before 2, and takes any float for a class.
-    values = sorted(dataset.unique(column)) if isinstance(feature, Value) else []
+    values: Any = sorted(dataset.unique(column)) if isinstance(feature, Value) else []
+    if isinstance(feature, ClassLabel):
+        values = feature.names
     if not values or not isinstance(values[0], str | int):
         kind = f"{_type_of(dataset, column)}, not names or whole numbers"
         raise ValueError(f"label_column={column!r} holds {kind}; pass --task regression to predict numbers.")
     if len(values) == 1:
         raise ValueError(f"label_column={column!r} holds only one label, {values[0]!r}; a head needs at least two.")
+    if isinstance(feature, ClassLabel):
+        return values
     is_numbered = type(values[0]) is int and values == list(range(len(values)))
     return values if is_numbered else list(map(str, values))
 

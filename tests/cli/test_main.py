@@ -692,6 +692,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     )
     unlabelled = rows.map(lambda row: {"label": -1})
     DatasetDict({"train": rows, "validation": unlabelled}).save_to_disk("glue")
+    unlabelled.cast_column("label", ClassLabel(names=["card"])).save_to_disk("one_class")
     write_csv(Path("other.csv"), {"text": TEXTS, "label": ["card", "boat"] * 2})
     give = "give a .csv, .tsv, .json, .jsonl, .parquet file, a folder made with save_to_disk, or a Hub id."
     cases = [
@@ -712,6 +713,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--label_column=gaps"], "Column 'gaps' is empty in row 2; fill it, or leave the row out."),
         (["--label_column=number"], "Column 'number' is empty in row 3; fill it, or leave the row out."),
         (["--label_column=same"], "label_column='same' holds only one label, 'a'; a head needs at least two."),
+        (["--dataset=one_class"], "label_column='label' holds only one label, 'card'; a head needs at least two."),
         (["--label_column=score"], "label_column='score' holds float64, *; pass --task regression to *"),
         (["--dataset=semicolons.csv"], "The only column is 'text;label'; pass --sep ';' if that separates columns."),
         (["--dataset=surplus.csv"], "The dataset surplus.csv cannot be read (*saw 3); quote the texts that hold *"),
