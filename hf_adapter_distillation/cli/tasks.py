@@ -68,6 +68,8 @@ def task_of_head(model: ModelAdaptersMixin, name: str, source: str) -> KnownTask
 
 def tags_of(dataset: Dataset, column: str) -> Dataset:
     """Return the tags of all rows, one a row, with their type."""
+    if not is_list(dataset, column):
+        raise ValueError(f"label_column={column!r} holds one label a row; give a list of tags, one for each word.")
     feature = dataset.features[column].feature
     tags = [tag for row in dataset[column] for tag in row]
     return Dataset.from_dict({column: tags}).cast_column(column, feature)
@@ -111,12 +113,13 @@ def targets(dataset: Dataset, args: DataArguments, task: KnownTask, labels: Labe
             if not isfinite(number):
                 raise ValueError(f"Column {column!r} has {number} in row {row}; give a number, or leave the row out.")
         return numbers
+    all_tags = tags_of(dataset, column)
     rows: list[int] = []  # of each tag
     for row, (words, tags) in enumerate(zip(words_of(dataset, args), dataset[column], strict=True), start=1):
         if len(words) != len(tags):
             raise ValueError(f"Row {row} has {len(words)} words and {len(tags)} tags; give each word one tag.")
         rows += [row] * len(tags)
-    ids = iter(label_ids(tags_of(dataset, column), column, labels, source, rows))
+    ids = iter(label_ids(all_tags, column, labels, source, rows))
     return [[next(ids) for _ in row] for row in dataset[column]]
 
 

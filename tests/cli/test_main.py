@@ -241,6 +241,11 @@ def test_other_tasks_from_the_files_of_other_programs(here, capsys):
     ).to_json("x.jsonl")
     unknown = "Column 'tags' has 'X' in row 4, not a label of t/insurance: *"
     says_why(capsys, 2, unknown, "eval", "--adapter=t/insurance", "--dataset=x.jsonl")
+    no_list = "label_column='label' holds one label a row; give a list of tags, one for each word."
+    says_why(capsys, 2, no_list, "eval", "--adapter=t/insurance", "--dataset=data/test.csv")
+    write_csv(Path("x.csv"), {"words": TEXTS, "tags": LABELS})
+    no_list = no_list.replace("'label'", "'tags'")
+    says_why(capsys, 2, no_list, *TRAIN, "--dataset=t.jsonl", "--eval_file=x.csv", "--output_dir=x")
     code, out, _ = run(capsys, "eval", "--adapter=t/insurance", "--dataset=t.jsonl")
     assert re.search(r"^END +[\d.]+ +[\d.]+ +[\d.]+ +4$", out, re.M)
     row = json.loads(run(capsys, "predict", "--adapter=t/insurance", "--text", TEXTS[0])[1])
