@@ -56,11 +56,21 @@ def _as_numbers(cells: Sequence[str | None]) -> Sequence[Any]:
     return cells
 
 
+def _read_json(path: str, encoding: str) -> Dataset:
+    """Read a .json or .jsonl file.
+
+    Raises:
+        UnicodeDecodeError: If the encoding does not fit; `datasets` would notice it at the first use of a text.
+    """
+    Path(path).read_text(encoding)
+    return Dataset.from_json(path, encoding=encoding)
+
+
 READERS: dict[str, Any] = {  # load_dataset("csv") would call the Hub's download counter for a local file
     ".csv": _read_table,
     ".tsv": _read_table,
-    ".json": Dataset.from_json,
-    ".jsonl": Dataset.from_json,
+    ".json": _read_json,
+    ".jsonl": _read_json,
     ".parquet": Dataset.from_parquet,
 }
 

@@ -691,6 +691,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     Path("surplus.csv").write_text("text,label\nmy card,card\nmy card, and me,card\n")
     Path("broken.parquet").write_text("text,label")
     Path("empty.csv").write_text("text,label\n")
+    Path("latin.jsonl").write_bytes('{"text": "\xe9", "label": "a"}\n'.encode("latin-1"))
     Path("folder").mkdir()
     rows = Dataset.from_dict({"text": TEXTS, "label": LABELS}).cast_column(
         "label", ClassLabel(names=["card", "train"])
@@ -726,6 +727,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--sep=;", "--dataset=glue"], "sep=';' is for .csv and .tsv files, not for glue; leave it out."),
         (["--encoding=x"], "encoding='x' is unknown; give one such as utf-8 or latin-1."),
         (["--encoding=utf-16"], "encoding='utf-16' does not fit data.csv (*); pass another --encoding, such as *"),
+        (["--dataset=latin.jsonl"], "encoding='utf-8' does not fit latin.jsonl (*); pass another --encoding, such as *"),
         (["--task=tokens"], "task='tokens' does not fit label_column='label', which holds one label a row."),
         (["--dataset=guess.csv"], "The columns 'frage', 'antwort', 'thema' do not say which one is the text_*"),
         (["--dataset=guess.csv", "--text_column=frage"], "* do not say which one is the label_column; pass *"),
