@@ -62,8 +62,14 @@ def _read_json(path: str, encoding: str) -> Dataset:
     Raises:
         UnicodeDecodeError: If the encoding does not fit; `datasets` would notice it at the first use of a text.
     """
-    Path(path).read_text(encoding)
-    return Dataset.from_json(path, encoding=encoding)
+    text = Path(path).read_text(encoding).lstrip("\ufeff \t\r\n")
+    if not text:
+        raise WrongRowsError(f"{path} is empty; give a file with rows.")
+    rows = Dataset.from_json(path, encoding=encoding)
+    has_columns = text[0] == "{" and len(rows) == 1 and all(is_list(rows, name) for name in rows.column_names)
+    if has_columns and path.lower().endswith(".json"):  # a line of a .jsonl may be a row of lists
+        raise WrongRowsError(f"{path} holds a list for each column; give a list with an object for each row.")
+    return rows
 
 
 READERS: dict[str, Any] = {  # load_dataset("csv") would call the Hub's download counter for a local file

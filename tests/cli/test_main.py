@@ -357,6 +357,12 @@ def test_a_lone_quote_of_a_table_does_not_swallow_rows(tmp_path, row):
     assert found["text"][:] == ["my\tcard", "the\ntrain"]
 
 
+@pytest.mark.parametrize(("name", "form"), [("row.jsonl", "{}"), ("row.json", "[{}]")])
+def test_a_row_of_lists_is_a_row(tmp_path, name, form):
+    (path := tmp_path / name).write_text(form.replace("{}", '{"words": ["my", "card"], "tags": ["O", "END"]}'))
+    assert load_dataset(str(path), DataArguments(dataset=str(path)))["train"]["words"][:] == [["my", "card"]]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_all_labels_of_the_file_are_known_after_a_fraction_is_split_off(tmp_path, seed):
     texts, labels = [[f"text {n}" for n in range(20)], [f"intent{n // 2}" for n in range(20)]]
@@ -691,6 +697,8 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
     Path("surplus.csv").write_text("text,label\nmy card,card\nmy card, and me,card\n")
     Path("broken.parquet").write_text("text,label")
     Path("empty.csv").write_text("text,label\n")
+    Path("empty.jsonl").touch()
+    Path("columns.json").write_text(json.dumps({"text": TEXTS, "label": LABELS}))
     Path("latin.jsonl").write_bytes('{"text": "\xe9", "label": "a"}\n'.encode("latin-1"))
     Path("folder").mkdir()
     rows = Dataset.from_dict({"text": TEXTS, "label": LABELS}).cast_column(
@@ -727,6 +735,8 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--sep=;", "--dataset=glue"], "sep=';' is for .csv and .tsv files, not for glue; leave it out."),
         (["--encoding=x"], "encoding='x' is unknown; give one such as utf-8 or latin-1."),
         (["--encoding=utf-16"], "encoding='utf-16' does not fit data.csv (*); pass another --encoding, such as *"),
+        (["--dataset=empty.jsonl"], "empty.jsonl is empty; give a file with rows."),
+        (["--dataset=columns.json"], "columns.json holds a list for each column; give a list with an object for each *"),
         (["--dataset=latin.jsonl"], "encoding='utf-8' does not fit latin.jsonl (*); pass another --encoding, such as *"),
         (["--task=tokens"], "task='tokens' does not fit label_column='label', which holds one label a row."),
         (["--dataset=guess.csv"], "The columns 'frage', 'antwort', 'thema' do not say which one is the text_*"),
