@@ -223,14 +223,19 @@ def is_list(dataset: Dataset, column: str) -> bool:
     return type(dataset.features[column]).__name__ in ("List", "LargeList", "Sequence")
 
 
-def check_columns(dataset: Dataset, args: TextArguments) -> None:
-    """Check that the columns have no gaps, and that text columns hold strings, or words for labels of tokens."""
+def check_columns(dataset: Dataset, args: TextArguments, source: str | None = None) -> None:
+    """Check that the columns have no gaps, and that text columns hold strings, or words for labels of tokens.
+
+    Args:
+        source: The origin of the dataset if its columns were found in another one.
+    """
     for name in ("text_column", "text_pair_column", "label_column"):
         column = vars(args).get(name)
         if column is None:  # no second text, or no label
             continue
-        if column not in dataset.column_names:  # of another file
-            raise ValueError(f"{name}={column!r} is not one of the columns {', '.join(dataset.column_names)}.")
+        if source is not None and column not in dataset.column_names:
+            columns = ", ".join(map(repr, dataset.column_names))
+            raise ValueError(f"{name}={column!r} is not one of the columns {columns} of {source}; rename one of them.")
         for row, value in enumerate(dataset[column], start=1):
             if value is None or value == "" or value == []:
                 raise ValueError(f"Column {column!r} is empty in row {row}; fill it, or leave the row out.")

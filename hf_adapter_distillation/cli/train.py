@@ -168,7 +168,7 @@ def load_splits(args: TrainArguments) -> tuple[TrainArguments, dict[str, Dataset
         parts["eval"] = split_of(data, args.eval_split or "validation", args.dataset)
     args = with_columns(parts["train"], args, has_pairs=args.task != "retrieval")
     for part in parts.values():
-        check_columns(part, args)
+        check_columns(part, args, args.eval_file or args.dataset)
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"eval_split={args.eval_split} is out of range; a fraction lies between 0 and 1.")
     return args, parts, fraction

@@ -744,6 +744,7 @@ def test_wrong_data_is_told_in_one_line_before_a_model_is_loaded(here, capsys, m
         (["--task=regression"], "Column 'label' holds no number: could not convert string to float: 'card'; leave *"),
         (["--task=regression", "--label_column=unknown"], "Column 'unknown' has nan in row 3; give a number, or *"),
         (["--dataset=glue"], "Column 'label' has no label in row 1; choose a split that has labels."),
+        (["--eval_file=guess.csv"], "text_column='text' is not one of the columns 'frage', *'thema' of guess.csv; rename *"),
         (["--eval_file=other.csv"], "Column 'label' has 'boat' in row 2, not a label of the training data: *"),
     ]  # fmt: skip
     given = [*TRAIN, "--dataset=data.csv", "--output_dir=new"]
