@@ -61,6 +61,7 @@ def _read_json(path: str, encoding: str) -> Dataset:
 
     Raises:
         UnicodeDecodeError: If the encoding does not fit; `datasets` would notice it at the first use of a text.
+        WrongRowsError: If the file has no rows, or columns instead.
     """
     text = Path(path).read_text(encoding).lstrip("\ufeff \t\r\n")
     if not text:
@@ -228,6 +229,9 @@ def check_columns(dataset: Dataset, args: TextArguments, source: str | None = No
 
     Args:
         source: The origin of the dataset if its columns were found in another one.
+
+    Raises:
+        ValueError: If a column has a gap, or no text, or is missing.
     """
     for name in ("text_column", "text_pair_column", "label_column"):
         column = vars(args).get(name)

@@ -111,6 +111,8 @@ class TrainArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.student:
+            raise ValueError("student='' is empty; give the new adapter a name.")
         if os.sep in self.student:
             raise ValueError(f"student={self.student!r} is not a folder name; leave out {os.sep!r}.")
         if self.eval_file is not None and self.eval_split is not None:

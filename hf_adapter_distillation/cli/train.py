@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -64,6 +65,8 @@ def train(args: TrainArguments, training_args: DistillationTrainingArguments) ->
     folder = Path(training_args.output_dir or "") / args.student
     if folder.parent.is_file():
         raise ValueError(f"output_dir={training_args.output_dir!r} is a file; name a folder.")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, the place of the student; move it, or choose another --student.")
     resume: Any = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     if not (training_args.overwrite_output_dir or resume):
@@ -145,6 +148,8 @@ def load_labelled(args: TrainArguments, seed: int) -> Labelled:
     labelled = with_targets(args, task, data, labels)  # before the split: errors name rows of the file
     if fraction is None:
         return labelled
+    if ceil(fraction * len(data["train"])) == len(data["train"]):
+        raise ValueError(f"eval_split={args.eval_split} leaves no row to train on; give more rows, or leave it out.")
     halves = data["train"].train_test_split(fraction, seed=seed)
     return with_targets(args, task, {"train": halves["train"], "eval": halves["test"]}, labels)
 
