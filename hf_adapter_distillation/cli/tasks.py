@@ -103,12 +103,15 @@ def targets(dataset: Dataset, args: DataArguments, task: KnownTask, labels: Labe
     if task in ("classification", "retrieval"):
         return label_ids(dataset, column, labels, source)
     if task == "regression":
+        fix = f"{source} predicts numbers, so give it a column of them."
+        if isinstance(args, TrainArguments):
+            fix = "leave out --task regression."
         if isinstance(dataset.features[column], ClassLabel):
-            raise ValueError(f"label_column={column!r} holds classes, not numbers; leave out --task regression.")
+            raise ValueError(f"label_column={column!r} holds classes, not numbers; {fix}")
         try:
             numbers = [float(value) for value in dataset[column]]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Column {column!r} holds no number: {error}; leave out --task regression.") from error
+            raise ValueError(f"Column {column!r} holds no number: {error}; {fix}") from error
         for row, number in enumerate(numbers, start=1):
             if not isfinite(number):
                 raise ValueError(f"Column {column!r} has {number} in row {row}; give a number, or leave the row out.")

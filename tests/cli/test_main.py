@@ -226,6 +226,8 @@ def test_other_tasks_from_the_files_of_other_programs(here, capsys):
     assert "mean_squared_error" in out
     assert "accuracy" not in out
     assert run(capsys, "eval", "--adapter=r/insurance", *pairs)[0] == 0
+    numbers = "*'card'; r/insurance predicts numbers, so give it a column of them."
+    says_why(capsys, 2, numbers, "eval", "--adapter=r/insurance", "--dataset=data/test.csv")
     for column, code in (("score", 2), ("label", 0)):
         found = run(capsys, "predict", "--adapter=r/insurance", "--text=a", f"--text_column={column}")
         assert found[0] == code, found
