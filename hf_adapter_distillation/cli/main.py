@@ -104,7 +104,8 @@ def read_config(path: str, parser: Parser) -> list[str]:
     if not Path(path).is_file():
         raise ValueError(f"--config {path} is not a file; give a YAML file of options by name.")
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        config, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)  # to which `no` and 007 are texts
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
@@ -118,9 +119,9 @@ def read_config(path: str, parser: Parser) -> list[str]:
         if isinstance(value, list):
             if action.nargs != "+":
                 raise ValueError(f"{path}: {key} takes one value, not the list {value!r}.")
-            options += [f"--{name}", *map(str, value)]
+            options += [f"--{name}", *map(str, written.get(key, value))]
         elif value is not None:
-            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else written.get(key, value)}")
         elif action.default is not None:
             raise ValueError(f"{path}: {key} has no value; leave it out, or give one.")
     return options

@@ -149,10 +149,13 @@ def test_a_config_file_gives_options_and_the_command_line_wins(here, capsys):
     made = TrainArguments(model="m", student="s", teachers=["a"], dataset="d")
     assert made.distillation() == defaults
     Path("train.yaml").write_text(
-        "teachers: [a, b]\nmodel: m\nstudent: s\ndataset: d\nobjective: {features: 1, logits: 0.5}\n"
+        "teachers: [a, 010]\nmodel: m\nstudent: s\ndataset: d\nobjective: {features: 1, logits: 0.5}\n"
         "layer_weights: [1, 0]\nteacher_selection: 2\nlearning-rate: 1e-3\nstop_on_nan: false\nseed: 3\n"
         "lr_scheduler_kwargs: {x: 1}\nfusion_learning_rate:\ndebug: underflow_overflow\nuse_cpu: true\n"
+        "save_strategy: no\neval_strategy: 'no'\nlabel_column: 007\ntext_column: 1.50\nbf16: no\nweight_decay: 1e-2\n"
+        "eval_split: ~\nadam_beta1: .9\nfp16: False\n"
     )
+    assert parse(["train", "--config", "train.yaml"])[1][0].teachers == ["a", "010"]
     _, (args, training_args) = parse(["train", "--config", "train.yaml", "--seed", "4", "--teachers", "c"])
     config = args.distillation()
     assert config.teachers == ["c"]
@@ -162,6 +165,10 @@ def test_a_config_file_gives_options_and_the_command_line_wins(here, capsys):
     assert (training_args.learning_rate, training_args.stop_on_nan, training_args.seed) == (1e-3, False, 4)
     assert training_args.lr_scheduler_kwargs == {"x": 1}
     assert training_args.fusion_learning_rate is None
+    assert (training_args.save_strategy, training_args.eval_strategy) == ("no", "no")
+    assert (args.label_column, args.text_column, args.eval_split) == ("007", "1.50", None)
+    assert (training_args.bf16, training_args.fp16, training_args.use_cpu) == (False, False, True)
+    assert (training_args.weight_decay, training_args.adam_beta1) == (0.01, 0.9)
     assert len(training_args.debug) == 1
 
 
