@@ -40,7 +40,7 @@ def load_adapter(args: EvalArguments | PredictArguments) -> Loaded:
             f"{args.adapter} is an adapter of PEFT, whose head adapters does not load; give the folder that "
             "save_adapter wrote, or pass --task retrieval for an adapter of an embedding model."
         )
-    model, tokenizer = load_base(saved.base, args.max_length)
+    model, tokenizer = load_base(saved.base, args.max_length, saved.named_by)
     load_saved_adapter(model, saved.folder, saved.name, f"Adapter {args.adapter!r}")
     model.set_active_adapters(saved.name)
     return Loaded(model, tokenizer, saved.name, task_of_head(model, saved.name, args.adapter))

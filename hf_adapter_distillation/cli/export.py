@@ -21,7 +21,7 @@ def export(args: Namespace) -> str:
     check_lora_config(label, read_config(label, saved.get("config")))
     base = base_of(saved, args.source, args.model)
     provenance = provenance_of(saved, args.source).to_dict() if "distillation" in saved else None
-    (model,) = load_pretrained(base, AutoAdapterModel.from_pretrained)
+    (model,) = load_pretrained(base, AutoAdapterModel.from_pretrained, named_by=None if args.model else args.source)
     name = str(saved.get("name") or Path(args.source).name)
     load_saved_adapter(model, folder, name, label)
     write_as_peft(model, name, args.output, not args.no_head, provenance)

@@ -22,6 +22,7 @@ class SavedAdapter(NamedTuple):
     folder: Path
     name: str
     base: str  # folder or Hub id of the base model
+    named_by: str | None  # the adapter, if no option names the base model
 
 
 def locate_adapter(args: EvalArguments | PredictArguments) -> SavedAdapter:
@@ -29,7 +30,8 @@ def locate_adapter(args: EvalArguments | PredictArguments) -> SavedAdapter:
     folder = locate_saved(args.adapter, ADAPTER_FILES)
     saved = read_saved(folder)
     base = base_of(saved, args.adapter, args.model)
-    return SavedAdapter(folder, str(saved.get("name") or "adapter"), base)  # PEFT saves no name
+    named_by = None if args.model else args.adapter
+    return SavedAdapter(folder, str(saved.get("name") or "adapter"), base, named_by)  # PEFT saves no name
 
 
 def base_of(saved: Mapping[str, Any], source: str, given: str | None) -> str:
@@ -40,9 +42,17 @@ def base_of(saved: Mapping[str, Any], source: str, given: str | None) -> str:
     return str(base)
 
 
-def load_base(name: str, max_length: int) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
-    """Load a base model, which must take `max_length` tokens, and its tokenizer with a padding token."""
-    tokenizer, model = load_pretrained(name, AutoTokenizer.from_pretrained, AutoAdapterModel.from_pretrained)
+def load_base(
+    name: str, max_length: int, named_by: str | None = None
+) -> tuple[ModelAdaptersMixin, PreTrainedTokenizerBase]:
+    """Load a base model, which must take `max_length` tokens, and its tokenizer with a padding token.
+
+    Args:
+        named_by: As for `load_pretrained`.
+    """
+    tokenizer, model = load_pretrained(
+        name, AutoTokenizer.from_pretrained, AutoAdapterModel.from_pretrained, named_by=named_by
+    )
     check_max_length(name, max_length, model.config, tokenizer)
     if tokenizer.pad_token is None:  # GPT-2 and Llama have none
         tokenizer.pad_token = tokenizer.eos_token
@@ -81,14 +91,23 @@ def check_max_length(name: str, max_length: int, config: PretrainedConfig, token
         raise ValueError(f"max_length={max_length} is out of range; {name} takes {limit} tokens at most.")
 
 
-def load_pretrained(name: str, *loaders: Callable[[str], Any]) -> list[Any]:
-    """Load a base model, and what else belongs to it, from a folder or the Hub."""
+def load_pretrained(name: str, *loaders: Callable[[str], Any], named_by: str | None = None) -> list[Any]:
+    """Load a base model, and what else belongs to it, from a folder or the Hub.
+
+    Args:
+        named_by: The adapter that names the base model, if the user did not.
+
+    Raises:
+        ValueError: If the name is neither a folder of a model nor a Hub id.
+        OSError: If the model cannot be loaded.
+    """
+    label = f"model={name!r}" + (f" (named by {named_by}; --model replaces it)" if named_by else "")
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
-            raise ValueError(f"model={name!r} holds no {CONFIG_NAME}; give the folder of a model.")
+            raise ValueError(f"{label} holds no {CONFIG_NAME}; give the folder of a model.")
     elif not is_repo_id(name):
-        raise ValueError(f"model={name!r} is neither a folder nor a Hub id.")
+        raise ValueError(f"{label} is neither a folder nor a Hub id.")
     try:
         return [load(name) for load in loaders]
     except Exception as error:  # tokenizers raises a plain Exception on damaged files
-        raise OSError(f"model={name!r} cannot be loaded: {one_line(error)}") from error
+        raise OSError(f"{label} cannot be loaded: {one_line(error)}") from error

@@ -105,9 +105,16 @@ def ranking_metrics(scores: torch.Tensor, labels: Sequence[int]) -> dict[str, fl
     return {"accuracy_at_1": (ranks == 1).double().mean().item(), "mrr": (1 / ranks).mean().item()}
 
 
-def load_encoder(name: str, max_length: int) -> SentenceTransformer:
-    """Load an embedding model whose transformer takes adapters, and `max_length` tokens."""
-    (model,) = load_pretrained(name, SentenceTransformer)
+def load_encoder(name: str, max_length: int, named_by: str | None = None) -> SentenceTransformer:
+    """Load an embedding model whose transformer takes adapters, and `max_length` tokens.
+
+    Args:
+        named_by: As for `load_pretrained`.
+
+    Raises:
+        ValueError: If the model has no transformer.
+    """
+    (model,) = load_pretrained(name, SentenceTransformer, named_by=named_by)
     if not hasattr(model[0], "auto_model"):
         raise ValueError(f"model={name!r} has no transformer, so it takes no adapters; give another embedding model.")
     check_max_length(name, max_length, model[0].auto_model.config, model.tokenizer)
@@ -142,7 +149,7 @@ def make_retrieval_trainer(labelled: Labelled, training_args: Any) -> RetrievalT
 def load_retriever(args: EvalArguments | PredictArguments) -> SentenceTransformer:
     """Load an embedding model with a saved adapter, without its teachers."""
     saved = locate_adapter(args)
-    encoder = load_encoder(saved.base, args.max_length)
+    encoder = load_encoder(saved.base, args.max_length, saved.named_by)
     model: Any = encoder[0].auto_model
     load_saved_adapter(model, saved.folder, saved.name, f"Adapter {args.adapter!r}")
     model.set_active_adapters(saved.name)

@@ -802,6 +802,23 @@ def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
     assert not Path("new", "insurance").exists()
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["eval", "--adapter=s", "--dataset=test.csv"], ["predict", "--adapter=s", "--text=a"], ["export", "s", "p"]],
+)
+def test_an_error_of_a_base_model_says_who_named_it(here, capsys, monkeypatch, argv):
+    model = AutoAdapterModel.from_pretrained("bert-base-uncased")
+    model.add_adapter("s", config="lora")
+    model.add_classification_head("s", num_labels=2)
+    Path("elsewhere").mkdir()
+    model.save_adapter("elsewhere/s", "s")
+    monkeypatch.chdir("elsewhere")
+    write_csv(Path("test.csv"), {"text": TEXTS, "label": LABELS})
+    named = "model='bert-base-uncased' (named by s; --model replaces it) cannot be loaded: *"
+    says_why(capsys, 1, named, *argv)
+    says_why(capsys, 2, "model='./no' is neither a folder nor a Hub id.", *argv, "--model=./no")
+
+
 @pytest.mark.parametrize("column", ["label", "score", "scores", "score_card"])
 def test_a_text_column_with_the_name_of_a_result_is_refused_before_the_model_runs(here, capsys, monkeypatch, column):
     monkeypatch.setattr(predict, "run_model", None)
