@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..downloads import one_line
 from .data import check_columns, load, split_of, with_columns
 from .evaluate import labels_of_head, load_adapter, run_model
 from .options import PredictArguments
@@ -69,7 +70,17 @@ def read_texts(args: PredictArguments) -> Dataset:
         return split_of(load(args.dataset, args), args.split, args.dataset)
     if args.text is None and sys.stdin.isatty():
         raise ValueError("There are no texts; pass --text or --dataset, or write lines to the standard input.")
-    texts = args.text if args.text is not None else [line.strip() for line in sys.stdin if line.strip()]
+    source, texts = "The standard input" if args.text is None else "--text", args.text
+    try:
+        if texts is None:
+            lines = sys.stdin.read().removeprefix("\ufeff").split("\n")
+            texts = [line.strip() for line in lines if line.strip()]
+        "".join(texts).encode()  # a byte that is not UTF-8 may stand as a surrogate
+    except UnicodeError as error:
+        wrong = f"{source} is not UTF-8 ({one_line(error)})"
+        raise ValueError(f"{wrong}; pass a .csv file by --dataset, with its --encoding.") from error
+    if blank := [text for text in texts if not text.strip()]:
+        raise ValueError(f"text={blank[0]!r} is blank; leave it out.")
     if not texts:
         raise ValueError("The standard input has no lines; write one text a line, or pass --text or --dataset.")
     return Dataset.from_dict({args.text_column or "text": texts})

@@ -203,7 +203,7 @@ def test_predict_prints_what_a_stock_adapter_says(here, capsys, monkeypatch):
     with torch.no_grad():
         shares = model.eval()(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.softmax(-1)
     adapter = ["predict", "--adapter=outputs/insurance"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + "\n".join(TEXTS) + "\n\n"))
     found = [run(capsys, *adapter, *argv) for argv in (["--text", *TEXTS], ["--dataset=data/test.csv"], [])]
     assert len({out for _, out, _ in found}) == 1
     for line, text, (card, train) in zip(found[0][1].splitlines(), TEXTS, shares.tolist(), strict=True):
@@ -220,6 +220,17 @@ def test_predict_prints_what_a_stock_adapter_says(here, capsys, monkeypatch):
     says_why(
         capsys, 2, "The standard input has no lines; write one text a line, or pass --text or --dataset.", *adapter
     )
+
+
+def test_texts_that_are_not_utf_8_or_blank_are_told_in_one_line(here, capsys, monkeypatch):
+    fix = "is not UTF-8 (*); pass a .csv file by --dataset, with its --encoding."
+    cases = [(["--text", "caf\udce9"], f"--text {fix}"), (["--text", "a", " "], "text=' ' is blank; leave it out.")]
+    for argv, message in cases:
+        says_why(capsys, 2, message, "predict", "--adapter=outputs/insurance", *argv)
+    for errors in ("strict", "surrogateescape"):
+        read = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", read)
+        says_why(capsys, 2, f"The standard input {fix}", "predict", "--adapter=outputs/insurance")
 
 
 def test_other_tasks_from_the_files_of_other_programs(here, capsys):
