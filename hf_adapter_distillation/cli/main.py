@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..downloads import one_line
-from .parser import CONFIG_HELP, OPTIONS, Parser, describe_options, full_parser
+from .parser import CONFIG_HELP, DASH, OPTIONS, Parser, describe_options, full_parser
 
 PROGRAM = "adapter-distill"
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
@@ -166,7 +166,8 @@ def reject_unknown(argv: Sequence[str], command: Parser) -> None:
     """Raise an error for an unknown option: argparse names missing ones first."""
     for flag in (argument.partition("=")[0] for argument in argv):
         if flag.startswith("--") and flag not in command.flags:
-            command.error(f"unknown option {flag}{command.hint(flag)}")
+            hint = f" ({DASH})" if " " in flag else command.hint(flag)
+            command.error(f"unknown option {flag}{hint}")
 
 
 def command_function(name: str) -> Callable[..., str]:

@@ -14,6 +14,7 @@ OPTIONS: dict[str, type[TextArguments]] = {
     "eval": EvalArguments,
     "predict": PredictArguments,
 }
+DASH = 'write a value that begins with a dash as in --text="-5 degrees"'
 CONFIG_HELP = "YAML file of options by name; the command line wins"
 
 
@@ -29,6 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message that argparse would print below the usage."""
+        if message.endswith((" expected one argument", " expected at least one argument")):
+            message += f" ({DASH})"
         raise ValueError(f"{message}; see {self.prog} --help.")
 
     @property

@@ -662,6 +662,7 @@ def test_tensors_that_share_a_storage_are_pickled_alone(tmp_path, monkeypatch):
 
 
 def test_wrong_usage_is_told_in_one_line(here, capsys):
+    dash = 'write a value that begins with a dash as in --text="-5 degrees"'
     see = "; see adapter-distill train --help."
     cases = [
         ([], "the following arguments are required: command; see adapter-distill --help."),
@@ -678,6 +679,8 @@ def test_wrong_usage_is_told_in_one_line(here, capsys):
         ([*TRAIN, "--teacher_selection=0"], "teacher_selection=0 is out of range; *"),
         ([*TRAIN, "--max_length=0"], "max_length=0 is out of range; it must be at least 1."),
         ([*TRAIN, "--student=a/b"], "student='a/b' is not a folder name; leave out '/'."),
+        (["predict", "--text", "-card"], f"argument --text: expected at least one argument ({dash}); see *"),
+        (["predict", "--text", "-- is it gone"], f"unknown option -- is it gone ({dash}); see *"),
         ([*TRAIN, "--student="], "student='' is empty; give the new adapter a name."),
         ([*TRAIN, "--eval_file=a", "--eval_split=b"], "eval_split and eval_file exclude each other; leave one*"),
         (["inspect", "a", "b"], "unknown argument 'b'; see adapter-distill inspect --help."),
