@@ -81,7 +81,7 @@ class _WrappedTransformerMixin(DistillationMixin):
 
         A loss with a gradient cache runs all sequences without gradients first, and their number is noted.
         """
-        if not any(type(part).__name__.startswith("Cached") for loss in self._losses for part in loss.modules()):
+        if not any(uses_gradient_cache(part) for loss in self._losses for part in loss.modules()):
             return super().training_step(model, inputs, num_items_in_batch)
         with noting_inputs(self.model_with_adapters, self._count_sequences):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -109,6 +109,12 @@ class _WrappedTransformerMixin(DistillationMixin):
         with saving_the_base_alone(self.model_with_adapters):
             self.model.save_pretrained(output_dir, safe_serialization=self.args.save_safetensors)
         super()._save(output_dir, state_dict)
+
+
+def uses_gradient_cache(loss: nn.Module) -> bool:
+    """Return whether a loss has a gradient cache, which the first versions tell by the name of its class alone."""
+    is_cached = any(cls.__name__.startswith("Cached") for cls in type(loss).__mro__)
+    return getattr(loss, "uses_gradient_cache", is_cached)
 
 
 def check_loss_of_one_model(loss: nn.Module, model: nn.Module) -> None:

@@ -118,6 +118,39 @@ def test_saved_models_are_loaded_without_this_package(tiny_encoder, tmp_path):
         np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), output)
 
 
+class OtherName(losses.CachedMultipleNegativesRankingLoss):
+    """A gradient cache of the user's own."""
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.CachedMultipleNegativesRankingLoss,
+        OtherName,
+        pytest.param(
+            losses.MegaBatchMarginLoss,
+            marks=pytest.mark.skipif(
+                not hasattr(losses.MegaBatchMarginLoss, "uses_gradient_cache"), reason="it is no gradient cache yet"
+            ),
+        ),
+        lambda model, mini_batch_size: losses.MegaBatchMarginLoss(model, use_mini_batched_version=False),
+    ],
+)
+def test_terms_do_not_depend_on_the_mini_batches_of_a_gradient_cache(loss, tiny_encoder, tmp_path):
+    found = {}
+    for size in (8, 2):
+        model = embedding_model(tmp_path, tiny_encoder, dropout=0.0, dtype=torch.float64)
+        args = arguments(
+            tmp_path, per_device_train_batch_size=8, max_steps=1, distillation_start=0.0, max_grad_norm=0.0
+        )
+        trainer = SentenceTransformerDistillationTrainer(
+            model, args, train_dataset=PAIRS.select(range(8)), loss=loss(model, mini_batch_size=size)
+        )
+        trainer.train()
+        found[size] = trainer.state.log_history[0]["grad_norm/fusion"]
+    assert found[2] == pytest.approx(found[8], rel=1e-5)
+
+
 def test_a_killed_training_of_embeddings_goes_on_to_the_same_weights(tiny_encoder, tmp_path):
     def run(folder, noise, resume=None, callbacks=()):
         (tmp_path / folder).mkdir(exist_ok=True)
