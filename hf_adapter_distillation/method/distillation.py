@@ -102,7 +102,8 @@ class TrainingStep:
     Args:
         sequences: The number of sequences so far.
         total: The number by which the terms are divided in the backward pass, a tensor.
-        ended: Whether a backward pass has reached the terms, so that the next forward pass begins another step.
+        ended: Whether a backward pass has reached the terms, so that the next forward pass begins another step, unless
+            more sequences of this one are to come (`StageSettings.sequences`).
     """
 
     record: DistillationRecord | None = None

@@ -256,7 +256,8 @@ def _finish(current: TrainingPass, output: Any, sequences: int) -> Any:
     """Let the terms of a pass ride on its output, add their record to the step, and return the output."""
     distillation = current.distillation
     settings, is_compiling = distillation.settings, torch.compiler.is_compiling()
-    if is_compiling or distillation.step.ended:  # compiled code cannot tell when a step ends
+    has_ended = distillation.step.ended and distillation.step.sequences >= settings.sequences
+    if is_compiling or has_ended:  # compiled code cannot tell when a step ends
         distillation.begin_step()
     step = distillation.step
     terms, record = sum_terms(current)

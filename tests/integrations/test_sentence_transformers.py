@@ -147,7 +147,8 @@ def test_terms_do_not_depend_on_the_mini_batches_of_a_gradient_cache(loss, tiny_
             model, args, train_dataset=PAIRS.select(range(8)), loss=loss(model, mini_batch_size=size)
         )
         trainer.train()
-        found[size] = trainer.state.log_history[0]["grad_norm/fusion"]
+        log = trainer.state.log_history[0]
+        found[size] = [log[key] for key in ("grad_norm/fusion", "distillation_loss", "fusion_regularization")]
     assert found[2] == pytest.approx(found[8], rel=1e-5)
 
 
