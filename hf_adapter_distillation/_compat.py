@@ -93,4 +93,4 @@ def loss_counts_items(model: PreTrainedModel) -> bool:
     forward = inspect.unwrap(original.forward)
     takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     uses_number = "loss_function" in forward.__code__.co_names
-    return takes_kwargs and uses_number and vars(original).get("accepts_loss_kwargs", True)
+    return takes_kwargs and uses_number and getattr(model, "accepts_loss_kwargs", True)

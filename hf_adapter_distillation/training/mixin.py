@@ -1,7 +1,6 @@
 """The two-stage training of a distilled student."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from adapters import Stack
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .._compat import loss_counts_items
@@ -30,6 +28,7 @@ from ..student.training_run import TrainingRun, finite_metrics
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
 from .checks import check_arguments, check_combinations, check_loss
+from .construction import shown_to_trainer
 from .data import UnlabelledBatches, number_of_examples
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
@@ -40,19 +39,6 @@ from .writing import WritingTrainer
 logger = logging.get_logger(__name__)
 
 ANALYSED_EXAMPLES = 256
-
-
-@contextmanager
-def _trainable_if_quantized(model: nn.Module | None) -> Iterator[None]:
-    """Let Trainer take a quantized model, whose adapters it does not see."""
-    if not isinstance(model, PreTrainedModel) or not vars(model).get("is_quantized"):
-        yield
-        return
-    vars(model)["is_quantized"] = False
-    try:
-        yield
-    finally:
-        vars(model)["is_quantized"] = True
 
 
 class DistillationMixin(WritingTrainer):
@@ -104,14 +90,17 @@ class DistillationMixin(WritingTrainer):
         check_arguments(args)
         if model is not None:
             active_block(model_with_adapters(model))
-        with _trainable_if_quantized(model):
+            self.model = model
+        gives_inputs = model is not None and self._gives_inputs_to_inner
+        with shown_to_trainer(model, loss_counts_items(self.model_with_adapters) if gives_inputs else None):
             super().__init__(model, args, *others, **kwargs)
         inner = self.model_with_adapters
         check_trainable(inner, active_block(inner))
         if self._gives_inputs_to_inner:
-            # Adapters hides the signature by which Trainer decides this; a wrong answer scales the gradients.
-            self.model_accepts_loss_kwargs = self.label_smoother is None and loss_counts_items(inner)
-            self.label_names = self.label_names or label_names(inner, active_block(inner).student)
+            counts = loss_counts_items(inner) if model is None else self.model_accepts_loss_kwargs
+            self.model_accepts_loss_kwargs = self.label_smoother is None and counts
+            if args.label_names is None and not self.can_return_loss:  # else a trainer may do without
+                self.label_names = self.label_names or label_names(inner, active_block(inner).student)
         if args.analysis and is_sharded(inner):
             raise ValueError(
                 "analysis=True runs the model in one process, but its base model lies in shards; leave it out."
