@@ -1,8 +1,6 @@
 """Supervised fine-tuning of a causal language model with the `SFTTrainer` of trl, in both stages."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +79,6 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
         ValueError: As for `DistillationMixin`, and if an argument does not go with distillation.
     """
 
-    _metrics: dict[str, Any]
-
     def __init__(
         self, model: nn.Module, args: SFTDistillationConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
@@ -108,15 +104,6 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
             arguments = (self.args, self.args.packing, self._formatting_func, "distillation")
             dataset = self._prepare_dataset(dataset, self.processing_class, *arguments)
         return super()._without_unused_columns(dataset)
-
-    @contextmanager
-    def _unlogged(self) -> Iterator[None]:
-        metrics = self._metrics
-        self._metrics = {mode: defaultdict(list) for mode in metrics}
-        try:
-            yield
-        finally:
-            self._metrics = metrics
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)

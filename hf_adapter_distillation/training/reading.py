@@ -1,5 +1,6 @@
 """The examples that a trainer reads beside its steps, as inputs of the model with adapters."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -113,8 +114,16 @@ class ReadingTrainer(TwoStageTrainer):
 
     @contextmanager
     def _unlogged(self) -> Iterator[None]:
-        """Leave what a `compute_loss` collects for the next log as it is."""
-        yield
+        """Leave what a `compute_loss` collects for the next log as it is, as those of trl do in `_metrics`."""
+        metrics: Any = vars(self).get("_metrics")
+        is_of_trl = isinstance(metrics, dict) and all(isinstance(part, defaultdict) for part in metrics.values())
+        if is_of_trl:
+            vars(self)["_metrics"] = {mode: defaultdict(list) for mode in metrics}
+        try:
+            yield
+        finally:
+            if is_of_trl:
+                vars(self)["_metrics"] = metrics
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:  # the precision of the training, before accelerate wraps the model

@@ -1,17 +1,20 @@
 """The SFTTrainer of trl with distillation: each loss and each form of a batch against a plain reference in float64."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import adapters
 import pytest
 import torch
 from adapters import AdapterSetup, LoRAConfig, SeqBnConfig, Stack
 from chats import chat_tokenizer, chats
+from datasets import Dataset
 from model_state import changed, snapshot
 from sft_reference import STUDENT, terms
-from tiny_models import TEACHERS, make_model, make_student
+from tiny_models import CONFIGS, TEACHERS, make_model, make_student
 from torch.nn.functional import cross_entropy
 from trainings import StopAt
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 from without_package import run_without_package
 
 import hf_adapter_distillation as had
@@ -374,3 +377,24 @@ def test_chats_weigh_their_teachers(sft_args):
         trainer.train()
         logs.append(next(log for log in trainer.state.log_history if "eval_num_tokens" in log))
     assert logs[0]["eval_num_tokens"] == logs[1]["eval_num_tokens"]
+
+
+class Rewarding(had.DistillationMixin, trl.RewardTrainer):
+    """Both."""
+
+
+def test_other_trainers_of_trl_log_the_metrics_of_the_training_alone(tmp_path):
+    @dataclass
+    class Arguments(had.DistillationArgumentsMixin, trl.RewardConfig):
+        """Both."""
+
+    model = AutoModelForSequenceClassification.from_config(CONFIGS["llama"](num_labels=1))
+    adapters.init(model)
+    model = make_student(model, head=None, student_start="weighted")
+    args = Arguments(str(tmp_path), bf16=False, report_to=[], use_cpu=True, disable_tqdm=True, weighing_steps=4)
+    sides = {"chosen": chats()["messages"], "rejected": chats(seed=1)["messages"]}
+    dataset = Dataset.from_dict(sides)
+    trainer = Rewarding(model, args, train_dataset=dataset, processing_class=chat_tokenizer())
+    trainer.fit_start()
+    assert trainer.distillation.weights is not None
+    assert not any(trainer._metrics[mode] for mode in ("train", "eval"))
