@@ -10,7 +10,8 @@ from torch import nn
 from .._compat import forward_arguments, heads_of, named_arguments
 from .distillation import active_block, distillations
 
-HOW_TO_RETURN = ("output_attentions", "output_hidden_states", "return_dict")  # inputs that change the output alone
+# Inputs that change the output alone, or the loss in it.
+HOW_TO_RETURN = ("output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch")
 
 
 def models_with_adapters(model: nn.Module) -> dict[str, ModelAdaptersMixin]:

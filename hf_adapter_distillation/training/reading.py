@@ -166,9 +166,10 @@ class ReadingTrainer(TwoStageTrainer):
         if inner is self.model and inner.main_input_name in inputs:  # other columns are for the loss
             return [accepted_inputs(inner, inputs)]
         calls: list[dict[str, Any]] = []
+        n_items: Any = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), without_dropout(self.model), self._active_student(), self._autocast():
             with noting_inputs(inner, calls.append), self._unlogged():
-                self.compute_loss(self.model, dict(inputs))
+                self.compute_loss(self.model, dict(inputs), num_items_in_batch=n_items)
         if not calls:
             raise ValueError(
                 f"The loss of {type(self).__name__} does not run the model with adapters ({type(inner).__name__}), so "

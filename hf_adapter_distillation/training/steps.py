@@ -216,7 +216,11 @@ class TwoStageTrainer(StudentPushingTrainer):
             # Zero gradients would age the optimizer's moments and let weight decay act without the teachers.
             for parameter in self._fusion_parameters:
                 parameter.grad = None
-        record = self._take_record(task_loss, lambda: self.compute_loss(self.model, self._prepare_inputs(inputs)))
+
+        def run_again() -> None:
+            self.compute_loss(self.model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+
+        record = self._take_record(task_loss, run_again)
         self._terms.stage = 1 if self.state.global_step < self.first_distillation_step else 2
         self._terms.note(task_loss, record, step, self._share, self._loss_factor(num_items_in_batch))
         loss = task_loss + self._terms_factor * record.added

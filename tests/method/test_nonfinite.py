@@ -5,6 +5,7 @@ import torch
 from messages import exactly
 from model_state import changed, snapshot
 from tiny_models import make_batch, make_model, make_student
+from torch.nn.functional import cross_entropy
 from trainings import EachStep, float16_trainer, trainer_for
 from transformers import TrainerCallback
 
@@ -136,11 +137,16 @@ def test_a_teacher_that_overflows_in_float16_is_named(device, config, level, car
     assert trainer.distillation.inspection is trainer.distillation.record is None
 
 
-def test_two_teachers_that_overflow_in_a_half_model_are_named(trainer_args):
+def mean_of_items(outputs, labels, num_items_in_batch=None):
+    return cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("loss", [None, mean_of_items])
+def test_two_teachers_that_overflow_in_a_half_model_are_named(loss, trainer_args):
     model = make_student(make_model(), student_start="random").half()
     for name in ("work", "bank"):
         enlarge(model, name)
-    trainer = trainer_for(model, trainer_args(distillation_start=0.0))
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0), compute_loss_func=loss)
     with pytest.raises(FloatingPointError, match=r"the update of teacher 'bank' and 'work' is not finite in encoder"):
         trainer.train()
 

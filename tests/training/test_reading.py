@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import make_dataset, make_model, make_student
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from trainings import trainer_for
 from transformers import Trainer
@@ -26,6 +27,24 @@ def test_a_batch_of_a_wrapper_is_read_where_it_calls_the_model(trainer_args):
     assert torch.equal(batch["input_ids"], torch.tensor(make_dataset()["input_ids"]))
     assert torch.equal(model.norm.running_mean, before), "it ran in evaluation mode"
     assert model.training
+
+
+def test_a_loss_that_counts_items_gets_their_number_where_a_batch_is_read(trainer_args):
+    def summed(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    model = Classifier(make_student(make_model(kind="base")))
+    trainer = trainer_for(model, trainer_args(), compute_loss_func=summed)
+    (batch,) = trainer._batches(make_dataset(4))
+    assert batch.keys() == {"input_ids", "attention_mask"}
+
+
+def test_the_number_of_items_is_not_read_as_an_input(trainer_args):
+    model = Passing(make_student(make_model("llama", "causal_lm"), head=None))
+    trainer = trainer_for(model, trainer_args())
+    assert trainer.model_accepts_loss_kwargs
+    (batch,) = trainer._batches(make_dataset(4, "tokens"))
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
 
 
 def test_a_wrapper_may_pass_its_inputs_on(trainer_args):
