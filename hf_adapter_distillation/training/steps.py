@@ -182,7 +182,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         Trainer does so for the class names of transformers, which neither flexible heads nor wrappers have.
         """
         smoother, inner = self.label_smoother, self.model_with_adapters
-        is_own = smoother is None or self._computes_own_loss or not self._gives_inputs_to_inner
+        is_own = smoother is None or self._base_computes_loss or not self._passes_inputs_on
         if not is_own and predicts_next(inner, name_of_head(inner, self.block.student)):
             self.label_smoother = partial(smoother, shift_labels=True)  # type: ignore[assignment]
         try:
@@ -270,19 +270,25 @@ class TwoStageTrainer(StudentPushingTrainer):
     @property
     def _gives_inputs_to_inner(self) -> bool:
         """Whether a batch is the input of the model with adapters, or of a wrapper that passes on whatever it gets."""
+        return self.model_with_adapters is self.model or (self._passes_inputs_on and not self._computes_own_loss)
+
+    @property
+    def _passes_inputs_on(self) -> bool:
+        """Whether the model has the adapters itself, or passes on whatever it gets."""
         if self.model_with_adapters is self.model:
             return True
         parameters = inspect.signature(self.model.forward).parameters.values()
-        passes_on = all(
-            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters
-        )
-        return passes_on and not self._computes_own_loss
+        return all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters)
 
     @property
     def _computes_own_loss(self) -> bool:
         """Whether a subclass, or the other base of it, has a `compute_loss` of its own."""
-        theirs = super().compute_loss.__func__  # type: ignore[attr-defined]
-        return type(self).compute_loss is not TwoStageTrainer.compute_loss or theirs is not Trainer.compute_loss
+        return self._base_computes_loss or type(self).compute_loss is not TwoStageTrainer.compute_loss
+
+    @property
+    def _base_computes_loss(self) -> bool:
+        """Whether the other base has a `compute_loss` of its own; a subclass may add to that of Trainer."""
+        return super().compute_loss.__func__ is not Trainer.compute_loss  # type: ignore[attr-defined]
 
     @property
     def _loss_is_outside(self) -> bool:

@@ -445,9 +445,19 @@ def test_a_share_that_cannot_be_is_an_error(kwargs, carrier, message, trainer_ar
         trainer_for(make_student(make_model(), carrier=carrier), args).train()
 
 
+class Adding(had.DistillationTrainer):
+    """Adds to the loss of Trainer."""
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) + 1
+
+
 @pytest.mark.parametrize("head", ["static", "own", "active", "not shifted"])
 @pytest.mark.parametrize("is_wrapped", [False, True])
-def test_smoothed_labels_are_the_next_tokens(head, is_wrapped, trainer_args):
+@pytest.mark.parametrize("adds", [False, True])
+def test_smoothed_labels_are_the_next_tokens(head, is_wrapped, adds, trainer_args, monkeypatch):
+    if adds:
+        monkeypatch.setattr(had, "DistillationTrainer", Adding)
     model = make_model("gpt2", "causal_lm" if head == "static" else "flex")
     model = make_student(model, train=False, head="causal_lm", student_start="random")
     if head != "static":
@@ -466,4 +476,4 @@ def test_smoothed_labels_are_the_next_tokens(head, is_wrapped, trainer_args):
     if head != "not shifted":
         logits, labels = logits[:, :-1], labels[:, 1:]
     expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
-    torch.testing.assert_close(trainer.compute_loss(wrapped, dict(batch)), expected)
+    torch.testing.assert_close(trainer.compute_loss(wrapped, dict(batch)), expected + adds)
