@@ -241,7 +241,8 @@ class TwoStageTrainer(StudentPushingTrainer):
             parts = [value.sum() for value in self._outputs(model, inputs) if isinstance(value, torch.Tensor)]
             zero = 0.0 * torch.stack(parts).sum()
         self.accelerator.backward(zero)
-        record = self._take_record(zero.detach(), lambda: self._outputs(self.model, inputs))
+        # An output may be infinite, as masked logits are: its gradient is 0, but not its part of the sum.
+        record = self._take_record(torch.zeros_like(zero), lambda: self._outputs(self.model, inputs))
         self._terms.note_distillation(record, step * self._share)
         return record.added
 

@@ -5,7 +5,9 @@ import torch
 from messages import exactly
 from model_state import changed, snapshot
 from tiny_models import ALL_OBJECTIVES, make_dataset, make_model, make_student, with_teachers_of_their_own_scores
+from torch.nn.functional import cross_entropy
 from trainings import StopAt, gradients, trainer_for
+from wrapped_models import Classifier
 
 
 def unlabelled(n=12, seed=5):
@@ -68,6 +70,30 @@ def test_the_distillation_loss_is_the_mean_of_both(carrier, trainer_args):
     both = (log["distillation_loss"] + alone_log["distillation_loss"]) / 2
     assert other_log["distillation_loss"] == pytest.approx(both, abs=2e-6)
     assert log["distillation_loss"] != pytest.approx(alone_log["distillation_loss"], abs=1e-3)
+
+
+class Masked(Classifier):
+    """Allows no class but the first two."""
+
+    def forward(self, input_ids, attention_mask, labels=None, return_dict=True):
+        logits = super().forward(input_ids, attention_mask, return_dict=return_dict)["logits"]
+        logits = logits.masked_fill(torch.tensor([False, False, True]), float("-inf"))
+        return {"loss": None if labels is None else cross_entropy(logits, labels), "logits": logits}
+
+
+def test_outputs_may_be_infinite(trainer_args):
+    """The gradient of the fusion is that of the distillation alone."""
+    found = []
+    for wrapper in (Classifier, Masked):
+        model = wrapper(make_student(make_model(kind="base"), student_start="random"), num_labels=3)
+        grads, log = gradients(model, trainer_args, 8, 1, distillation_dataset=unlabelled())
+        fusion = {name: grad for name, grad in grads.items() if "distillation_fusion" in name}
+        assert all(grad.isfinite().all() for grad in grads.values())
+        found.append((fusion, log["distillation_loss"]))
+    assert found[0][1] == found[1][1]
+    assert found[0][0]
+    for name, grad in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], grad)
 
 
 def test_stage_1_reads_none_of_them(trainer_args, monkeypatch):
