@@ -198,6 +198,15 @@ class TwoStageTrainer(StudentPushingTrainer):
                 "add a column of labels to train_dataset, or name the columns that hold them in label_names."
             )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Return the micro-batches of a step, as Trainer does; none behind the last step.
+
+        Trainer takes one step too many if it resumes after the last one, within an epoch.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:

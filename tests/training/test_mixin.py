@@ -194,6 +194,20 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(kind, carrier, stop, trainer_
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_run_that_is_resumed_after_its_last_step_takes_no_more(is_stream, trainer_args):
+    ends, steps, dataset = [], [], make_dataset()
+    for resume in (None, True):
+        args = trainer_args(max_steps=3, save_strategy="steps", save_steps=3, lr_scheduler_type="constant")  # of 4
+        note = EachStep(lambda args, state, control, **kwargs: steps.append(state.global_step))
+        data = dataset.to_iterable_dataset() if is_stream else dataset
+        model = make_student(make_model())
+        trainer_for(model, args, train_dataset=data, callbacks=[note]).train(resume_from_checkpoint=resume)
+        ends.append(snapshot(model))
+    assert steps == [1, 2, 3]
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
 def test_two_runs_with_the_same_seed_are_bitwise_equal(trainer_args):
     models = [make_student(make_model(dropout=True), carrier="mixed") for _ in range(2)]
     for model in models:
