@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weigh
 logger = logging.get_logger(__name__)
 
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
+LOSS = "loss "  # and its number, before the names of the weights of a loss
 WEIGHTS_BESIDE_NAME = "trained_beside_the_student.safetensors"
 STAGE_2_START, TEACHER_WEIGHTS = "first_distillation_step", "teacher_weights"  # in the metadata of the fusion
 
@@ -100,12 +101,18 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
     model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
 
 
-def state_beside(model: nn.Module, inner: ModelAdaptersMixin) -> dict[str, torch.Tensor]:
-    """Return the trained parameters and the buffers of a model outside the model with adapters that it wraps."""
-    wrapped = {id(value) for value in inner.state_dict(keep_vars=True).values()}
-    wrapped |= {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
-    state = model.state_dict(keep_vars=True)
-    return {name: value.detach() for name, value in state.items() if id(value) not in wrapped}
+def state_beside(
+    model: nn.Module, inner: ModelAdaptersMixin, losses: Sequence[nn.Module] = ()
+) -> dict[str, torch.Tensor]:
+    """Return the trained parameters and the buffers of a model, and of losses, outside the model with adapters."""
+    state: dict[str, torch.Tensor] = {}
+    elsewhere = {id(value) for value in inner.state_dict(keep_vars=True).values()}
+    for prefix, module in {"": model, **{f"{LOSS}{number}.": loss for number, loss in enumerate(losses)}}.items():
+        values = module.state_dict(keep_vars=True)
+        frozen = {id(parameter) for parameter in module.parameters() if not parameter.requires_grad}
+        state |= {prefix + name: v.detach() for name, v in values.items() if id(v) not in elsewhere | frozen}
+        elsewhere |= set(map(id, values.values()))
+    return state
 
 
 def save_beside(state: Mapping[str, torch.Tensor], folder: str) -> None:
@@ -126,13 +133,17 @@ def load_beside(state: Mapping[str, torch.Tensor], folder: str) -> None:
     path = Path(folder) / WEIGHTS_BESIDE_NAME
     saved = load_file(path) if path.is_file() else {}
     shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (saved, state))
-    if wrong := {name for name, _ in shapes.items() ^ wanted.items()}:
+    wrong = {name for name, _ in shapes.items() ^ wanted.items()}
+    if wrong and not any(name.startswith(LOSS) for name in saved):  # of an earlier version
+        wrong = {name for name in wrong if not name.startswith(LOSS)}
+        logger.warning(f"The checkpoint {folder} lacks the weights of the losses, which are those of now.")
+    if wrong:
         raise ValueError(
             f"The checkpoint {folder} does not fit the model around the model with adapters: {min(wrong)!r} is "
             "missing, unknown or of another shape; use the model of that training."
         )
-    for name, value in state.items():
-        value.copy_(saved[name])
+    for name in saved:
+        state[name].copy_(saved[name])
 
 
 def _check_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, folder: Path) -> None:

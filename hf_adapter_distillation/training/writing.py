@@ -75,4 +75,4 @@ class WritingTrainer(ReadingTrainer):
     @property
     def _beside(self) -> dict[str, torch.Tensor]:
         """The trained parameters and the buffers outside the model with adapters, as they are on the model."""
-        return checkpoints.state_beside(self.model, self.model_with_adapters)
+        return checkpoints.state_beside(self.model, self.model_with_adapters, self._losses)

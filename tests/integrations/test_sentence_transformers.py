@@ -24,6 +24,13 @@ from hf_adapter_distillation.integrations.sentence_transformers import (
     SentenceTransformerDistillationTrainingArguments,
 )
 
+SORTED = PAIRS.add_column("label", [i % 2 for i in range(16)])
+
+
+def softmax_loss(model):
+    return losses.SoftmaxLoss(model, sentence_embedding_dimension=16, num_labels=2)
+
+
 LOSSES = {
     "ranking": (losses.MultipleNegativesRankingLoss, PAIRS),
     "cached ranking": (lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3), PAIRS),
@@ -32,6 +39,7 @@ LOSSES = {
         lambda model: losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 8]),
         PAIRS,
     ),
+    "own weights": (softmax_loss, SORTED),
 }
 LOAD = """
     import json, adapters, numpy
@@ -152,23 +160,35 @@ def test_terms_do_not_depend_on_the_mini_batches_of_a_gradient_cache(loss, tiny_
     assert found[2] == pytest.approx(found[8], rel=1e-5)
 
 
-def test_a_killed_training_of_embeddings_goes_on_to_the_same_weights(tiny_encoder, tmp_path):
+@pytest.mark.parametrize("name", ["ranking", "own weights"])
+def test_a_killed_training_of_embeddings_goes_on_to_the_same_weights(name, tiny_encoder, tmp_path):
     def run(folder, noise, resume=None, callbacks=()):
         (tmp_path / folder).mkdir(exist_ok=True)
-        trainer = trainer_of(
-            tmp_path / folder, tiny_encoder, callbacks=callbacks, save_strategy="steps", save_steps=3, keep_fusion=True
-        )
+        settings = {"save_strategy": "steps", "save_steps": 3, "keep_fusion": True}
+        trainer = trainer_of(tmp_path / folder, tiny_encoder, name, callbacks=callbacks, **settings)
         with torch.no_grad():
-            for parameter in trainer.model.parameters():
+            for parameter in trainer.loss.parameters():  # the model is in it
                 if parameter.requires_grad:
                     parameter += noise
         trainer.train(resume_from_checkpoint=resume)
-        return trainer.model.state_dict()
+        return trainer.model.state_dict()  # Trainer never clears the gradients of a loss, so it goes on otherwise
 
     unbroken = run("unbroken", 0)
     run("killed", 0, callbacks=[StopAt(3)])
     resumed = run("killed", 1, resume=str(tmp_path / "killed" / "training" / "checkpoint-3"))
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_a_checkpoint_of_before_leaves_the_weights_of_a_loss(tiny_encoder, tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, tiny_encoder, "own weights", **settings).train()
+    folder = tmp_path / "training" / "checkpoint-2"
+    (folder / "trained_beside_the_student.safetensors").unlink()
+    digests = json.loads((folder / "checkpoint_digests.json").read_text())
+    del digests["trained_beside_the_student.safetensors"]
+    (folder / "checkpoint_digests.json").write_text(json.dumps(digests))
+    trainer_of(tmp_path, tiny_encoder, "own weights", **settings).train(resume_from_checkpoint=str(folder))
+    assert "lacks the weights of the losses" in caplog.text
 
 
 def test_embeddings_start_at_the_mean_update_and_choose_their_teachers(tiny_encoder, tmp_path):
@@ -322,19 +342,12 @@ def test_a_cross_encoder_trains_student_head_and_fusion_alone(loss, tiny_encoder
     assert trainer.state.log_history[-2]["distillation_loss"] > 0
 
 
-SORTED = PAIRS.add_column("label", [i % 2 for i in range(16)])
-
-
 class Several(losses.MultipleNegativesRankingLoss):
     """A loss of several components, which the trainer logs one by one."""
 
     def forward(self, *args, **kwargs):
         value = super().forward(*args, **kwargs)
         return {"first": value / 4, "second": 3 * value / 4}
-
-
-def softmax_loss(model):
-    return losses.SoftmaxLoss(model, sentence_embedding_dimension=16, num_labels=2)
 
 
 @pytest.mark.parametrize("case", ["ranking", "cached ranking", "own weights", "several losses", "components"])
