@@ -152,6 +152,12 @@ class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceT
 
     def _take(self, block: AdapterDistillation, *, has_unlabelled: bool) -> None:
         super()._take(block, has_unlabelled=has_unlabelled)
+        leaves_out = any(not vars(module).get("include_prompt", True) for module in self.model)
+        if leaves_out and self.args.prompts and "similarity" in self.distillation.config.objectives:
+            raise ValueError(
+                "The objective 'similarity' pools all tokens, but with include_prompt=False the model leaves out those "
+                "of the prompts; choose 'features', or leave out prompts."
+            )
         self.distillation.pool = self._pool
 
     def _pool(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -266,6 +266,17 @@ def test_a_student_that_was_added_again_has_the_pooling_of_the_model(tiny_encode
     assert trainer.distillation.pool == trainer._pool
 
 
+def test_similarities_do_not_go_with_a_pooling_without_the_prompt(tiny_encoder, tmp_path):
+    def trainer(**config):
+        model = embedding_model(tmp_path, tiny_encoder, **config)
+        model.set_pooling_include_prompt(False)
+        return trainer_of(tmp_path, tiny_encoder, model=model, prompts="how is ", max_steps=2)
+
+    with pytest.raises(ValueError, match="^The objective 'similarity' pools all tokens, but .* choose 'features'"):
+        trainer(objective="similarity")
+    trainer().train()
+
+
 def test_losses_that_train_a_copy_are_named_at_construction(tiny_encoder, tmp_path):
     model = embedding_model(tmp_path, tiny_encoder)
     with pytest.raises(ValueError, match="^ContrastiveTensionLoss trains another copy .* choose a loss of one model"):
