@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "The trainers of embedding models need sentence-transformers 5; install it with "
-        "pip install 'sentence-transformers>=5,<6'."
+        "pip install 'sentence-transformers>=5.4,<6'."
     ) from error
 
 
@@ -155,8 +155,8 @@ class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceT
         leaves_out = any(not vars(module).get("include_prompt", True) for module in self.model)
         if leaves_out and self.args.prompts and "similarity" in self.distillation.config.objectives:
             raise ValueError(
-                "The objective 'similarity' pools all tokens, but with include_prompt=False the model leaves out those "
-                "of the prompts; choose 'features', or leave out prompts."
+                "The objective 'similarity' pools all tokens, but the model has include_prompt=False and leaves out "
+                "those of the prompts; choose 'features', or leave out prompts."
             )
         self.distillation.pool = self._pool
 
