@@ -1,6 +1,7 @@
 """Supervised fine-tuning of a causal language model with the `SFTTrainer` of trl, in both stages."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,8 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
         ValueError: As for `DistillationMixin`, and if an argument does not go with distillation.
     """
 
+    completion_only_loss: Any
+
     def __init__(
         self, model: nn.Module, args: SFTDistillationConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
@@ -101,8 +104,13 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
     def _without_unused_columns(self, dataset: Dataset) -> tuple[Dataset, Callable]:
         is_text = isinstance(dataset, datasets.Dataset) and "input_ids" not in dataset.column_names
         if is_text and not self._skip_prepare_dataset:
-            arguments = (self.args, self.args.packing, self._formatting_func, "distillation")
-            dataset = self._prepare_dataset(dataset, self.processing_class, *arguments)
+            args, completion_only_loss = copy(self.args), self.completion_only_loss
+            args.assistant_only_loss = self.completion_only_loss = False  # labels do not count, and may be missing
+            try:
+                arguments = (args, args.packing, self._formatting_func, "distillation")
+                dataset = self._prepare_dataset(dataset, self.processing_class, *arguments)
+            finally:
+                self.completion_only_loss = completion_only_loss
         return super()._without_unused_columns(dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +155,11 @@ def check_causal_lm(model: nn.Module) -> None:
         raise ValueError(
             "The objective 'logits' needs the logits, which trl does not compute; use DistillationTrainer with labels "
             "that are -100 outside the answer, or choose 'features'."
+        )
+    if "similarity" in config.objectives:
+        raise ValueError(
+            "The objective 'similarity' is for models of embeddings, but a causal language model has none; choose "
+            "'features' or 'cosine'."
         )
     for objective in config.objectives:
         if objective not in ("features", "cosine"):

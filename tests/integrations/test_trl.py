@@ -188,6 +188,23 @@ def test_only_the_assistants_tokens_have_labels(sft_args):
     assert decoded == {" ".join(f"{m['content']} </s>" for m in chat if m["role"] == "assistant") for chat in said}
 
 
+QUESTIONS = chats(6).map(lambda row: {"messages": row["messages"][:1]})
+LONG = Dataset.from_dict({"prompt": [" ".join(["w1"] * 40), "w2 w3"], "completion": [" w4", " w5"]})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings"),
+    [(QUESTIONS, {"assistant_only_loss": True}), (LONG, {"max_length": 16, "completion_only_loss": True})],
+    ids=["no answers", "cut before the answers"],
+)
+def test_examples_without_labels_need_no_answers(dataset, settings, sft_args):
+    train_dataset = LONG if "prompt" in dataset.column_names else chats()
+    trainer = train(student_model(), sft_args(**settings), train_dataset, distillation_dataset=dataset)
+    assert trainer._unlabelled.size == len(dataset)
+    assert trainer.completion_only_loss is ("prompt" in dataset.column_names)
+    assert not trainer._unlabelled.next(0, 2, 1).keys() & {"labels", "completion_mask"}
+
+
 def test_unlabelled_chats(sft_args):
     trainer = train(student_model(student_start="random"), sft_args(), chats(4), distillation_dataset=chats(4, seed=5))
     assert set(trainer._unlabelled.dataset.column_names) == {"input_ids", "labels"}
@@ -337,6 +354,12 @@ def test_settings_that_do_not_go_with_distillation(settings, message, sft_args):
             {},
             ValueError,
             "The objective 'logits' needs the logits, which trl does not compute; use DistillationTrainer",
+        ),
+        (
+            lambda: student_model(objective="similarity"),
+            {},
+            ValueError,
+            "The objective 'similarity' is for models of embeddings, .*; choose 'features' or 'cosine'",
         ),
         (lambda: make_student(make_model("llama"), head="causal_lm"), {}, ValueError, "LlamaAdapterModel has heads"),
     ],
