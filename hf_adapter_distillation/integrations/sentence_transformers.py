@@ -60,6 +60,13 @@ class _WrappedTransformerMixin(DistillationMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args or self.training_args_class("tmp_trainer"), *others, **kwargs)
+        for name in ("prompts", "router_mapping") if self._unlabelled is not None else ():
+            given = vars(self.args)[name]
+            if isinstance(given, dict) and any(isinstance(each, dict) for each in given.values()):
+                raise ValueError(
+                    f"{name} are given by the names of data sets, but distillation_dataset has none; give them by "
+                    "columns, or leave it out."
+                )
         if self.model_init is None:  # else the losses have another model until the training begins
             self._check_losses()
 

@@ -114,7 +114,7 @@ class UnlabelledBatches:
     """Batches of examples without labels that stage 2 reads beside the training batches.
 
     The numbers of step and micro-batch determine a batch, so that a resumed training continues where it stopped. Each
-    pass over the examples has its own order. A stream, or a data set without examples, is a `ValueError`.
+    pass over the examples has its own order. Several data sets, a stream, or one without examples, is a `ValueError`.
     """
 
     dataset: Dataset  # without the columns that the model does not take
@@ -125,6 +125,11 @@ class UnlabelledBatches:
     n_processes: int  # which read different batches
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, dict):
+            names = ", ".join(map(str, self.dataset))
+            raise ValueError(
+                f"distillation_dataset must be one data set, not several by their names ({names}); concatenate them."
+            )
         if not has_length(self.dataset) or isinstance(self.dataset, IterableDataset | datasets.IterableDataset):
             raise ValueError(
                 "distillation_dataset is a stream, but its examples are drawn in any order; pass one with a length."

@@ -266,6 +266,17 @@ def test_a_student_that_was_added_again_has_the_pooling_of_the_model(tiny_encode
     assert trainer.distillation.pool == trainer._pool
 
 
+@pytest.mark.parametrize("name", ["prompts", "router_mapping"])
+def test_texts_without_labels_have_no_name_for_a_prompt(name, tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder)
+    args = arguments(tmp_path, **{name: {"pairs": {"anchor": "how is "}}})
+    with pytest.raises(ValueError, match=f"^{name} are given by the names of data sets, but distillation_dataset has"):
+        SentenceTransformerDistillationTrainer(
+            model, args, train_dataset={"pairs": PAIRS}, loss=losses.MultipleNegativesRankingLoss(model),
+            distillation_dataset=PAIRS,
+        )  # fmt: skip
+
+
 def test_similarities_do_not_go_with_a_pooling_without_the_prompt(tiny_encoder, tmp_path):
     def trainer(**config):
         model = embedding_model(tmp_path, tiny_encoder, **config)

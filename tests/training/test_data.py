@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import DatasetDict
 from messages import exactly
 from model_state import changed, snapshot
 from tiny_models import ALL_OBJECTIVES, make_dataset, make_model, make_student, with_teachers_of_their_own_scores
@@ -167,6 +168,11 @@ class Stream(torch.utils.data.IterableDataset):
             "distillation_dataset is a stream, but its examples are drawn in any order; pass one with a length.",
         ),
         (unlabelled().select([]), "student", "distillation_dataset has no examples; leave it out."),
+        (
+            DatasetDict({"one": unlabelled(), "two": unlabelled()}),
+            "student",
+            "distillation_dataset must be one data set, not several by their names (one, two); concatenate them.",
+        ),
         (
             unlabelled(), "dual",
             "The carrier 'dual' needs labels in both of its passes; leave out distillation_dataset, or choose the "
