@@ -138,6 +138,10 @@ class UnlabelledBatches:
         if self.size == 0:
             raise ValueError("distillation_dataset has no examples; leave it out.")
         self._order: tuple[int, list[int]] = (-1, [])  # the number of a pass over the examples, and its order
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a training, whose first micro-batch may be one that an earlier training has read."""
         self._micro_batch = (-1, 0)  # the number of a step, and of the micro-batch in it
 
     def next(self, step: int, batch_size: int, accumulation: int) -> UnlabelledBatch:

@@ -205,6 +205,8 @@ class DistillationMixin(WritingTrainer):
         if self._checkpoint is not None:
             checkpoints.load_beside(self._beside, self._checkpoint)
         self._terms.begin(inner, self.block)
+        if self._unlabelled is not None:
+            self._unlabelled.begin()
         if self._created_optimizer is not None and unprepared(self.optimizer) is self._created_optimizer:
             self.optimizer = None  # type: ignore[assignment]  # it belongs to an earlier training
         creates = self.optimizer is None

@@ -43,6 +43,17 @@ def test_the_step_says_what_is_read(trainer_args):
     assert all(torch.equal(one, other) for one, other in zip(again, read[4:6], strict=True))
 
 
+def test_a_training_that_begins_again_reads_the_same(trainer_args):
+    args = trainer_args(max_steps=1, distillation_start=0.0)
+    trainer = trainer_for(make_student(make_model()), args, distillation_dataset=unlabelled())
+    collator, read = trainer._unlabelled.collator, []
+    trainer._unlabelled.collator = lambda rows: read.append(rows) or collator(rows)
+    for _ in range(2):
+        trainer.model.train_adapter("insurance")
+        trainer.train()
+    assert read[0] == read[1]
+
+
 @pytest.mark.parametrize("carrier", ["student", "fused"])
 def test_the_distillation_loss_is_the_mean_of_both(carrier, trainer_args):
     """The same examples without labels change nothing, others add their own terms and nothing to the task."""
