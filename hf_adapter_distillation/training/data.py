@@ -1,16 +1,30 @@
 """Examples that a training reads beside its batches: before the first step, and without labels in stage 2."""
 
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Put the random states of torch, numpy and Python back, so that the training goes on as without this."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def number_of_examples(dataset: Any) -> int | None:

@@ -29,7 +29,7 @@ from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
 from .checks import check_arguments, check_combinations, check_loss
 from .construction import shown_to_trainer
-from .data import UnlabelledBatches, number_of_examples
+from .data import UnlabelledBatches, keeping_random_state, number_of_examples
 from .loss_log import LoggedTerms
 from .optimizer import check_optimized, fusion_parameters, group_fusion, unprepared
 from .preparation import prepare_training
@@ -290,7 +290,7 @@ class DistillationMixin(WritingTrainer):
             return {}
         table: AttentionTable = {}
         try:
-            with torch.random.fork_rng(), self._autocast():
+            with keeping_random_state(), self._autocast():
                 batches, inner = [self._model_inputs(inputs) for inputs in drawn()], self.model_with_adapters
                 loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
                 table = teacher_attention(inner, loader)

@@ -30,7 +30,7 @@ from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at
 from ..teachers.ranking import fit_platt, own_logits, predict_labels, rank_teachers
 from ..teachers.weighing import learn_weights
 from .checkpoint import load_student, saved_weights
-from .data import Examples, Labelled
+from .data import Examples, Labelled, keeping_random_state
 from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
@@ -133,7 +133,7 @@ def choose(
     distillation = distillation_of(model, block.student)
     if not distillation.candidates:
         return block
-    with torch.random.fork_rng():  # the order of the training data stays the same
+    with keeping_random_state():  # the order of the training data stays the same
         if checkpoint is not None:
             choose_again(model, block, checkpoint)
             return active_block(model)
@@ -163,7 +163,7 @@ def select_teachers(
     k = distillation.config.teacher_selection
     if k == "all" or distillation.is_from_pool:
         return block
-    with torch.random.fork_rng():  # the order of the training data stays the same
+    with keeping_random_state():  # the order of the training data stays the same
         batches = _drawn_batches(examples, f"teacher_selection={k}")
         by_labels = predict_labels(model, block, batches)
         if not by_labels and _starts_at_weights(model, block) and examples.labelled() is not None:
@@ -203,7 +203,7 @@ def weigh(
     if distillation.is_weighed or not _starts_at_weights(model, block):
         return block
     forget_weights(model, block.student)
-    with torch.random.fork_rng():  # the order of the training data stays the same
+    with keeping_random_state():  # the order of the training data stays the same
         labelled = examples.labelled()
         if labelled is None:
             logger.warning(
@@ -256,7 +256,7 @@ def fit_student(model: ModelAdaptersMixin, student: str, examples: Examples, acc
             with examples.autocast():
                 model(**examples.model_inputs(inputs))
 
-    with torch.random.fork_rng():  # the order of the training data stays the same
+    with keeping_random_state():  # the order of the training data stays the same
         explained = fit_start(model, student, forward_passes, partial(accelerator.reduce, reduction="mean"))
     logger.info(f"{student!r} starts at the teachers' mean update, {explained:.1%} of which it explains.")
     return explained
@@ -268,7 +268,7 @@ def calibrate(
     """Fit slope and offset of each teacher's scores to the training data, (n_teachers, 2), for `cross_task`."""
     if "cross_task" not in distillation_of(model, block.student).config.objectives:
         return None
-    with torch.random.fork_rng():
+    with keeping_random_state():
         logits, labels = own_logits(model, block, _drawn_batches(examples, "The objective 'cross_task'"))
     return accelerator.reduce(fit_platt(scores(logits), labels), "mean")
 
@@ -292,7 +292,7 @@ def predict(
         datasets.append((examples.unlabelled.dataset, examples.unlabelled.without_labels))
     for dataset, model_inputs in datasets:
         if has_length(dataset) and not isinstance(dataset, IterableDataset) and len(dataset) < n_read:
-            with torch.random.fork_rng(), examples.autocast():
+            with keeping_random_state(), examples.autocast():
                 batches = map(model_inputs, examples.batches(dataset))
                 parts += _predictions(model, block, dataset, batches, accelerator)
     if not parts:

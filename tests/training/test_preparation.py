@@ -1,5 +1,8 @@
 """The choice of teachers and the calibration before a training."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from good_and_harmful import good_and_harmful, sequences
@@ -19,7 +22,7 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy
 from trainings import EachStep, trainer_for
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from wrapped_models import Classifier
 
 import hf_adapter_distillation as had
@@ -513,3 +516,19 @@ def test_teachers_that_add_nothing_anywhere_are_named_once(config, trainer_args,
         "zero), and the distillation pulls the student there; train them first, or leave them out."
     )
     assert warnings_of([]) == []
+
+
+def test_a_loss_that_draws_in_the_weighing_leaves_the_random_states(trainer_args):
+    draws = random.random, np.random.random
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return cross_entropy(outputs.logits, labels) * (1 + sum(draw() for draw in draws))
+
+    set_seed(0)
+    expected = [draw() for draw in draws]
+    model = make_student(make_model(), student_start="weighted")
+    trainer = trainer_for(model, trainer_args(weighing_steps=4), compute_loss_func=loss)
+    set_seed(0)
+    trainer.fit_start()
+    assert trainer.distillation.weights is not None
+    assert [draw() for draw in draws] == expected
