@@ -20,7 +20,7 @@ from .method.fusion import fusions_of
 from .method.layers import FusedLayer, compose_distillation
 from .student.adding import add_student
 from .student.fusions import prepare_fusion, prepare_probes
-from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head
+from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head, release_heads
 from .student.provenance import Provenance, note_loaded
 
 DISTILL_FROM = """
@@ -53,8 +53,10 @@ def register() -> None:
     _document_distill_from(_wrap(ModelWithHeadsAdaptersMixin, "add_adapter", _add_adapter))
     _wrap(ModelAdaptersMixin, "train_adapter", _train_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter", _train_adapter_with_head)
+    _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
     _wrap(ModelAdaptersMixin, "set_active_adapters", _set_active_adapters)
     _wrap(ModelAdaptersMixin, "delete_adapter", _delete_adapter)
+    _wrap(ModelWithHeadsAdaptersMixin, "delete_adapter", _delete_adapter)
     _wrap(ModelAdaptersMixin, "load_adapter", _load_adapter)
     _wrap(ModelAdaptersMixin, "save_adapter", _save_adapter)
     _wrap(ModelAdaptersMixin, "save_pretrained", _save_pretrained)
@@ -139,10 +141,16 @@ def _train_adapter_with_head(
 ) -> None:
     block = block_to_train(self, adapter_setup)
     is_first = block is not None and not fusions_of(self, block.student)
+    release_heads(self, distillations(self.adapters_config).values())
     original(self, block or adapter_setup, train_embeddings)
     if block is not None:
         prepare_head(self, block.student, train_embeddings, is_first)
         prepare_probes(self, block.student)
+
+
+def _train_adapter_fusion(original: Callable, self: ModelWithHeadsAdaptersMixin, *args: Any, **kwargs: Any) -> None:
+    release_heads(self, distillations(self.adapters_config).values())
+    original(self, *args, **kwargs)
 
 
 def _set_active_adapters(

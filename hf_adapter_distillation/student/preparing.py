@@ -1,12 +1,13 @@
 """Prepare a student for its training, and keep a model's distillations true when adapters change."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Stack
 from transformers.utils import logging
 
+from .._compat import heads_of
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
@@ -189,12 +190,29 @@ def prepare_head(model: ModelAdaptersMixin, student: str, train_embeddings: bool
         return
     if is_first:
         start_head(model, student)
+    base = set(map(id, model.base_model.parameters()))
+    distillation_of(model, student).frozen_heads = frozenset(
+        f"{name}.{key}"
+        for name, head in model.heads.items()
+        for key, parameter in head.named_parameters()
+        if name != student and parameter.requires_grad and id(parameter) not in base
+    )
     for name, head in model.heads.items():
         head.requires_grad_(name == student)
     if student in model.heads:
         model.active_head = student
     if not train_embeddings:
         model.freeze_embeddings()
+
+
+def release_heads(model: ModelAdaptersMixin, students: Iterable[Distillation]) -> None:
+    """Make the heads trainable again that the last `train_adapter` of students has frozen."""
+    for distillation in students:
+        for name, head in heads_of(model).items():
+            for key, parameter in head.named_parameters():
+                if f"{name}.{key}" in distillation.frozen_heads:
+                    parameter.requires_grad_(True)
+        distillation.frozen_heads = frozenset()
 
 
 def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
@@ -207,11 +225,12 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     if name in by_student:
         drop_fusion(model, name)
         forgotten = by_student.pop(name)
+        release_heads(model, [forgotten])
         if forgotten.candidates:  # for which one adapter stands in
             for stand_in in forgotten.config.teachers:
                 model.delete_adapter(stand_in)
     if active is not None and name in active.children:
-        model.set_active_adapters(None)
+        model.base_model.set_active_adapters(None)
     for student, distillation in by_student.items():
         if name not in distillation.config.teachers:
             continue
@@ -228,4 +247,4 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
         if active is not None and active.student == student:
             remaining = Stack(*active.children)
             setup = AdapterDistillation(remaining, left) if left else remaining
-            model.set_active_adapters(setup, model.adapters_config.skip_layers)
+            model.base_model.set_active_adapters(setup, model.adapters_config.skip_layers)

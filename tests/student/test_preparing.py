@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapters import Stack
+from adapters import Fuse, Stack
 from model_state import everything, snapshot, trainable
 from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, with_teachers
 
@@ -34,6 +34,30 @@ def test_the_students_head_is_active_even_if_another_was_added_last():
     model.train_adapter("insurance")
     assert model.active_head == "insurance"
     assert not any(name.startswith("heads.last") for name in trainable(model))
+
+
+@pytest.mark.parametrize("then", ["train_adapter", "train_adapter_fusion", "delete_adapter"])
+def test_other_heads_are_trainable_again_after_the_student(then):
+    model = with_teachers()
+    model.heads["work"].requires_grad_(False)
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    for _ in range(2):
+        model.train_adapter("insurance")
+    of_heads = ("heads.bank.", "heads.travel.")
+    assert not any(name.startswith(of_heads) for name in trainable(model))
+    model.add_adapter_fusion(fuse := Fuse("bank", "travel"))
+    argument = {"train_adapter": "bank", "train_adapter_fusion": fuse, "delete_adapter": "insurance"}[then]
+    getattr(model, then)(argument)
+    assert {name for name, _ in model.named_parameters() if name.startswith(of_heads)} <= trainable(model)
+    assert not any(name.startswith("heads.work") for name in trainable(model))
+
+
+def test_heads_that_share_their_weights_with_the_base_stay_frozen():
+    model = with_teachers(make_model("gpt2"), head="causal_lm")
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    model.delete_adapter("insurance")
+    assert not model.get_input_embeddings().weight.requires_grad
 
 
 def test_a_missing_head_is_made_from_the_teachers_heads():
@@ -111,11 +135,13 @@ def test_deleting_the_student_leaves_nothing():
 
 def test_deleting_a_teacher_leaves_the_others():
     model = make_student(make_model())
+    model.active_head = "travel"
     with pytest.warns(
         UserWarning, match="'bank' was a teacher of 'insurance', which is not trained yet and keeps 2 others"
     ):
         model.delete_adapter("bank")
     assert model.active_adapters == had.AdapterDistillation("insurance", ["travel", "work"])
+    assert model.active_head == "travel"
     model.train()
     model(**make_batch()).loss.backward()
     for teacher in ("travel", "work"):
