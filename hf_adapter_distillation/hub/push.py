@@ -22,6 +22,7 @@ from ..method.heads import number_of_labels
 from ..student.peft_export import PEFT_FILES, save_adapter_as_peft
 from ..student.provenance import PROVENANCE_NAME, provenance_of, read_saved
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
+from ..teachers.loading import check_formats
 from ..teachers.peft_lora import is_peft
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
@@ -87,6 +88,10 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
     """Write the files of a push to a temporary folder, from a saved student; its own card wins over `card`."""
     config = read_saved(saved)
     provenance_of(config, saved)
+    try:
+        check_formats(Path(saved))
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{saved} is damaged; save the student again.") from error
     with TemporaryDirectory() as name:
         folder = Path(name)
         for file in (HEAD_CONFIG_NAME, ATTENTION_NAME, ADAPTER_CONFIG_NAME, CARD_NAME):

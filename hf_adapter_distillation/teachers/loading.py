@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import safetensors  # the module: datasets hashes functions by pickling what they refer to, and not this class
 import torch
 from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from safetensors.torch import load_file
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
@@ -186,6 +187,7 @@ def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: st
     # A file of the head "bank" holds that of "bank2", too, if the model had one.
     heads = {key: weight.clone() for key, weight in model.heads.state_dict().items()} if with_head else {}
     try:
+        check_formats(folder)
         _check_foreign_weights(model, folder, saved_name, name)
         model.load_adapter(str(folder), load_as=name, with_head=with_head, use_safetensors=True, loading_info=info)
     except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
@@ -218,6 +220,19 @@ def _check_foreign_weights(model: ModelAdaptersMixin, folder: Path, saved_name: 
         keys += _saved_keys(folder, *HEAD_WEIGHTS)
     if foreign := [key for key in keys if rename(key).removeprefix(prefix) in of_model]:
         raise ValueError(f"{foreign[0]} in its files belongs to the model, not to the adapter; save it again.")
+
+
+def check_formats(folder: Path) -> None:
+    """Refuse a folder whose safetensors and pickles hold other weights: adapters reads the former on request only."""
+    for names in (ADAPTER_WEIGHTS, HEAD_WEIGHTS):
+        safe, pickled = (folder / name for name in names)
+        if not (safe.is_file() and pickled.is_file()):
+            continue
+        first, second = load_file(safe), torch.load(pickled, map_location="cpu", weights_only=True)
+        if first.keys() != second.keys() or any(not value.equal(second[key]) for key, value in first.items()):
+            raise ValueError(
+                f"{folder} holds two versions of the weights, {safe.name} and {pickled.name}; delete the older file."
+            )
 
 
 def _saved_keys(folder: Path, safe_name: str, pickled_name: str) -> list[str]:

@@ -15,7 +15,7 @@ from ..configuration import Level
 from ..downloads import one_line
 from ..method.parameters import owner
 from .compatibility import check_supported, choose_level
-from .loading import Teacher, load_teacher, locate_teacher, read_config
+from .loading import Teacher, check_formats, load_teacher, locate_teacher, read_config
 from .peft_lora import PeftLoRA, projections_of
 
 logger = logging.get_logger(__name__)
@@ -142,6 +142,7 @@ class Slot:
             self._fill_lora(teacher.saved.lora)
             return
         try:
+            check_formats(teacher.saved.folder)
             read = _read_weights(teacher.saved.folder)
             rename, prefix = (
                 self.loader.rename_func(teacher.saved.saved_name, self.name),

@@ -9,11 +9,12 @@ from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.utils import reset_sessions
 from pushes import NO_TOKEN, NOT_PUSHED, OF_A_PUSH, full_disk, pushed, refused, trained
 from safetensors.torch import load
-from tiny_models import make_batch, make_dataset, make_model, make_student
+from tiny_models import make_batch, make_dataset, make_model, make_student, noisy
 from without_package import run_without_package
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from hf_adapter_distillation.hub.push import push_saved
 from hf_adapter_distillation.student.provenance import read_provenance
 
 # In a process of its own, with nothing but what the card says:
@@ -88,6 +89,16 @@ def test_folders_of_teachers_are_not_pushed(hub, tmp_path):
     assert not any(str(tmp_path).encode() in content for content in hub.repos["me/faq"].files.values())
     (teacher,) = read_provenance(snapshot_download("me/faq")).teachers
     assert teacher.name == teacher.source == "bank"
+
+
+def test_two_versions_of_a_saved_student_are_not_pushed(hub, tmp_path):
+    model, folder = make_student(make_model()), tmp_path / "insurance"
+    model.save_adapter(str(folder), "insurance", use_safetensors=True)
+    noisy(model, "insurance")
+    model.save_adapter(str(folder), "insurance")
+    message = f"{folder} holds two versions of the weights, {' and '.join(ADAPTER_WEIGHTS)}; delete the older file."
+    with hub.quiet():
+        refused(ValueError, message, push_saved, folder, "me/faq")
 
 
 PEFT_USAGE = """

@@ -12,6 +12,7 @@ from model_state import everything
 from saved_teachers import Evil
 from tiny_models import TEACHERS, make_model, make_student, with_teachers
 
+from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.student.provenance import read_provenance
 
@@ -184,6 +185,25 @@ def test_repositories_that_hold_no_such_adapter(hub, tmp_path):
     hub.create("me/cased", files_of(tmp_path, seed=1, model_type="roberta"))
     message = "was made for model_type 'roberta', the model has 'bert'; use one trained on the same base model."
     refused("me/cased", message, "Teacher {!r} ")
+
+
+@pytest.mark.parametrize("changed", [None, "adapter", "head"])
+def test_two_versions_of_a_teacher_in_one_folder_are_refused(changed, tmp_path):
+    source, folder = with_teachers(teachers=["bank"]), tmp_path / "bank"
+    source.save_adapter(str(folder), "bank", use_safetensors=True)
+    for parameter in {"adapter": source.base_model, "head": source.heads}.get(changed, torch.nn.Module()).parameters():
+        parameter.data += 1
+    source.save_adapter(str(folder), "bank")
+    model = make_model()
+    before = everything(model)
+    if changed is None:
+        model.add_adapter("insurance", distill_from=[str(folder)])
+        return
+    safe, pickled = {"adapter": ADAPTER_WEIGHTS, "head": HEAD_WEIGHTS}[changed]
+    why = f"{folder} holds two versions of the weights, {safe} and {pickled}; delete the older file."
+    with pytest.raises(ValueError, match=exactly(f"Teacher {str(folder)!r} cannot be loaded: {why}")):
+        model.add_adapter("insurance", distill_from=[str(folder)])
+    assert everything(model) == before
 
 
 @pytest.mark.parametrize("name", ["pytorch_adapter.bin", "pytorch_model_head.bin"])

@@ -77,6 +77,12 @@ def test_weights_that_do_not_fit_leave_the_slot_as_it_was(pool):
         save_file(wrong, file)
         with pytest.raises(ValueError, match=one_line(start="Teacher '", part=why)):
             slot.fill(locate_teacher(model, str(pool / "travel")))
+    save_file(weights, file)
+    pickled = file.with_name("pytorch_adapter.bin")
+    torch.save({key: value + 1 for key, value in weights.items()}, pickled)
+    with pytest.raises(ValueError, match=one_line(part="travel holds two versions of the weights, ")):
+        slot.fill(locate_teacher(model, str(pool / "travel")))
+    pickled.unlink()
     file.write_bytes(b"cut")
     with pytest.raises(ValueError, match=one_line(part="travel' cannot be loaded: ")):
         slot.fill(locate_teacher(model, str(pool / "travel")))
