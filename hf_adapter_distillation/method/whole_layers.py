@@ -58,7 +58,7 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
     current = current_pass()
     if current is None or current.inputs.block.student != student or is_skipped(layer):
         return None
-    if not current.visit(fusions_at(layer)[student]):
+    if student not in fusions_at(layer) or not current.visit(fusions_at(layer)[student]):
         return None
     with without_dropout(layer):
         passed_on = current.run_layer(LayerPlace(current, layer, args, kwargs, output))  # (B, T, d)

@@ -34,7 +34,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
     dtype = next(p.dtype for name, p in model.base_model.named_parameters() if owner(name, {student}))
     distillation.is_loaded = False
     _remove_hooks(distillation)
-    for name, layer, sizes in _places(model, block, distillation.level):
+    for name, layer, sizes in drop_unused_fusions(model, block):
         if not fusions_at(layer):
             layer.distillation_fusion = nn.ModuleDict()
         fusions = fusions_at(layer)
@@ -147,12 +147,28 @@ def _remove_hooks(distillation: Distillation) -> None:
         distillation.hooks.pop().remove()
 
 
+def drop_unused_fusions(
+    model: ModelAdaptersMixin, block: AdapterDistillation
+) -> list[tuple[str, nn.Module, tuple[int, int]]]:
+    """Remove the fusions of a student from the layers that hold none of its teachers; return its places."""
+    places = list(_places(model, block, distillation_of(model, block.student).level))
+    used = {id(layer) for _, layer, _ in places}
+    for module in list(model.base_model.modules()):
+        if id(module) not in used:
+            _drop_from(module, block.student)
+    return places
+
+
 def drop_fusion(model: ModelAdaptersMixin, student: str) -> None:
     """Remove the fusion of a student from all layers."""
     if distillation := distillations(model.adapters_config).get(student):
         _remove_hooks(distillation)
     for module in list(model.base_model.modules()):
-        if student in (fusions := fusions_at(module)):
-            del fusions[student]
-            if not fusions:
-                del module.distillation_fusion
+        _drop_from(module, student)
+
+
+def _drop_from(module: nn.Module, student: str) -> None:
+    if student in (fusions := fusions_at(module)):
+        del fusions[student]
+        if not fusions:
+            del module.distillation_fusion

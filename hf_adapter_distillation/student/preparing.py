@@ -15,7 +15,7 @@ from ..method.fusion import fusions_of
 from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
-from .fusions import drop_fusion
+from .fusions import drop_fusion, drop_unused_fusions
 from .warm_start import is_at_average, start_as_new, start_at_average, start_head
 
 logger = logging.get_logger(__name__)
@@ -242,7 +242,9 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 f"delete teachers after the training to silence this warning.",
                 stacklevel=4,
             )
-        if not left:
+        if left:
+            drop_unused_fusions(model, AdapterDistillation(student, left))
+        else:
             drop_fusion(model, student)
         if active is not None and active.student == student:
             remaining = Stack(*active.children)

@@ -5,8 +5,9 @@ import logging
 import adapters
 import pytest
 import torch
-from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student
+from tiny_models import TEACHERS, distillation_of, make_batch, make_model, make_student, noisy
 
+import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers
 
@@ -62,3 +63,24 @@ def test_a_place_where_no_teacher_has_weights_has_no_fusion(config):
     assert layers_with_fusion([[0], [0], [0]]) == {"1"}
     assert layers_with_fusion([[0], [0, 1], []]) == {"0", "1"}
     assert layers_with_fusion([[0, 1]] * 3) == {"0", "1"}, "untrained teachers are distilled wherever they are"
+
+
+@pytest.mark.parametrize("level", ["adapter", "layer"])
+def test_a_place_that_has_lost_all_its_teachers_has_no_fusion(level):
+    model = make_model()
+    model.add_adapter("bank", config="seq_bn[leave_out=[0]]")
+    model.add_adapter("travel", config="seq_bn")
+    for name in ("bank", "travel"):
+        noisy(model, name)
+    settings = had.DistillationConfig(["bank", "travel"], level=level, student_start="random")
+    model.add_adapter("insurance", config="seq_bn", distill_from=settings)
+    model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    assert {fusion.location.split("layer.")[1][0] for fusion in fusions_of(model, "insurance")} == {"0", "1"}
+    with pytest.warns(UserWarning, match="'travel' was a teacher"):
+        model.delete_adapter("travel")
+    for _ in range(2):
+        assert {fusion.location.split("layer.")[1][0] for fusion in fusions_of(model, "insurance")} == {"1"}
+        model.train()(**make_batch()).loss.backward()
+        assert len(distillation_of(model).take_record().attention) == 1
+        model.train_adapter("insurance")
