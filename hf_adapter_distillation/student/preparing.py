@@ -16,7 +16,7 @@ from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
 from .fusions import drop_fusion, drop_unused_fusions
-from .warm_start import is_at_average, start_as_new, start_at_average, start_head
+from .warm_start import is_at_average, is_head_at_average, start_as_new, start_at_average, start_head
 
 logger = logging.get_logger(__name__)
 
@@ -218,8 +218,9 @@ def release_heads(model: ModelAdaptersMixin, students: Iterable[Distillation]) -
 def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     """Remove an adapter that is about to be deleted from all distillations and from the active setup.
 
-    Its students keep their other teachers: the fusion has no weights of a single teacher. A student that loses its
-    last teacher is a plain adapter from then on.
+    Its students keep their other teachers: the fusion has no weights of a single teacher. A student that is still at
+    the average of its teachers is set to the average of the others, and so is its head. A student that loses its last
+    teacher is a plain adapter from then on.
     """
     active, by_student = block_of(model.active_adapters), distillations(model.adapters_config)
     if name in by_student:
@@ -232,21 +233,31 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     if active is not None and name in active.children:
         model.base_model.set_active_adapters(None)
     for student, distillation in by_student.items():
-        if name not in distillation.config.teachers:
-            continue
-        left = [teacher for teacher in distillation.config.teachers if teacher != name]
-        distillation.config = replace(distillation.config, teachers=left)
-        if distillation.run is None:
-            warnings.warn(
-                f"{name!r} was a teacher of {student!r}, which is not trained yet and keeps {len(left)} others; "
-                f"delete teachers after the training to silence this warning.",
-                stacklevel=4,
-            )
-        if left:
-            drop_unused_fusions(model, AdapterDistillation(student, left))
-        else:
-            drop_fusion(model, student)
-        if active is not None and active.student == student:
-            remaining = Stack(*active.children)
-            setup = AdapterDistillation(remaining, left) if left else remaining
-            model.base_model.set_active_adapters(setup, model.adapters_config.skip_layers)
+        if name in distillation.config.teachers:
+            _forget_teacher(model, student, name)
+
+
+def _forget_teacher(model: ModelAdaptersMixin, student: str, name: str) -> None:
+    """Take a teacher from a student, and out of the average at which student and head may still be."""
+    distillation, active = distillation_of(model, student), block_of(model.active_adapters)
+    at_start, head_at_start = is_at_average(model, student), is_head_at_average(model, student)
+    left = [teacher for teacher in distillation.config.teachers if teacher != name]
+    distillation.config = replace(distillation.config, teachers=left)
+    if distillation.run is None:
+        warnings.warn(
+            f"{name!r} was a teacher of {student!r}, which is not trained yet and keeps {len(left)} others; "
+            f"delete teachers after the training to silence this warning.",
+            stacklevel=5,
+        )
+    if left:
+        drop_unused_fusions(model, AdapterDistillation(student, left))
+    else:
+        drop_fusion(model, student)
+    if left and at_start:
+        start_at_average(model, student)
+        if head_at_start:
+            start_head(model, student)
+    if active is not None and active.student == student:
+        remaining = Stack(*active.children)
+        setup = AdapterDistillation(remaining, left) if left else remaining
+        model.base_model.set_active_adapters(setup, model.adapters_config.skip_layers)

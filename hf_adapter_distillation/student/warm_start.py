@@ -158,15 +158,25 @@ def start_head(
     if any(name not in model.heads for name in teachers) or not is_at_average(model, student):
         return
     heads = [model.heads[name] for name in teachers]
-    if student not in model.heads:
-        if all(head.config == heads[0].config for head in heads):
-            model.average_head(student, list(teachers))
-        return
+    if is_new := student not in model.heads:
+        if any(head.config != heads[0].config for head in heads):
+            return
+        model.average_head(student, list(teachers))
     head, own_start = model.heads[student], distillation_of(model, student).own_start
     if are_alike([head, *heads]):
-        for place, weight in _head_weights(head) if own_start else ():
+        for place, weight in _head_weights(head) if own_start and not is_new else ():
             own_start.setdefault(place, weight.clone())
         head.load_state_dict(_mean(heads, _shares(teachers, weights)))
+
+
+def is_head_at_average(model: ModelAdaptersMixin, student: str) -> bool:
+    """Return whether a student's head is still the average of its teachers' heads, where `start_head` has set it."""
+    heads = dict(heads_of(model).items())
+    teachers = distillation_of(model, student).config.teachers
+    if not are_alike([heads.get(name) for name in (student, *teachers)]):
+        return False
+    mean = _mean([heads[name] for name in teachers], _shares(teachers, None))
+    return all(torch.equal(weight, mean[key]) for key, weight in heads[student].state_dict().items())
 
 
 def _head_weights(head: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, w
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.student.digests import value_digest
 
 
 @pytest.mark.parametrize("kind", ["flex", "classification", "base"])
@@ -150,6 +151,38 @@ def test_deleting_a_teacher_leaves_the_others():
     assert model.active_adapters == Stack("insurance")
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     model(**make_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("start", ["weighted", "average"])
+@pytest.mark.parametrize("head", ["own", "missing", "trained"])
+def test_a_teacher_that_is_deleted_before_the_training_leaves_the_average(head, start):
+    def student_of(teachers):
+        model = with_teachers()
+        settings = had.DistillationConfig(teachers, student_start=start)
+        model.add_adapter("insurance", config="seq_bn", distill_from=settings)
+        if head != "missing":
+            model.add_classification_head("insurance")
+        model.train_adapter("insurance")
+        return model
+
+    model, others = student_of(TEACHERS), student_of(TEACHERS[1:])
+    if head == "trained":
+        model.heads["insurance"][1].weight.data += 1
+    before = snapshot(model.heads["insurance"])
+    with pytest.warns(UserWarning, match="'bank' was a teacher of 'insurance'"):
+        model.delete_adapter("bank")
+    assert value_digest(model, "insurance") == value_digest(others, "insurance")
+    wanted = before if head == "trained" else snapshot(others.heads["insurance"])
+    assert all(torch.equal(wanted[key], weight) for key, weight in model.heads["insurance"].named_parameters())
+
+
+def test_a_student_that_was_trained_keeps_its_weights_when_a_teacher_is_deleted():
+    model = make_student(make_model())
+    noisy(model, "insurance")
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="'bank' was a teacher of 'insurance'"):
+        model.delete_adapter("bank")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:Passing list objects for adapter activation:FutureWarning")
