@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Stack
+from torch import nn
 from transformers.utils import logging
 
 from .._compat import heads_of
@@ -12,6 +13,7 @@ from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
 from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
 from ..method.fusion import fusions_of
+from ..method.parameters import owner
 from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
@@ -163,10 +165,25 @@ def _fuse_only(model: ModelAdaptersMixin, block: AdapterDistillation, names: Seq
 
 
 def train_again(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Call `train_adapter` for a block whose layers may be skipped, and skip the same layers afterwards."""
-    skip_layers = model.adapters_config.skip_layers
+    """Call `train_adapter` for a block whose layers may be skipped, and skip the same layers afterwards.
+
+    What the user has frozen since the last call of the student and its head stays frozen.
+    """
+    skip_layers, frozen = model.adapters_config.skip_layers, _frozen_parts(model, block.student)
     model.train_adapter(block)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     model.set_active_adapters(block, skip_layers)
+
+
+def _frozen_parts(model: ModelAdaptersMixin, student: str) -> list[nn.Parameter]:
+    """Return the frozen parameters of a student and its head; none if the student is not prepared for training."""
+    active = block_of(model.active_adapters)
+    of_student = [p for name, p in model.base_model.named_parameters() if owner(name, {student})]
+    if active is None or active.student != student or not any(p.requires_grad for p in of_student):
+        return []
+    of_head = heads_of(model)[student].parameters() if student in heads_of(model) else ()
+    return [p for p in (*of_student, *of_head) if not p.requires_grad]
 
 
 def keep_active(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:

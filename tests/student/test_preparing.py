@@ -3,8 +3,9 @@
 import pytest
 import torch
 from adapters import Fuse, Stack
-from model_state import everything, snapshot, trainable
+from model_state import changed, everything, snapshot, trainable
 from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, with_teachers
+from trainings import trainer_for
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -151,6 +152,29 @@ def test_deleting_a_teacher_leaves_the_others():
     assert model.active_adapters == Stack("insurance")
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     model(**make_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("selection", ["all", 2])
+def test_what_a_user_freezes_after_train_adapter_stays_frozen_in_a_training(selection, trainer_args):
+    model = make_student(make_model(), student_start="random", teacher_selection=selection)
+    up = "encoder.layer.0.output.adapters.insurance.adapter_up"
+    model.base_model.get_submodule(up).requires_grad_(False)
+    model.heads["insurance"].requires_grad_(False)
+    before = snapshot(model)
+    trainer_for(model, trainer_args(max_steps=2)).train()
+    moved = changed(model, before)
+    assert any(".adapters.insurance." in name for name in moved)
+    assert not any(up in name or name.startswith("heads.") for name in moved)
+    model.train_adapter("insurance")
+    assert {"heads.insurance.1.weight", f"bert.{up}.weight"} <= trainable(model)
+
+
+def test_a_student_of_which_nothing_is_trainable_is_trained_whole(trainer_args):
+    model = make_student(make_model())
+    model.freeze_model(True)
+    before = snapshot(model)
+    trainer_for(model, trainer_args(max_steps=2)).train()
+    assert any(".adapters.insurance." in name for name in changed(model, before))
 
 
 @pytest.mark.parametrize("start", ["weighted", "average"])
