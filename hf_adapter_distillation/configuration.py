@@ -6,7 +6,7 @@ The module imports neither torch nor transformers, so that `adapter-distill --he
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -36,6 +36,13 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _out_of_range(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{name}={value!r} is out of range; it must be {allowed}.")
+
+
+def _plain_number(value: Any) -> Any:
+    """Return a number of numpy as one of Python, which JSON can hold; all other values as they are."""
+    if isinstance(value, int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _read_number(name: str, value: object) -> float:
@@ -138,7 +145,8 @@ class DistillationConfig:
         if not isinstance(self.objective, str | Mapping) or not self.objective:
             raise ValueError(f"objective={self.objective!r} is not supported; give a name, or weights by names.")
         if isinstance(self.objective, Mapping):
-            self.objective = dict(self.objective)
+            self.objective = {name: _plain_number(weight) for name, weight in self.objective.items()}
+        self.temperature, self.beta = _plain_number(self.temperature), _plain_number(self.beta)
         for name, weight in self.objectives.items():
             _check_choice("objective", name, get_args(LayerObjective) + get_args(OutputObjective))
             _check_positive(f"The weight of objective {name!r}", weight)
@@ -149,6 +157,7 @@ class DistillationConfig:
             raise ValueError(f"beta={self.beta:g} needs the objective 'logits', not {self.objective!r}; leave it out.")
         if self.layer_weights is not None:
             self._check_layer_weights(self.layer_weights)
+            self.layer_weights = [_plain_number(weight) for weight in self.layer_weights]
         self.teachers = str(self.teachers) if isinstance(self.teachers, PathLike) else self.teachers
         _check_count("teacher_selection", self.teacher_selection, "all", "'all' or a number of teachers")
         _check_count("fusion_rank", self.fusion_rank, None, "None or a width")
@@ -266,6 +275,7 @@ class DistillationArgumentsMixin(_Arguments):
             )
         if not COMPILES and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
             raise ValueError(f"torch_compile=True needs torch 2.9 or newer, not {torch.__version__}; leave it out.")
+        vars(self).update({name: _plain_number(value) for name, value in vars(self).items()})
         super().__post_init__()
         start = self.distillation_start
         if start is not None and not 0 <= _read_number("distillation_start", start) <= 1:

@@ -1,6 +1,8 @@
+import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainerState
@@ -74,6 +76,14 @@ def test_objectives_and_their_weights():
     assert DistillationConfig(["a"]).objectives == {"features": 1.0}
     config = DistillationConfig(["a"], objective={"cosine": 2, "cross_task": 0.5})
     assert (config.layer_objectives, config.output_objectives) == ({"cosine": 2}, {"cross_task": 0.5})
+
+
+def test_numbers_of_numpy_are_kept_as_numbers_of_python():
+    one, half = np.int64(1), np.float32(0.5)
+    settings = {"objective": {"logits": half, "features": one}, "layer_weights": [one, half], "temperature": half}
+    config = DistillationConfig(["a"], **settings, beta=half)
+    assert json.loads(json.dumps(vars(config)))["layer_weights"] == [1, 0.5]
+    assert (config.objective, config.temperature, config.beta) == ({"logits": 0.5, "features": 1}, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(

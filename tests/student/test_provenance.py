@@ -4,6 +4,7 @@ import json
 import warnings
 
 import adapters
+import numpy as np
 import pytest
 import torch
 from tiny_models import TEACHERS, make_model, make_student, noisy
@@ -62,6 +63,17 @@ def test_provenance_of_a_trained_student(trainer_args, tmp_path):
     model.add_adapter("plain")
     model.save_adapter(str(tmp_path / "plain"), "plain")
     assert "distillation" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+
+
+def test_a_provenance_holds_arguments_that_were_numbers_of_numpy(trainer_args, tmp_path):
+    numbers = {"learning_rate": 1e-2, "distillation_weight": 0.5, "fusion_regularization": 0.5}
+    given = {"seed": np.int64(3)} | {name: np.float32(number) for name, number in numbers.items()}
+    model = make_student(make_model())
+    trainer_for(model, trainer_args(max_steps=2, save_strategy="steps", save_steps=1, **given)).train()
+    model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    settings = read_provenance(tmp_path / "insurance").run.settings
+    assert settings["seed"] == 3
+    assert {name: settings[name] for name in numbers} == pytest.approx(numbers)
 
 
 def test_a_teacher_deleted_before_training_is_not_in_the_provenance(trainer_args, tmp_path):
