@@ -59,6 +59,8 @@ def add_student(
             load_teacher(model, teacher)
         level, reason = choose_level(model, settings.level, labels, student_config)
         _add(model, add_adapter, student)
+        sources = {name: teacher.source for name, teacher in teachers.items()}
+        _start(model, student, Distillation(replace(settings, teachers=list(teachers)), level, reason, sources))
     except BaseException:
         for name in [name for name, teacher in teachers.items() if teacher.saved]:
             remove_adapter(model, name)
@@ -66,13 +68,19 @@ def add_student(
     finally:
         if active_head is not None:
             model.active_head = active_head
-    sources = {name: teacher.source for name, teacher in teachers.items()}
-    distillation = Distillation(replace(settings, teachers=list(teachers)), level, reason, sources)
-    add_distillation(model.adapters_config, student, distillation)
-    if settings.student_start == "weighted":
-        keep_own_start(model, student)
-    if settings.student_start != "random":
-        start_at_average(model, student)
+
+
+def _start(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:
+    """Make a new adapter a student, and set it to its start; delete it if that fails."""
+    try:
+        add_distillation(model.adapters_config, student, distillation)
+        if distillation.config.student_start == "weighted":
+            keep_own_start(model, student)
+        if distillation.config.student_start != "random":
+            start_at_average(model, student)
+    except BaseException:
+        model.delete_adapter(student)
+        raise
 
 
 def _locate(model: ModelAdaptersMixin, student: str, entries: Sequence[str]) -> dict[str, Teacher]:

@@ -77,21 +77,12 @@ def start_at_average(
     `weights` returns the weights of the teachers for the task in a module of the base model, by its name. Their sum
     may leave a share to the null teacher. By default all are equal.
     """
-    distillation = distillation_of(model, student)
-    # These keys do not change what the weights compute, or (rank and scaling of LoRA) do not matter for the average.
-    # A layer that some leave out has the average of the others.
-    ignored = {"dropout", "init_weights", "init_weights_seed", "r", "alpha", "dtype", "leave_out"}
-
-    def relevant(name: str) -> dict:
-        kept = {key: v for key, v in model.adapters_config.get(name).to_dict().items() if key not in ignored}
-        if "attn_matrices" in kept:
-            kept["attn_matrices"] = sorted(kept["attn_matrices"])  # LoRA of PEFT are converted in this order
-        return kept
-
+    distillation, config = distillation_of(model, student), model.adapters_config.get(student)
     teachers, reason = distillation.config.teachers, ""
-    if others := [name for name in teachers if relevant(name) != relevant(student)]:
+    form = _form(config)
+    if others := [name for name in teachers if _form(model.adapters_config.get(name)) != form]:
         reason = f"its config is not that of teacher {others[0]!r}, so there is no average to start from"
-    elif _has_factors(model.adapters_config.get(student), distillation.level):
+    elif _has_factors(config, distillation.level):
         reason = "the average of the teachers' factors does not average their products"
     if reason:
         logger.warning(
@@ -113,13 +104,25 @@ def start_at_average(
     distillation.start_digests = rounded_digests(model, student)
 
 
+def _form(config: AdapterConfig) -> dict[str, Any]:
+    """Return the part of a config that adapters with an average share."""
+    # These keys do not change what the weights compute. A layer that some leave out has the average of the others.
+    ignored = {"dropout", "init_weights", "init_weights_seed", "dtype", "leave_out"}
+    if isinstance(config, LoRAConfig) and config.composition_mode == "add":
+        ignored |= {"r", "alpha"}  # `average_lora` averages products
+    form = {key: value for key, value in config.to_dict().items() if key not in ignored}
+    if "attn_matrices" in form:
+        form["attn_matrices"] = sorted(form["attn_matrices"])  # LoRA of PEFT are converted in this order
+    return form
+
+
 def _has_factors(config: AdapterConfig, level: str) -> bool:
     """Return whether an adapter multiplies factors that are not averaged as a product (`average_lora` does that)."""
     if isinstance(config, ConfigUnion):
         return any(_has_factors(part, level) for part in config.configs)
     if isinstance(config, LoRAConfig):
         return level == "layer" and config.composition_mode != "scale"
-    return bool(config.get("phm_layer"))
+    return bool(config.get("phm_layer") or config.get("orthogonality"))
 
 
 def _start_module(

@@ -5,7 +5,17 @@ import json
 import adapters
 import pytest
 import torch
-from adapters import AdapterPlusConfig, ConfigUnion, LoRAConfig, LoReftConfig, PromptTuningConfig, SeqBnConfig, Stack
+from adapters import (
+    AdapterPlusConfig,
+    ConfigUnion,
+    IA3Config,
+    LoRAConfig,
+    LoReftConfig,
+    NoReftConfig,
+    PromptTuningConfig,
+    SeqBnConfig,
+    Stack,
+)
 from messages import one_line
 from model_state import everything, snapshot
 from tiny_models import TEACHERS, make_model, make_student, noisy, with_teachers
@@ -13,6 +23,8 @@ from tiny_models import TEACHERS, make_model, make_student, noisy, with_teachers
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.student import adding
+from hf_adapter_distillation.student.warm_start import is_at_average
 
 
 @pytest.mark.parametrize("start", ["teachers", "average", "random"])
@@ -35,6 +47,40 @@ def test_configs_that_disagree_start_at_random_and_say_so(caplog):
     model = with_teachers()
     model.add_adapter("insurance", config="seq_bn[reduction_factor=4]", distill_from=TEACHERS)
     assert "'insurance' starts at random weights: its config is not that of teacher 'bank'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("of_teachers", "of_student", "reason"),
+    [
+        (LoRAConfig(r=4, alpha=2), LoRAConfig(r=8, alpha=8), None),
+        (NoReftConfig(r=2), NoReftConfig(r=2), None),
+        (NoReftConfig(r=2), NoReftConfig(r=4), "its config is not that of teacher 'bank'"),
+        (IA3Config(alpha=1), IA3Config(alpha=4), "its config is not that of teacher 'bank'"),
+        (LoReftConfig(r=4), LoReftConfig(r=4), "the average of the teachers' factors does not average their products"),
+    ],
+)
+def test_the_start_of_adapters_with_ranks(of_teachers, of_student, reason, caplog):
+    model = with_teachers(config=of_teachers)
+    model.add_adapter("insurance", config=of_student, distill_from=TEACHERS)
+    assert is_at_average(model, "insurance") == (reason is None)
+    assert ("starts at random weights" in caplog.text) == (reason is not None)
+    assert reason is None or reason in caplog.text
+
+
+def test_a_loreft_student_starts_with_an_orthogonal_projection():
+    model = with_teachers(config=LoReftConfig(r=4))
+    model.add_adapter("insurance", config=LoReftConfig(r=4), distill_from=TEACHERS)
+    projection = model.get_adapter("insurance")[0]["output_reft"].units[0].projection.weight
+    torch.testing.assert_close(projection @ projection.T, torch.eye(4))
+
+
+def test_an_error_at_the_start_leaves_the_model_as_it_was(monkeypatch):
+    model = with_teachers()
+    before = everything(model)
+    monkeypatch.setattr(adding, "start_at_average", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.add_adapter("insurance", distill_from=TEACHERS)
+    assert everything(model) == before
 
 
 def test_overwrite_ok_and_set_active():
