@@ -69,6 +69,26 @@ def are_alike(heads: Sequence[nn.Module | None]) -> bool:
     return len(forms) == len(heads) and all(of_head == forms[0] for of_head in forms)
 
 
+def states_of_heads(student: nn.Module, teachers: Sequence[nn.Module]) -> list[dict[str, torch.Tensor]]:
+    """Return the states of teachers' heads that are alike, with the rows of the labels in the student's order."""
+    wanted = vars(student)["config"].get("label2id") or {}
+    return [_in_order(head, vars(head)["config"].get("label2id") or {}, wanted) for head in teachers]
+
+
+def _in_order(head: nn.Module, labels: Mapping[str, int], wanted: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Return the state of a head; with other labels than the wanted ones, or without names of them, as it is."""
+    state, numbers = dict(head.state_dict()), list(range(len(wanted)))
+    linear = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+    is_same = labels.keys() == wanted.keys() and sorted(labels.values()) == sorted(wanted.values()) == numbers
+    if not linear or not is_same:
+        return state
+    order = [labels[name] for name in sorted(wanted, key=wanted.__getitem__)]
+    for key in (f"{linear[-1]}.weight", f"{linear[-1]}.bias"):  # the last layer has a row for each label
+        if key in state and len(state[key]) == len(order):
+            state[key] = state[key][order]
+    return state
+
+
 def shifts_labels(model: ModelAdaptersMixin) -> bool:
     """Return whether an encoder-decoder model makes the inputs of its decoder from the labels."""
     if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .._compat import LoRA, heads_of
 from ..method.distillation import distillation_of
-from ..method.heads import are_alike
+from ..method.heads import are_alike, states_of_heads
 from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterPlace, adapter_layers, adapters_of
 from ..method.nonfinite import find_overflow, start_message
@@ -25,8 +25,7 @@ logger = logging.get_logger(__name__)
 START_EXAMPLES = 1024  # of the training data
 
 
-def _mean(modules: Sequence[nn.Module], shares: Sequence[float]) -> dict[str, torch.Tensor]:
-    states = [module.state_dict() for module in modules]
+def _mean(states: Sequence[Mapping[str, torch.Tensor]], shares: Sequence[float]) -> dict[str, torch.Tensor]:
     if len(set(shares)) == 1:
         return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
 
@@ -141,7 +140,7 @@ def _start_module(
             shares = [share * of_all for share in shares]
         average_lora(student, list(teachers.values()), shares)
     else:
-        student.load_state_dict(_mean(list(teachers.values()), shares))
+        student.load_state_dict(_mean([module.state_dict() for module in teachers.values()], shares))
 
 
 def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
@@ -169,7 +168,7 @@ def start_head(
     if are_alike([head, *heads]):
         for place, weight in _head_weights(head) if own_start and not is_new else ():
             own_start.setdefault(place, weight.clone())
-        head.load_state_dict(_mean(heads, _shares(teachers, weights)))
+        head.load_state_dict(_mean(states_of_heads(head, heads), _shares(teachers, weights)))
 
 
 def is_head_at_average(model: ModelAdaptersMixin, student: str) -> bool:
@@ -178,7 +177,7 @@ def is_head_at_average(model: ModelAdaptersMixin, student: str) -> bool:
     teachers = distillation_of(model, student).config.teachers
     if not are_alike([heads.get(name) for name in (student, *teachers)]):
         return False
-    mean = _mean([heads[name] for name in teachers], _shares(teachers, None))
+    mean = _mean(states_of_heads(heads[student], [heads[name] for name in teachers]), _shares(teachers, None))
     return all(torch.equal(weight, mean[key]) for key, weight in heads[student].state_dict().items())
 
 

@@ -14,7 +14,7 @@ from .._compat import heads_of
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..method.fusion import fusions_of
-from ..method.heads import are_alike
+from ..method.heads import are_alike, states_of_heads
 from ..method.layer_pass import LayerPass, Place
 from ..method.losses import at_least_float32
 from ..method.nonfinite import find_overflow, start_message
@@ -173,7 +173,8 @@ class Learner:
         names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.head = [named[name] for name in names]
         alike = are_alike([heads.get(name) for name in (block.student, *block.teachers)])
-        self.heads = _stacked([heads[name] for name in block.teachers], names) if alike else []
+        states = states_of_heads(heads[block.student], [heads[name] for name in block.teachers]) if alike else []
+        self.heads = [torch.stack([state[name] for state in states]) for name in names] if alike else []
         roles = parameter_roles(model, block)
         static = [p for name, p in model.named_parameters() if p.requires_grad and roles[name] == "head"]
         self.trained = [*([] if self.heads else self.head), *static, *beside]
@@ -289,9 +290,3 @@ class Learner:
             parameter.data.copy_(value)
             parameter.grad = None
         return mixed if mixed[0].requires_grad else []
-
-
-def _stacked(heads: Sequence[nn.Module], names: Sequence[str]) -> list[torch.Tensor]:
-    """Return the heads' values of each parameter, stacked, (n_heads, ...)."""
-    parameters = [dict(head.named_parameters()) for head in heads]
-    return [torch.stack([of_head[name].detach() for of_head in parameters]) for name in names]

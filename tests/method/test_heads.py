@@ -8,7 +8,7 @@ from messages import exactly
 from tiny_models import distillation_of, make_batch, make_model, make_student, of_head
 from trainings import trainer_for
 
-from hf_adapter_distillation.method.heads import kind_of_labels, shifts_labels
+from hf_adapter_distillation.method.heads import kind_of_labels, shifts_labels, states_of_heads
 
 
 def refused(trainer, message):
@@ -32,6 +32,29 @@ def test_objectives_of_predictions_need_a_head_of_each_teacher(trainer_args):
         "The objective 'cross_task' needs a head of teacher 'travel', which has none on this model; "
         "load it with its head, or choose 'features'.",
     )
+
+
+LABELS = {0: "yes", 1: "no", 2: "perhaps"}
+
+
+@pytest.mark.parametrize("head", ["classification", "tagging"])
+@pytest.mark.parametrize(
+    ("of_teacher", "order"),
+    [
+        ({0: "perhaps", 1: "yes", 2: "no"}, [1, 2, 0]),
+        (LABELS, [0, 1, 2]),
+        ({0: "perhaps", 1: "yes", 2: "other"}, [0, 1, 2]),
+        (None, [0, 1, 2]),
+    ],
+)
+def test_rows_of_labels_are_put_in_the_order_of_the_student(head, of_teacher, order):
+    model = make_model()
+    for name, labels in (("bank", of_teacher), ("insurance", LABELS)):
+        getattr(model, f"add_{head}_head")(name, num_labels=3, layers=2, id2label=labels)
+    bank = model.heads["bank"]
+    (state,) = states_of_heads(model.heads["insurance"], [bank])
+    for key, value in bank.state_dict().items():
+        assert torch.equal(state[key], value[order] if key.startswith("4.") else value)
 
 
 @pytest.mark.parametrize(

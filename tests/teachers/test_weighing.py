@@ -189,6 +189,20 @@ def test_the_teacher_of_the_task_gets_the_weight():
     assert alone.heavy() == ["good"]
 
 
+def test_the_teacher_of_the_task_gets_the_weight_whatever_the_order_of_its_labels():
+    model, teachers = good_and_harmful(), ["shuffled", "good", "random"]
+    for name in teachers:
+        model.heads[name].config["label2id"] = {"upper": 0, "lower": 1}
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=teachers)
+    model.add_classification_head("insurance", id2label={0: "lower", 1: "upper"})
+    model.train_adapter("insurance")
+    for key, value in model.heads["insurance"].state_dict().items():
+        mean = sum(model.heads[name].state_dict()[key] for name in teachers) / 3
+        torch.testing.assert_close(value, mean.flip(0) if key.startswith("4.") else mean)
+    batches = [batch | {"labels": 1 - batch["labels"]} for batch in batches_of(64)]
+    assert had.weigh_teachers(model, batches).mean()["good"] > 0.8
+
+
 @pytest.mark.parametrize(("steps", "least"), [(4, 0.4), (8, 0.6), (16, 0.8), (40, 0.8)])
 def test_few_steps_go_nearly_as_far_as_many(steps, least):
     weights = weigh(["shuffled", "good", "random"], steps=steps)
