@@ -168,7 +168,10 @@ def start_head(
     if are_alike([head, *heads]):
         for place, weight in _head_weights(head) if own_start and not is_new else ():
             own_start.setdefault(place, weight.clone())
-        head.load_state_dict(_mean(states_of_heads(head, heads), _shares(teachers, weights)))
+        mean = _mean(states_of_heads(head, heads), _shares(teachers, weights))
+        base = set(map(id, model.base_model.parameters()))  # a head for text may share its weights, which stay frozen
+        own = {key: weight for key, weight in head.state_dict(keep_vars=True).items() if id(weight) not in base}
+        head.load_state_dict({key: mean[key] for key in own}, strict=False)
 
 
 def is_head_at_average(model: ModelAdaptersMixin, student: str) -> bool:

@@ -54,12 +54,20 @@ def test_other_heads_are_trainable_again_after_the_student(then):
     assert not any(name.startswith("heads.work") for name in trainable(model))
 
 
-def test_heads_that_share_their_weights_with_the_base_stay_frozen():
-    model = with_teachers(make_model("gpt2"), head="causal_lm")
+@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize(("family", "head"), [("gpt2", "causal_lm"), ("bert", "masked_lm")])
+def test_heads_that_share_their_weights_with_the_base_leave_it_as_it_was(family, head, has_head):
+    model = with_teachers(make_model(family), head=head)
+    embeddings = model.get_input_embeddings().weight
+    before = embeddings.detach().clone()
     model.add_adapter("insurance", distill_from=TEACHERS)
+    if has_head:
+        getattr(model, f"add_{head}_head")("insurance")
     model.train_adapter("insurance")
+    assert torch.equal(embeddings, before)
+    assert model.heads["insurance"].get_output_embeddings().weight is embeddings
     model.delete_adapter("insurance")
-    assert not model.get_input_embeddings().weight.requires_grad
+    assert not embeddings.requires_grad
 
 
 def test_a_missing_head_is_made_from_the_teachers_heads():
