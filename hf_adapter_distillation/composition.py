@@ -82,7 +82,7 @@ def check_name(name: str, owner: str, remedy: str) -> None:
         raise TypeError(f"{owner} would be named {name!r}; {remedy} to have a name that is a string.")
     if not set(name).isdisjoint(".,/\\\0"):
         raise ValueError(f"{owner} would be named {name!r}; {remedy} to have no dot, comma or slash.")
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{owner} would be named {name!r}, as is a part of torch's ModuleDict; {remedy}.")
 
 

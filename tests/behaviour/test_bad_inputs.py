@@ -63,7 +63,7 @@ OF_TORCH = "The student would be named {!r}, as is a part of torch's ModuleDict;
 STUDENTS = [
     *((name, ValueError, NO_PATH.format(name)) for name in ("a.b", "a,b", "../x", "a/b", "/tmp/x", "a\\b", "a\0")),
     *((name, TypeError, NO_STRING.format(name)) for name in ("", None, 5)),
-    *((name, ValueError, OF_TORCH.format(name)) for name in ("keys", "forward", "__class__")),
+    *((name, ValueError, OF_TORCH.format(name)) for name in ("keys", "forward", "training", "__class__")),
     ("bank", ValueError, "The model already has an adapter 'bank'; pass overwrite_ok=True to replace it."),
 ]
 
