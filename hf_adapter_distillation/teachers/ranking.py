@@ -102,7 +102,7 @@ def _agreement(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Se
                 with setup:
                     states.append(_last_states(model(**batch, output_hidden_states=True)))
             updates = torch.stack(states[1:]).float() - states[0].float()  # (N, B, T, d)
-            others = (updates.sum(dim=0) - updates) / (len(updates) - 1)  # (N, B, T, d)
+            others = (updates.sum(dim=0) - updates) / max(1, len(updates) - 1)  # (N, B, T, d)
             mask = batch.get("attention_mask")
             if mask is None or mask.shape != updates.shape[1:3]:
                 mask = torch.ones(updates.shape[1:3])

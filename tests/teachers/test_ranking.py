@@ -127,3 +127,10 @@ def test_without_common_labels_teachers_are_ranked_by_what_they_agree_on(why):
         cosines = [cosine_similarity(u[m], o[m], dim=-1).mean() for u, o, m in zip(update, others, mask, strict=True)]
         assert ranking.scores[name] == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-5)
     assert ranking.what == "cosine"
+
+
+def test_a_single_teacher_without_common_labels_agrees_with_none():
+    model = make_student(make_model(), teachers=["bank"], train=False)
+    model.add_classification_head("insurance", num_labels=5)
+    model.train_adapter("insurance")
+    assert rank_teachers(model, active_block(model), [make_batch(labels=None)]).scores == {"bank": 0.0}
