@@ -14,7 +14,7 @@ from adapters import (
     PromptTuningConfig,
 )
 
-from .._compat import LoRALinear
+from .._compat import LoRALinear, heads_of
 from ..configuration import Level
 from ..method.layers import FusedLayer, adapter_layers
 from ..method.parameters import owner
@@ -141,9 +141,11 @@ def _covers(config: AdapterConfig, index: int) -> bool:
 
 
 def check_weights(model: ModelAdaptersMixin, labels: Mapping[str, str]) -> None:
-    """Refuse teachers with weights that are NaN or infinite; `labels` has them in messages by their names."""
-    for key, parameter in model.base_model.named_parameters():
-        name = owner(key, labels)
+    """Refuse teachers with weights or heads that are NaN or infinite; `labels` has them in messages by their names."""
+    heads = {name: head for name, head in heads_of(model).items() if name in labels}
+    named = [(owner(key, labels), key, parameter) for key, parameter in model.base_model.named_parameters()]
+    named += [(name, f"heads.{name}.{key}", p) for name, head in heads.items() for key, p in head.named_parameters()]
+    for name, key, parameter in named:
         if name and not torch.isfinite(parameter).all():
             raise ValueError(f"{labels[name]} has weights that are NaN or infinite ({key}); train it again.")
 

@@ -3,8 +3,8 @@
 import pytest
 from adapters import AdapterPlusConfig, LoRAConfig
 from messages import exactly, one_line
-from model_state import changed, snapshot
-from tiny_models import make_model
+from model_state import changed, everything, snapshot
+from tiny_models import make_model, with_teachers
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -68,3 +68,15 @@ def test_a_teacher_behind_the_norm_and_a_student_before_it_meet_in_the_layers_ou
     model.add_adapter("insurance", config="seq_bn", distill_from=["plus"])
     distillation = distillations(model.adapters_config)["insurance"]
     assert (distillation.level, distillation.level_reason) == ("layer", reason)
+
+
+def test_a_saved_teacher_whose_head_is_not_finite_is_refused(tmp_path):
+    source, folder = with_teachers(teachers=["bank"]), tmp_path / "bank"
+    source.heads["bank"][1].weight.data[0, 0] = float("nan")
+    source.save_adapter(str(folder), "bank")
+    model = make_model()
+    before = everything(model)
+    why = "has weights that are NaN or infinite (heads.bank.1.weight); train it again."
+    with pytest.raises(ValueError, match=exactly(f"Teacher {str(folder)!r} {why}")):
+        model.add_adapter("insurance", distill_from=[str(folder)])
+    assert everything(model) == before
