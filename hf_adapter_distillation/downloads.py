@@ -52,6 +52,14 @@ def download(source: str, files: Sequence[str]) -> Path:
     return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
 
 
+def find_cached(source: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
+    """Return the folder of a repository in the cache, which `load_adapter` has downloaded; None without one."""
+    try:
+        return Path(snapshot_download(source, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def locate_saved(source: str, files: Sequence[str]) -> Path:
     """Return the folder of a saved adapter, given as a folder or a Hub id; download the named files if need be.
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from ._compat import ForwardContext, LoRAMergedLinear, warn_if_untested
 from .composition import AdapterDistillation
 from .configuration import DistillationConfig
+from .downloads import find_cached
 from .method.distillation import distillations
 from .method.forward import call_with_distillation
 from .method.fusion import fusions_of
@@ -167,11 +169,19 @@ def _delete_adapter(original: Callable, self: ModelAdaptersMixin, adapter_name: 
 
 
 def _load_adapter(
-    original: Callable, self: ModelAdaptersMixin, adapter_name_or_path: str, *args: Any, **kwargs: Any
+    original: Callable,
+    self: ModelAdaptersMixin,
+    adapter_name_or_path: str,
+    config: Any = None,
+    version: str | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> str:
-    name = original(self, adapter_name_or_path, *args, **kwargs)
+    name = original(self, adapter_name_or_path, config, version, *args, **kwargs)
     if distillation := distillations(self.adapters_config).get(name):
-        note_loaded(distillation, adapter_name_or_path)
+        is_folder = os.path.isdir(adapter_name_or_path)
+        cached = None if is_folder else find_cached(adapter_name_or_path, version, kwargs.get("cache_dir"))
+        note_loaded(distillation, adapter_name_or_path if is_folder else cached)
     return name
 
 
@@ -204,7 +214,8 @@ def _save_pretrained(original: Callable, self: ModelAdaptersMixin, save_director
 def _push_adapter_to_hub(
     original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> str:
-    if adapter_name in distillations(self.adapters_config):
+    distillation = distillations(self.adapters_config).get(adapter_name)
+    if distillation is not None and not distillation.is_loaded:
         from .hub.push import push_student  # imports datasets and the Trainer of transformers
 
         return push_student(self, repo_id, adapter_name, *args, **kwargs)

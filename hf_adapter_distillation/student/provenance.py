@@ -101,19 +101,20 @@ def read_student(folder: str | Path, source: str | Path) -> dict[str, Any]:
     return saved | names | {"distillation": provenance}
 
 
-def note_loaded(distillation: "Distillation", source: str) -> None:
-    """Note that the weights of a student come from a source: with its training if it is a folder of this student.
+def note_loaded(distillation: "Distillation", folder: str | Path | None) -> None:
+    """Note that the weights of a student were loaded, with its training if they are from a folder of this student.
 
     Until its next `train_adapter` the student is saved like the plain adapter that was loaded.
     """
     try:
-        saved = read_provenance(source)
+        saved = None if folder is None else read_provenance(folder)
     except ValueError:
+        saved = None
+    teachers = list(distillation.config.teachers)
+    if saved is None or [teacher.name for teacher in saved.teachers] != teachers:
         distillation.run, distillation.is_loaded = None, True
-        return
-    same_teachers = [teacher.name for teacher in saved.teachers] == list(distillation.config.teachers)
-    distillation.run = saved.run if same_teachers and saved.run.settings else None
-    distillation.is_loaded = not same_teachers
+    else:
+        distillation.run, distillation.is_loaded = saved.run if saved.run.settings else None, False
 
 
 def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:

@@ -9,7 +9,7 @@ from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.utils import reset_sessions
 from pushes import NO_TOKEN, NOT_PUSHED, OF_A_PUSH, full_disk, pushed, refused, trained
 from safetensors.torch import load
-from tiny_models import make_batch, make_dataset, make_model, make_student, noisy
+from tiny_models import distillation_of, make_batch, make_dataset, make_model, make_student, noisy
 from without_package import run_without_package
 
 import hf_adapter_distillation as had
@@ -218,6 +218,33 @@ def test_plain_adapters_are_pushed_by_adapters(hub):
     model.push_adapter_to_hub("me/bank", "bank")
     assert b"None dataset" in hub.repos["me/bank"].files["README.md"]
     assert "adapter.safetensors" not in hub.repos["me/bank"].files
+
+
+@pytest.mark.parametrize("format_", ["adapters", "peft"])
+def test_a_student_over_which_a_plain_adapter_was_loaded_is_pushed_as_plain(format_, hub, tmp_path):
+    model = make_student(make_model(), config="lora")
+    model.save_adapter(str(tmp_path / "plain"), "bank")
+    model.load_adapter(str(tmp_path / "plain"), load_as="insurance")
+    if format_ == "peft":
+        message = "'insurance' is not distilled; save it by save_adapter_as_peft and upload the folder."
+        refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "insurance", format="peft")
+        return
+    model.push_adapter_to_hub("me/faq", "insurance")
+    assert b"distilled" not in hub.repos["me/faq"].files["README.md"]
+
+
+@pytest.mark.parametrize("version", [None, "v1"])
+def test_a_student_that_is_loaded_by_its_id_keeps_its_provenance(version, hub, trainer_args):
+    model = trained(trainer_args, max_steps=2).model
+    run = distillation_of(model).run
+    push(model)
+    hub.repos["me/faq"].refs["v1"] = hub.repos["me/faq"].refs["main"]
+    model.load_adapter("me/faq", version=version)
+    assert distillation_of(model).run.settings == run.settings
+    assert not distillation_of(model).is_loaded
+    model.push_adapter_to_hub("me/bank", "bank")
+    model.load_adapter("me/bank", load_as="insurance")
+    assert distillation_of(model).is_loaded
 
 
 # What goes wrong
