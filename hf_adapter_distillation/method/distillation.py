@@ -147,6 +147,7 @@ class Distillation:
             chosen; until then one of them stands in. Empty once they are chosen.
         is_from_pool: Whether the teachers are, or will be, chosen from a pool.
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
+        has_run: Whether the teachers have run in a training pass since the student was added, or loaded over.
         frozen_heads: The parameters of other heads that its `train_adapter` has frozen, by their names.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
@@ -168,6 +169,7 @@ class Distillation:
     candidates: dict[str, str] = field(default_factory=dict)
     is_from_pool: bool = False
     is_loaded: bool = False
+    has_run: bool = False
     frozen_heads: frozenset[str] = frozenset()
     run: Any = None
     settings: StageSettings = DEFAULTS

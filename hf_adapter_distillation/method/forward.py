@@ -262,6 +262,8 @@ def _finish(current: TrainingPass, output: Any, sequences: int) -> Any:
     step = distillation.step
     terms, record = sum_terms(current)
     step.add(record, sequences, settings.sequences)
+    if settings.enabled:
+        distillation.has_run = True
     if not terms.requires_grad:
         return output
     scale = 1.0 if settings.scale is None else settings.scale

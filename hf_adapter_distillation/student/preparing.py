@@ -18,6 +18,7 @@ from ..method.weights import TeacherWeights
 from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
 from ..teachers.loading import Source
 from .fusions import drop_fusion, drop_unused_fusions
+from .provenance import Provenance
 from .warm_start import is_at_average, is_head_at_average, start_as_new, start_at_average, start_head
 
 logger = logging.get_logger(__name__)
@@ -258,6 +259,8 @@ def _forget_teacher(model: ModelAdaptersMixin, student: str, name: str) -> None:
     """Take a teacher from a student, and out of the average at which student and head may still be."""
     distillation, active = distillation_of(model, student), block_of(model.active_adapters)
     at_start, head_at_start = is_at_average(model, student), is_head_at_average(model, student)
+    if distillation.run is None and distillation.has_run and not at_start:  # trained by a loop of one's own
+        distillation.run = Provenance.of(model, distillation).run
     left = [teacher for teacher in distillation.config.teachers if teacher != name]
     distillation.config = replace(distillation.config, teachers=left)
     if distillation.run is None:

@@ -112,7 +112,7 @@ def note_loaded(distillation: "Distillation", folder: str | Path | None) -> None
         saved = None
     teachers = list(distillation.config.teachers)
     if saved is None or [teacher.name for teacher in saved.teachers] != teachers:
-        distillation.run, distillation.is_loaded = None, True
+        distillation.run, distillation.is_loaded, distillation.has_run = None, True, False
     else:
         distillation.run, distillation.is_loaded = saved.run if saved.run.settings else None, False
 

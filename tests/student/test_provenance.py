@@ -7,7 +7,7 @@ import adapters
 import numpy as np
 import pytest
 import torch
-from tiny_models import TEACHERS, make_model, make_student, noisy
+from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy
 from trainings import trainer_for
 
 from hf_adapter_distillation.method.distillation import distillation_of
@@ -86,6 +86,24 @@ def test_a_teacher_deleted_before_training_is_not_in_the_provenance(trainer_args
         assert [teacher["name"] for teacher in saved["teachers"]] == TEACHERS[1:]
         if folder == "before":
             trainer_for(model, trainer_args()).train()
+
+
+@pytest.mark.parametrize("start", ["teachers", "random"])
+def test_teachers_that_are_deleted_after_a_loop_of_ones_own_stay_in_the_provenance(start, tmp_path):
+    model = make_student(make_model(), student_start=start)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(**make_batch()).loss.backward()
+        optimizer.step()
+        distillation_of(model, "insurance").take_record()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for teacher in TEACHERS:
+            model.delete_adapter(teacher)
+    model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    teachers = read_provenance(tmp_path / "insurance").teachers
+    assert [teacher.name for teacher in teachers] == TEACHERS
+    assert all(len(teacher.digest) == 64 for teacher in teachers)
 
 
 def test_a_provenance_is_read_back_as_it_was_written(trainer_args, tmp_path):
