@@ -42,6 +42,11 @@ def from_peft(peft_model: "PeftModel") -> ModelAdaptersMixin:
     base: Any = peft_model.get_base_model()
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"The PeftModel wraps a {type(base).__name__}, which is no model of transformers.")
+    if isinstance(base, ModelAdaptersMixin):
+        raise ValueError(
+            "The PeftModel wraps a model with adapters, as from_peft leaves it; use the model that it returned, "
+            "or load the PeftModel again."
+        )
     lora = _converted(peft_model, base)
     _check_heads(peft_model, list(lora))
     base = peft_model.unload()

@@ -139,3 +139,10 @@ def test_settings_modules_and_models_that_do_not_fit_are_named():
         TypeError, match=exactly("The PeftModel wraps a Sequential, which is no model of transformers.")
     ):
         had.from_peft(wrapped)
+
+
+def test_a_model_of_peft_is_taken_once():
+    given = peft_model(target_modules=["query"])
+    had.from_peft(given)
+    with pytest.raises(ValueError, match=one_line(start="The PeftModel wraps a model with adapters, as")):
+        had.from_peft(given)
