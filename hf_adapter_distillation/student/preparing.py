@@ -241,6 +241,9 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
     teacher is a plain adapter from then on.
     """
     active, by_student = block_of(model.active_adapters), distillations(model.adapters_config)
+    learners = [student for student, distillation in by_student.items() if name in distillation.config.teachers]
+    for student in learners:  # before any change, since a warning may be an error
+        _warn_if_untrained(model, student, name)
     if name in by_student:
         drop_fusion(model, name)
         forgotten = by_student.pop(name)
@@ -250,25 +253,34 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
                 model.delete_adapter(stand_in)
     if active is not None and name in active.children:
         model.base_model.set_active_adapters(None)
-    for student, distillation in by_student.items():
-        if name in distillation.config.teachers:
-            _forget_teacher(model, student, name)
+    for student in learners:
+        _forget_teacher(model, student, name)
+
+
+def _is_trained(model: ModelAdaptersMixin, student: str) -> bool:
+    """Return whether a student was trained by a trainer, which keeps a record, or by a loop of one's own."""
+    distillation = distillation_of(model, student)
+    return distillation.run is not None or (distillation.has_run and not is_at_average(model, student))
+
+
+def _warn_if_untrained(model: ModelAdaptersMixin, student: str, teacher: str) -> None:
+    if not _is_trained(model, student):
+        warnings.warn(
+            f"{teacher!r} was a teacher of {student!r}, which is not trained yet and keeps "
+            f"{len(distillation_of(model, student).config.teachers) - 1} others; "
+            f"delete teachers after the training to silence this warning.",
+            stacklevel=5,
+        )
 
 
 def _forget_teacher(model: ModelAdaptersMixin, student: str, name: str) -> None:
     """Take a teacher from a student, and out of the average at which student and head may still be."""
     distillation, active = distillation_of(model, student), block_of(model.active_adapters)
     at_start, head_at_start = is_at_average(model, student), is_head_at_average(model, student)
-    if distillation.run is None and distillation.has_run and not at_start:  # trained by a loop of one's own
+    if distillation.run is None and _is_trained(model, student):
         distillation.run = Provenance.of(model, distillation).run
     left = [teacher for teacher in distillation.config.teachers if teacher != name]
     distillation.config = replace(distillation.config, teachers=left)
-    if distillation.run is None:
-        warnings.warn(
-            f"{name!r} was a teacher of {student!r}, which is not trained yet and keeps {len(left)} others; "
-            f"delete teachers after the training to silence this warning.",
-            stacklevel=5,
-        )
     if left:
         drop_unused_fusions(model, AdapterDistillation(student, left))
     else:

@@ -1,5 +1,7 @@
 """`train_adapter` and `delete_adapter`."""
 
+import warnings
+
 import pytest
 import torch
 from adapters import Fuse, Stack
@@ -160,6 +162,17 @@ def test_deleting_a_teacher_leaves_the_others():
     assert model.active_adapters == Stack("insurance")
     assert not any("distillation_fusion" in name for name, _ in model.named_modules())
     model(**make_batch()).loss.backward()
+
+
+def test_a_warning_that_is_an_error_leaves_the_teacher_and_its_students_as_they_were():
+    model = make_student(make_model())
+    before = everything(model), snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'bank' was a teacher of 'insurance'"):
+            model.delete_adapter("bank")
+    assert (everything(model), bool(changed(model, before[1]))) == (before[0], False)
+    assert distillations(model.adapters_config)["insurance"].config.teachers == TEACHERS
 
 
 @pytest.mark.parametrize("selection", ["all", 2])
