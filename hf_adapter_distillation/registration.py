@@ -121,6 +121,8 @@ def _add_adapter(
     set_active: bool = False,
     distill_from: Sequence[str] | DistillationConfig | None = None,
 ) -> None:
+    if overwrite_ok and (replaced := distillations(self.adapters_config).get(adapter_name)):
+        replaced.added_head = False  # the head stays for the new adapter
     add_plain = functools.partial(original, self, adapter_name, config, overwrite_ok, set_active)
     if distill_from is None:
         return add_plain()

@@ -149,6 +149,8 @@ class Distillation:
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         has_run: Whether the teachers have run in a training pass since the student was added, or loaded over.
         frozen_heads: The parameters of other heads that its `train_adapter` has frozen, by their names.
+        added_head: Whether `train_adapter` added the student's head, which is deleted with the student.
+        head_before: The active head before.
         run: The record of a finished training, a `student.training_run.TrainingRun`.
         inspection: The pass that runs instead of a training pass while a feature looks into the layers.
         pool: Pools the last hidden states to embeddings, for the objective `similarity`.
@@ -171,6 +173,8 @@ class Distillation:
     is_loaded: bool = False
     has_run: bool = False
     frozen_heads: frozenset[str] = frozenset()
+    added_head: bool = False
+    head_before: str | list[str] | None = None
     run: Any = None
     settings: StageSettings = DEFAULTS
     step: TrainingStep = field(default_factory=TrainingStep)

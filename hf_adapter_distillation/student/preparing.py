@@ -248,6 +248,8 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
         drop_fusion(model, name)
         forgotten = by_student.pop(name)
         release_heads(model, [forgotten])
+        if forgotten.added_head:
+            _delete_head(model, name, forgotten.head_before)
         if forgotten.candidates:  # for which one adapter stands in
             for stand_in in forgotten.config.teachers:
                 model.delete_adapter(stand_in)
@@ -255,6 +257,16 @@ def forget_adapter(model: ModelAdaptersMixin, name: str) -> None:
         model.base_model.set_active_adapters(None)
     for student in learners:
         _forget_teacher(model, student, name)
+
+
+def _delete_head(model: ModelAdaptersMixin, name: str, before: str | list[str] | None) -> None:
+    """Delete a head, and make the one active again that was active before, if it is still there."""
+    if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) or name not in model.heads:
+        return
+    was_active, names = model.active_head == name, [before] if isinstance(before, str) else before or []
+    model.delete_head(name)
+    if was_active and all(other in model.heads for other in names):
+        model.active_head = before
 
 
 def _is_trained(model: ModelAdaptersMixin, student: str) -> bool:

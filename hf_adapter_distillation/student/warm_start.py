@@ -156,15 +156,17 @@ def start_head(
 
     A student that was trained or loaded since it was added keeps its head.
     """
-    teachers = distillation_of(model, student).config.teachers
+    distillation = distillation_of(model, student)
+    teachers = distillation.config.teachers
     if any(name not in model.heads for name in teachers) or not is_at_average(model, student):
         return
     heads = [model.heads[name] for name in teachers]
     if is_new := student not in model.heads:
         if any(head.config != heads[0].config for head in heads):
             return
+        distillation.added_head, distillation.head_before = True, model.active_head
         model.average_head(student, list(teachers))
-    head, own_start = model.heads[student], distillation_of(model, student).own_start
+    head, own_start = model.heads[student], distillation.own_start
     if are_alike([head, *heads]):
         for place, weight in _head_weights(head) if own_start and not is_new else ():
             own_start.setdefault(place, weight.clone())

@@ -132,9 +132,12 @@ def test_a_block_written_by_hand_distils_a_plain_adapter():
         model.train_adapter(had.AdapterDistillation("insurance", ["x"]))
 
 
-def test_deleting_the_student_leaves_nothing():
+@pytest.mark.parametrize("has_heads", [False, True])
+def test_deleting_the_student_leaves_nothing(has_heads):
     model = with_teachers()
-    model.delete_head("bank")
+    if not has_heads:
+        model.delete_head("bank")
+    model.active_head = "travel"
     before = everything(model)
     model.add_adapter("insurance", distill_from=TEACHERS)
     model.train_adapter("insurance")
@@ -143,6 +146,19 @@ def test_deleting_the_student_leaves_nothing():
     assert after[:5] == (*before[:2], ("None", before[2][1]), *before[3:5])
     model.train()
     assert torch.isfinite(model(**make_batch()).loss)
+
+
+@pytest.mark.parametrize("how", ["own head", "overwritten"])
+def test_a_head_that_is_the_users_stays_when_the_student_is_deleted(how):
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    if how == "own head":
+        model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    if how == "overwritten":
+        model.add_adapter("insurance", overwrite_ok=True)
+    model.delete_adapter("insurance")
+    assert "insurance" in model.heads
 
 
 def test_deleting_a_teacher_leaves_the_others():
