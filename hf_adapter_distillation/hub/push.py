@@ -88,16 +88,16 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
     """Write the files of a push to a temporary folder, from a saved student; its own card wins over `card`."""
     config = read_saved(saved)
     provenance_of(config, saved)
-    try:
-        check_formats(Path(saved))
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{saved} is damaged; save the student again.") from error
     with TemporaryDirectory() as name:
         folder = Path(name)
         for file in (HEAD_CONFIG_NAME, ATTENTION_NAME, ADAPTER_CONFIG_NAME, CARD_NAME):
             if (path := Path(saved) / file).is_file():
                 copyfile(path, folder / file)
         write_all_formats(Path(saved), folder, config["name"])
+        try:
+            check_formats(Path(saved))
+        except (UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(f"A pickle in {saved} is damaged; save the student again.") from error
         if not (folder / ADAPTER_WEIGHTS[1]).exists():
             raise ValueError(f"{saved} holds no weights of an adapter; save the student again.")
         _drop_folders(folder / ADAPTER_CONFIG_NAME)

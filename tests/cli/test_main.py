@@ -224,11 +224,11 @@ def test_predict_prints_what_a_stock_adapter_says(here, capsys, monkeypatch):
 
 def test_texts_that_are_not_utf_8_or_blank_are_told_in_one_line(here, capsys, monkeypatch):
     fix = "is not UTF-8 (*); pass a .csv file by --dataset, with its --encoding."
-    cases = [(["--text", "caf\udce9"], f"--text {fix}"), (["--text", "a", " "], "text=' ' is blank; leave it out.")]
+    cases = [(["--text", "clich\udce9"], f"--text {fix}"), (["--text", "a", " "], "text=' ' is blank; leave it out.")]
     for argv, message in cases:
         says_why(capsys, 2, message, "predict", "--adapter=outputs/insurance", *argv)
     for errors in ("strict", "surrogateescape"):
-        read = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+        read = io.TextIOWrapper(io.BytesIO(b"clich\xe9\n"), encoding="utf-8", errors=errors)
         monkeypatch.setattr("sys.stdin", read)
         says_why(capsys, 2, f"The standard input {fix}", "predict", "--adapter=outputs/insurance")
 
