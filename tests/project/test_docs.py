@@ -378,7 +378,6 @@ def test_the_quality_in_the_readme_matches_the_result_file():
     student, start, plain = "AdapterDistillation", "AdapterDistillation: weights alone", "plain adapter"
     paired = quality.by_tenant(quality.differences(runs["accuracy_at_1"][student], runs["accuracy_at_1"][plain]))
     fusion = quality.points(runs["accuracy_at_1"][student], runs["accuracy_at_1"]["AdapterFusion"])
-    assert {seed for _, seed in runs["accuracy_at_1"]["AdapterFusion"]} == {1}
     sentences = (
         f"the frozen encoder ranks the right FAQ first for {percent['frozen encoder']:.1f}% of the test queries by "
         f"the titles and for {percent['frozen centroid']:.1f}% by centroids, and a plain adapter for "
@@ -386,9 +385,9 @@ def test_the_quality_in_the_readme_matches_the_result_file():
         f"The distilled student is at {percent[student]:.1f}%: "
         f"{quality.points(runs['accuracy_at_1'][student], runs['accuracy_at_1'][plain])} against the plain adapter, "
         f"and on no tenant below it. *Before its first step* it is at {percent[start]:.1f}%, in less than a third of "
-        "the plain adapter's time. AdapterFusion, which runs all adapters for each request, is "
-        f"{fusion.split()[0].removeprefix('+')} points below the student on one seed."
-    ).replace(" [", " points [", 1)
+        "the plain adapter's time. AdapterFusion, which runs all adapters for each request, is not above the student, "
+        f"which is at {fusion} from it."
+    ).replace(" [", " points [")
     assert sentences in " ".join((ROOT / "README.md").read_text().split())
     times = [np.mean(list(runs["cpu_seconds"][name].values())) for name in (start, plain)]
     assert 1 / 4 < times[0] / times[1] < 1 / 3
