@@ -258,15 +258,12 @@ def labels_of(dataset: Dataset, column: str) -> Labels:
     feature = dataset.features[column]
     # Not by `class_encode_column`: it sorts numbers as texts, 10 before 2, and takes any float for a class.
     values: Any = sorted(dataset.unique(column)) if isinstance(feature, Value) else []
-    if isinstance(feature, ClassLabel):
-        values = feature.names
+    values = feature.names if isinstance(feature, ClassLabel) else values
     if not values or not isinstance(values[0], str | int):
         kind = f"{_type_of(dataset, column)}, not names or whole numbers"
         raise ValueError(f"label_column={column!r} holds {kind}; pass --task regression to predict numbers.")
     if len(values) == 1:
         raise ValueError(f"label_column={column!r} holds only one label, {values[0]!r}; a head needs at least two.")
-    if isinstance(feature, ClassLabel):
-        return values
     is_numbered = type(values[0]) is int and values == list(range(len(values)))
     return values if is_numbered else list(map(str, values))
 
