@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
 from adapters import ModelAdaptersMixin
 from torch import nn
+from transformers.trainer_pt_utils import find_batch_size
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation
@@ -29,6 +30,8 @@ STEPS = 16
 SCORE_RANGE, MAXIMAL_RATE = 2.25, 0.5
 SCALE_RANGE = 0.6  # the same for the logarithm of the scale: a factor of 1.8
 HEAD_RANGE = 0.01  # the same for a head's parameters
+# Few labels mislead. So others choose how much of the learned scores is kept; with nothing of them, weights are equal.
+KEPT_SHARES = (1.0, 0.5, 0.0)
 
 
 class WeighingPass(LayerPass):
@@ -76,7 +79,8 @@ def weigh_teachers(
 
     In each layer the weighted sum of the teachers' updates stands for the student's update, and the task loss trains
     the weights and their scale, the only parameters (beside a head that the teachers do not have, which is put back).
-    One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
+    One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both,
+    or lies halfway between it and equal weights, or is equal weights: as the other halves judge it best.
     Nothing on the model changes. `DistillationTrainer` does this for `student_start="weighted"`.
 
     After LoraHub (https://arxiv.org/abs/2307.13269) and learned merging (https://arxiv.org/abs/2402.15414), which
@@ -127,22 +131,27 @@ def learn_weights(
         loss_scale: The factor of the loss in backward passes, which keeps gradients in float16 above zero.
     """
     learners = [Learner(model, block, loss, per_layer, beside, reduce, loss_scale) for _ in halves]
-    with_teachers, without, total = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
+    judging = [list(half()) for half in halves]  # a new pass may put other examples together
+    with_teachers = dict.fromkeys(KEPT_SHARES, 0.0)
+    weights = dict.fromkeys(KEPT_SHARES, torch.zeros((), dtype=torch.float64))
+    without = 0.0
     for number, learner in enumerate(learners):
-        other = halves[1 - number]
+        other = judging[1 - number]
         with learner.running():
             if not learner.learn(halves[number], steps // 2):
                 raise learner.nonfinite_error(halves[number])
-            with_teachers += learner.evaluate(other)
-            total = total + learner.weights()
+            for share in KEPT_SHARES:
+                with learner.shrunk(share):
+                    with_teachers[share] += learner.evaluate(other)
+                    weights[share] = weights[share] + learner.weights() / len(learners)
         with learner.without_teachers(), learner.running():
             if learner.trained:
                 learner.learn(halves[number], steps // 2)
             without += learner.evaluate(other)
-    weights = (total / len(learners)).tolist()
-    places = learners[0].places
-    by_place = {name: dict(zip(block.teachers, weights[row], strict=False)) for name, row in places.items()}
-    gain = 1 - with_teachers / without if without > 0 else 0.0
+    best = min(KEPT_SHARES, key=lambda share: with_teachers[share] if isfinite(with_teachers[share]) else inf)
+    rows, places = weights[best].tolist(), learners[0].places
+    by_place = {name: dict(zip(block.teachers, rows[row], strict=False)) for name, row in places.items()}
+    gain = 1 - with_teachers[best] / without if without > 0 else 0.0
     return TeacherWeights(by_place, gain if isfinite(gain) else 0.0)
 
 
@@ -182,6 +191,18 @@ class Learner:
     def weights(self) -> torch.Tensor:
         """Return the weights, (n_places or 1, n_teachers + 1), detached."""
         return (self.log_scales.exp() * self.scores.softmax(dim=1)).detach().cpu()
+
+    @contextmanager
+    def shrunk(self, share: float) -> Iterator[None]:
+        """Run with a share of the scores and scales, which moves the weights towards equal ones."""
+        values = [(parameter, parameter.detach().clone()) for parameter in (self.scores, self.log_scales)]
+        for parameter, value in values:
+            parameter.data.copy_(share * value)
+        try:
+            yield
+        finally:
+            for parameter, value in values:
+                parameter.data.copy_(value)
 
     @contextmanager
     def without_teachers(self) -> Iterator[None]:
@@ -272,12 +293,14 @@ class Learner:
             )
 
     @torch.no_grad()
-    def evaluate(self, batches: Batches) -> float:
-        """Return the mean loss over some batches."""
+    def evaluate(self, batches: Sequence[Any]) -> float:
+        """Return the mean loss over the examples of some batches."""
         self._mix_heads()
-        losses = [self.loss(batch) for batch in batches()]
-        losses = [loss.to(at_least_float32(loss.dtype)) for loss in losses]
-        return self.reduce(torch.stack(losses).mean()).item()
+        losses = torch.stack([self.loss(batch).reshape(()) for batch in batches])
+        losses = losses.to(at_least_float32(losses.dtype))
+        sizes = losses.new_tensor([find_batch_size(batch) or 1 for batch in batches])
+        total, size = self.reduce(torch.stack([losses @ sizes, sizes.sum()]))
+        return (total / size).item()
 
     def _mix_heads(self) -> list[torch.Tensor]:
         """Set the student's head to the weighted mean of the teachers' heads, and return it with its graph."""

@@ -14,7 +14,7 @@ from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, w
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.teachers.weighing import Learner
+from hf_adapter_distillation.teachers.weighing import Learner, learn_weights
 
 LORA = LoRAConfig(r=4, alpha=2, attn_matrices=["q", "v"], output_lora=True)
 KINDS = {  # the configs of three teachers, and that of the student
@@ -147,7 +147,7 @@ def test_gradients_reach_the_scores_through_mixture_and_head(per_layer):
                 values = []
                 for step in (1e-5, -2e-5):
                     flat[number] += step
-                    values.append(learner.evaluate(lambda: [batch]))
+                    values.append(learner.evaluate([batch]))
                 flat[number] += 1e-5
                 differences.append((values[0] - values[1]) / 2e-5)
             assert gradient.abs().max() > 1e-3
@@ -201,6 +201,53 @@ def test_the_teacher_of_the_task_gets_the_weight_whatever_the_order_of_its_label
         torch.testing.assert_close(value, mean.flip(0) if key.startswith("4.") else mean)
     batches = [batch | {"labels": 1 - batch["labels"]} for batch in batches_of(64)]
     assert had.weigh_teachers(model, batches).mean()["good"] > 0.8
+
+
+@pytest.mark.parametrize(("flipped", "kept"), [(0, 1.0), (4, 0.5), (12, 0.0)])
+def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
+    """As far as it judges best, against a plain repetition of the weighing for each share of the scores."""
+    model = good_and_harmful()
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
+    model.train_adapter("insurance")
+    halves = [batches_of(16), [dict(batch) for batch in batches_of(24, seed=8, size=12)]]
+    for batch in halves[1]:
+        batch["labels"] = torch.cat([1 - batch["labels"][:flipped], batch["labels"][flipped:]])
+
+    def loss(batch):
+        return model(**batch).loss
+
+    losses, weights, without = {}, {}, 0.0
+    for share in (0.0, 0.5, 1.0):
+        losses[share], weights[share], without = 0.0, 0.0, 0.0
+        for number in range(2):
+            learner = Learner(model, active_block(model), loss, False, (), lambda tensor: tensor, 1.0)
+            judge = {name: torch.cat([batch[name] for batch in halves[1 - number]]) for name in halves[0][0]}
+            with learner.running():
+                learner.learn(lambda half=halves[number]: half, 8)
+                learner.scores.data *= share
+                learner.log_scales.data *= share
+                losses[share] += learner.evaluate([judge])
+                weights[share] += learner.weights()[0] / 2
+            with learner.without_teachers(), learner.running():
+                without += learner.evaluate([judge])
+    best = min(losses, key=losses.get)
+    assert best == kept
+    learned = learn_weights(model, active_block(model), loss, [lambda: halves[0], lambda: halves[1]], steps=16)
+    assert list(learned.mean().values()) == pytest.approx(weights[best][:-1].tolist(), rel=1e-5)
+    assert learned.gain == pytest.approx(1 - losses[best] / without, rel=1e-4)
+    if best == 0.0:
+        assert list(learned.mean().values()) == pytest.approx([1 / 4] * 3)
+
+
+def test_batches_count_by_their_examples():
+    """Also with a loss of shape (1,)."""
+    learner = learner_of(make_student(make_model()))
+    batch, other = make_batch(), make_batch(3, seed=1)
+    one, three = learner.evaluate([batch]), learner.evaluate([other])
+    assert one != pytest.approx(three, rel=1e-3)
+    learner.loss = lambda batch: learner.model(**batch).loss[None]
+    size = len(batch["labels"])
+    assert learner.evaluate([batch, other]) == pytest.approx((size * one + 3 * three) / (size + 3), rel=1e-5)
 
 
 @pytest.mark.parametrize(("steps", "least"), [(4, 0.4), (8, 0.6), (16, 0.8), (40, 0.8)])
@@ -300,9 +347,9 @@ def test_a_new_head_is_trained_along(kind):
         return model(**batch).loss
 
     had.weigh_teachers(model, [make_batch(), make_batch(seed=1)], loss, steps=4)
-    # Of each half: two steps and one evaluation with the teachers, and the same without.
-    assert len(seen) == 12
-    assert [torch.equal(weight, start) for weight in seen] == [True, False, False] * 4
+    # Of each half: two steps and three evaluations with the teachers, and two steps and one without.
+    assert len(seen) == 16
+    assert [torch.equal(weight, start) for weight in seen] == ([True] + [False] * 4 + [True] + [False] * 2) * 2
 
 
 def test_bad_batches_and_losses():
