@@ -218,8 +218,8 @@ class DistillationArgumentsMixin(_Arguments):
     distillation_weight: float | None = option(
         "Weight of the distillation loss beside the task loss in stage 2. Default: 1 for up to 200 training "
         "examples, 200 / n for n examples: with more data, the teachers count less. Weighted teachers count less "
-        "still, by their gain on labels to which their weights were not fitted, and less in each step, down to 0. A "
-        "weight that is given holds in all steps.",
+        "still, by their gain on labels to which their weights were not fitted, with a gain below 5% not at all, and "
+        "less in each step, down to 0. A weight that is given holds in all steps.",
         None,
     )
     distillation_share: float | None = option(

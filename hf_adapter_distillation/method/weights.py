@@ -28,8 +28,13 @@ class TeacherWeights(NamedTuple):
 
     @property
     def help(self) -> bool:
-        """Whether the gain is more than noise; else the student starts as a new adapter."""
+        """Whether the gain is more than noise; else the student starts as a new adapter, and is not distilled."""
         return self.gain >= MINIMAL_GAIN
+
+    @property
+    def strength(self) -> float:
+        """How much the distillation counts by default: the gain if it is more than noise, else 0."""
+        return self.gain if self.help else 0.0
 
     def mean(self) -> dict[str, float]:
         """Return the mean weight of each teacher over the places."""

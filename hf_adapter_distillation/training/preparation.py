@@ -218,8 +218,9 @@ def weigh(
     _show(weights_table(weights, active_block(model).teachers), show)
     if not weights.help:
         logger.warning(
-            f"{block.student!r} does not start at its teachers' mean: its teachers do not help on labels to which "
-            f"their weights were not fitted (gain {weights.gain:.1%}). Choose others, or train a plain adapter."
+            f"{block.student!r} does not start at its teachers' mean, and is not distilled by default: its teachers "
+            f"do not help on labels to which their weights were not fitted (gain {weights.gain:.1%}). Choose others, "
+            "or train a plain adapter."
         )
     return active_block(model)
 

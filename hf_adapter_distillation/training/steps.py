@@ -53,9 +53,9 @@ class TwoStageTrainer(StudentPushingTrainer):
         """The weight of the distillation loss in the first step of stage 2, by the argument or the default.
 
         The teachers are a prior of a fixed strength, whose weight beside a mean over n examples falls with n. Where
-        they were weighed, the strength follows what they are worth: their gain on labels of the task. By default it
-        falls linearly then, to 0 in the last step: the student starts at their weighted mean, and learns what they do
-        not know.
+        they were weighed, the strength follows what they are worth: their gain on labels of the task, or 0 where that
+        is no more than noise. By default it falls linearly then, to 0 in the last step: the student starts at their
+        weighted mean, and learns what they do not know.
         """
         if self.args.distillation_weight is not None:
             return self.args.distillation_weight
@@ -63,7 +63,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         if n_examples is None:  # a stream, or a loader of the user's own: what the training reads of it
             n_examples = self.state.max_steps * self._examples_per_step
         weights = self.distillation.weights
-        strength = 1.0 if weights is None else max(0.0, weights.gain)
+        strength = 1.0 if weights is None else weights.strength
         return strength * min(1.0, PRIOR_EXAMPLES / max(1, n_examples))
 
     @property

@@ -234,9 +234,10 @@ def test_the_strength_of_weighted_teachers_falls_to_zero_unless_it_is_given(give
     assert strengths[1:] == pytest.approx([first * share for share in shares])
 
 
-def test_teachers_that_do_harm_are_not_distilled(trainer_args, monkeypatch):
+@pytest.mark.parametrize("gain", [-0.2, 0.04])
+def test_teachers_that_do_not_help_are_not_distilled(gain, trainer_args, monkeypatch):
     model = weighted()
-    count_weighing(monkeypatch, of_places(model, -0.2, bank=0.2, travel=0.2, work=0.2))
+    count_weighing(monkeypatch, of_places(model, gain, bank=0.2, travel=0.2, work=0.2))
     trainer = trainer_for(model, trainer_args(distillation_start=0.0))
     trainer.train()
     assert trainer.distillation_weight == 0.0
