@@ -226,7 +226,7 @@ class DistillationArgumentsMixin(_Arguments):
         "Share of the steps of stage 2 in which the teachers run. They are spread evenly, from a step that the seed "
         "draws, and their distillation loss is divided by the share: the mean over the draws is the exact one, 1.0. "
         "Below 1, for the carrier `student`. Default: a quarter, with at least 16 steps, for weighted teachers "
-        "without distillation_dataset; else 1.",
+        "without distillation_dataset, or 0 where these do not help and no weight is given; else 1.",
         None,
     )
     weighing_steps: int = option(

@@ -23,6 +23,7 @@ from hf_adapter_distillation.integrations.sentence_transformers import (
     SentenceTransformerDistillationTrainer,
     SentenceTransformerDistillationTrainingArguments,
 )
+from hf_adapter_distillation.teachers import weighing
 
 SORTED = PAIRS.add_column("label", [i % 2 for i in range(16)])
 
@@ -373,8 +374,9 @@ class Several(losses.MultipleNegativesRankingLoss):
 
 
 @pytest.mark.parametrize("case", ["ranking", "cached ranking", "own weights", "several losses", "components"])
-def test_embeddings_weigh_their_teachers(case, tiny_encoder, tmp_path):
+def test_embeddings_weigh_their_teachers(case, tiny_encoder, tmp_path, monkeypatch):
     """With gradient caches, and losses that have weights of their own, which are trained along and put back."""
+    monkeypatch.setattr(weighing, "KEPT_SHARES", (1.0,))  # other labels confirm nothing of these teachers
     model = embedding_model(tmp_path, tiny_encoder, student_start="weighted")
     if case == "several losses":
         dataset = {"pairs": PAIRS, "sorted": SORTED}

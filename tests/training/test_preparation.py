@@ -31,6 +31,7 @@ from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.weights import TeacherWeights
 from hf_adapter_distillation.student.preparing import keep_teachers
 from hf_adapter_distillation.student.provenance import read_provenance
+from hf_adapter_distillation.student.summary import summary_rows
 from hf_adapter_distillation.student.training_run import TrainingRun
 from hf_adapter_distillation.training import preparation
 
@@ -240,7 +241,10 @@ def test_teachers_that_do_not_help_are_not_distilled(gain, trainer_args, monkeyp
     count_weighing(monkeypatch, of_places(model, gain, bank=0.2, travel=0.2, work=0.2))
     trainer = trainer_for(model, trainer_args(distillation_start=0.0))
     trainer.train()
-    assert trainer.distillation_weight == 0.0
+    assert (trainer.distillation_weight, trainer.distillation_share) == (0.0, 0.0)
+    assert not any("distillation_loss" in log for log in trainer.state.log_history)
+    rows = dict(summary_rows("insurance", trainer.distillation.run))
+    assert rows["distance at the end"] == "-, since the teachers did not run"
     assert trainer_for(weighted(), trainer_args(distillation_weight=0.3)).distillation_weight == 0.3
 
 
