@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ STEPS = 16
 SCORE_RANGE, MAXIMAL_RATE = 2.25, 0.5
 SCALE_RANGE = 0.6  # the same for the logarithm of the scale: a factor of 1.8
 HEAD_RANGE = 0.01  # the same for a head's parameters
-# Few labels mislead. So others choose how much of the learned scores is kept; with nothing of them, weights are equal.
+# Few labels mislead. Where others do not confirm the learned scores, they choose how much of them is kept; with none
+# the weights are equal.
 KEPT_SHARES = (1.0, 0.5, 0.0)
 
 
@@ -79,8 +80,8 @@ def weigh_teachers(
 
     In each layer the weighted sum of the teachers' updates stands for the student's update, and the task loss trains
     the weights and their scale, the only parameters (beside a head that the teachers do not have, which is put back).
-    One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both,
-    or lies halfway between it and equal weights, or is equal weights: as the other halves judge it best.
+    One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
+    Where that does not help, it is the best by this judgement of these weights, equal weights, and those halfway.
     Nothing on the model changes. `DistillationTrainer` does this for `student_start="weighted"`.
 
     After LoraHub (https://arxiv.org/abs/2307.13269) and learned merging (https://arxiv.org/abs/2402.15414), which
@@ -148,11 +149,14 @@ def learn_weights(
             if learner.trained:
                 learner.learn(halves[number], steps // 2)
             without += learner.evaluate(other)
-    best = min(KEPT_SHARES, key=lambda share: with_teachers[share] if isfinite(with_teachers[share]) else inf)
-    rows, places = weights[best].tolist(), learners[0].places
-    by_place = {name: dict(zip(block.teachers, rows[row], strict=False)) for name, row in places.items()}
-    gain = 1 - with_teachers[best] / without if without > 0 else 0.0
-    return TeacherWeights(by_place, gain if isfinite(gain) else 0.0)
+    found = []
+    for share, loss in with_teachers.items():
+        rows, gain = weights[share].tolist(), 1 - loss / without if without > 0 else 0.0
+        by_place = {
+            name: dict(zip(block.teachers, rows[row], strict=False)) for name, row in learners[0].places.items()
+        }
+        found.append(TeacherWeights(by_place, gain if isfinite(gain) else 0.0))
+    return found[0] if found[0].help else max(found, key=lambda each: each.gain)
 
 
 class Learner:

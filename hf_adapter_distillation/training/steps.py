@@ -75,9 +75,8 @@ class TwoStageTrainer(StudentPushingTrainer):
     def distillation_share(self) -> float:
         """The share of the steps of stage 2 in which the teachers run, by the argument or the default.
 
-        By default all steps, and with weighted teachers a quarter, since the student starts at their mean already, or
-        none where these do not help. Examples without labels are read in steps with teachers alone, so these are all
-        with them.
+        By default all steps; with weighted teachers a quarter, since the student starts at their mean already, or none
+        where these do not help. Examples without labels are read in steps with teachers, so these are all with them.
         """
         if self.args.distillation_share is not None:
             return self.args.distillation_share

@@ -230,7 +230,7 @@ def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
                 weights[share] += learner.weights()[0] / 2
             with learner.without_teachers(), learner.running():
                 without += learner.evaluate([judge])
-    best = min(losses, key=losses.get)
+    best = 1.0 if losses[1.0] <= 0.95 * without else min(losses, key=losses.get)
     assert best == kept
     learned = learn_weights(model, active_block(model), loss, [lambda: halves[0], lambda: halves[1]], steps=16)
     assert list(learned.mean().values()) == pytest.approx(weights[best][:-1].tolist(), rel=1e-5)
