@@ -149,12 +149,10 @@ def learn_weights(
             if learner.trained:
                 learner.learn(halves[number], steps // 2)
             without += learner.evaluate(other)
-    found = []
-    for share, loss in with_teachers.items():
-        rows, gain = weights[share].tolist(), 1 - loss / without if without > 0 else 0.0
-        by_place = {
-            name: dict(zip(block.teachers, rows[row], strict=False)) for name, row in learners[0].places.items()
-        }
+    found, places = [], learners[0].places
+    for share in KEPT_SHARES:
+        rows, gain = weights[share].tolist(), 1 - with_teachers[share] / without if without > 0 else 0.0
+        by_place = {name: dict(zip(block.teachers, rows[row], strict=False)) for name, row in places.items()}
         found.append(TeacherWeights(by_place, gain if isfinite(gain) else 0.0))
     return found[0] if found[0].help else max(found, key=lambda each: each.gain)
 
