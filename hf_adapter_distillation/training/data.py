@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import has_length
 
 
@@ -105,7 +106,7 @@ def _first_examples(batches: Callable[[], Iterable[dict[str, Any]]], number: int
     n_examples = 0
     for inputs in batches():
         yield inputs
-        n_examples += len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+        n_examples += find_batch_size(inputs)
         if n_examples >= number:
             return
 
