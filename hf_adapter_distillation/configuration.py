@@ -217,21 +217,21 @@ class DistillationArgumentsMixin(_Arguments):
     )
     distillation_weight: float | None = option(
         "Weight of the distillation loss beside the task loss in stage 2. Default: 1 for up to 200 training "
-        "examples, 200 / n for n examples: with more data, the teachers count less. Weighted teachers count less "
-        "still, by their gain on labels to which their weights were not fitted, with a gain below 5% not at all, and "
-        "less in each step, down to 0. A weight that is given holds in all steps.",
+        "examples, 200 / n for n examples: with more data, the teachers count less. For weighted teachers this is "
+        "multiplied by their gain on held-out labels (0 if it is below 0.05), and falls to 0 over stage 2. A weight "
+        "that is given holds in all steps.",
         None,
     )
     distillation_share: float | None = option(
         "Share of the steps of stage 2 in which the teachers run. They are spread evenly, from a step that the seed "
-        "draws, and their distillation loss is divided by the share: the mean over the draws is the exact one, 1.0. "
-        "Below 1, for the carrier `student`. Default: a quarter, with at least 16 steps, for weighted teachers "
-        "without distillation_dataset, or 0 where these do not help and no weight is given; else 1.",
+        "draws, and their distillation loss is divided by the share, so its gradient is unbiased. Below 1, for the "
+        "carrier `student`. Default: a quarter, with at least 16 steps, for weighted teachers "
+        "without distillation_dataset; else 1.",
         None,
     )
     weighing_steps: int = option(
         "Steps before the training in which one weight for each teacher is learned, with student_start='weighted'. "
-        "Fewer steps are larger ones, up to a limit at 16.",
+        "Fewer steps have a higher learning rate, which reaches its maximum at 16.",
         16,
     )
     fusion_learning_rate: float | None = option(

@@ -42,9 +42,7 @@ SETTINGS = {
     "accumulation": {"gradient_accumulation_steps": 2, "carrier": "mixed"},
     "a start fitted on 19 examples": {"examples": 19, "max_steps": 2, "distillation_start": 0.0, "start": "teachers"},
     "a share of the steps": {"distillation_share": 0.5, "distillation_start": 0.0},
-    "weighed teachers": {
-        "start": "weighted", "weighing_steps": 4, "max_steps": 2, "distillation_start": 0.0, "distillation_weight": 0.5
-    },
+    "weighed teachers": {"start": "weighted", "weighing_steps": 4, "max_steps": 2, "distillation_start": 0.0},
     "a start fitted on 3 examples": {"examples": 3, "max_steps": 0, "start": "teachers"},
     "static head": {"kind": "classification", "label_smoothing_factor": 0.1},
     "lora": {"config": "lora", "start": "average"},

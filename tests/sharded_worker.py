@@ -26,8 +26,7 @@ SETTINGS = {
 
 def trainer_of(folder, is_sharded, family="llama", gradient_checkpointing=False, max_steps=4, resumes=False, **kwargs):
     args = had.DistillationTrainingArguments(
-        str(folder), max_steps=max_steps, distillation_start=0.25, distillation_weight=1.0,
-        per_device_train_batch_size=2, learning_rate=1e-2,
+        str(folder), max_steps=max_steps, distillation_start=0.25, per_device_train_batch_size=2, learning_rate=1e-2,
         gradient_checkpointing=gradient_checkpointing, weighing_steps=4, keep_fusion=True, ddp_timeout=60,
         save_strategy="steps" if resumes else "no", save_steps=2, logging_steps=1,
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,

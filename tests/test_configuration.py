@@ -144,6 +144,11 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_a_parser_of_the_arguments_prints_its_help(cls):
+    assert "--distillation_weight" in HfArgumentParser(cls).format_help()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_defaults_for_adapters_and_values_that_a_user_gives(cls, tmp_path):
     """Also values that are the defaults of Trainer, in code and on a command line."""
     args = cls(str(tmp_path), use_cpu=True)

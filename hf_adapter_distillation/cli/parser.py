@@ -91,7 +91,7 @@ def _describe(parser: Parser, title: str, of_group: Iterable[Field]) -> None:
         is_required = field.default is MISSING
         default = argparse.SUPPRESS if is_required or field.default is None else field.default
         text = field.metadata["help"] + (" Required." if is_required else "")
-        group.add_argument(f"--{field.name}", metavar=_metavar(field), help=text.replace("%", "%%"), default=default)
+        group.add_argument(f"--{field.name}", metavar=_metavar(field), help=text, default=default)
 
 
 def _metavar(field: Field) -> str:

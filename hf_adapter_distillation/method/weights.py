@@ -19,8 +19,8 @@ class TeacherWeights(NamedTuple):
         by_place: The weight of each teacher at each place of the model, `{place: {teacher: weight}}`. What the weights
             of a place lack to 1 belongs to the null teacher, which adds no update. They may sum to more than 1: the
             sum of the teachers' updates is then longer than their mean.
-        gain: The share of the task loss without teachers that the weighted teachers take away, on labels to which the
-            weights were not fitted; negative where they do harm.
+        gain: The share of the task loss without teachers that the weighted teachers take away, on held-out labels;
+            negative where they do harm.
     """
 
     by_place: dict[str, dict[str, float]]

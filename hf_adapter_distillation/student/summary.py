@@ -36,11 +36,10 @@ def summary_rows(student: str, run: TrainingRun) -> list[tuple[str, str]]:
         rows.append(("no teacher", f"weight {weight_of_none(weights.values()):.2f}"))
         gain = settings.get("teacher_gain", 0.0)
         too_little = ", too little to start at them" if gain < MINIMAL_GAIN else ""
-        of_loss = f"{gain:.1%} of the task loss, on labels that did not fit the weights{too_little}"
+        of_loss = f"{gain:.1%} of the task loss, on held-out labels{too_little}"
         rows.append(("gain of the teachers", of_loss))
     distance = run.losses.get("2", {}).get("distillation_loss")
-    reason = "the teachers did not run" if settings.get("distillation_share") == 0 else "stage 2 has no logged step"
-    reached = f"-, since {reason}" if distance is None else f"{distance:.4g} (distillation loss)"
+    reached = "-, since stage 2 has no logged step" if distance is None else f"{distance:.4g} (distillation loss)"
     rows.append(("distance at the end", reached))
     return rows + [(name, f"{value:.4g}") for name, value in run.evaluation.items()]
 

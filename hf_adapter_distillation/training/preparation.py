@@ -218,9 +218,9 @@ def weigh(
     _show(weights_table(weights, active_block(model).teachers), show)
     if not weights.help:
         logger.warning(
-            f"{block.student!r} does not start at its teachers' mean, and is not distilled by default: its teachers "
-            f"do not help on labels to which their weights were not fitted (gain {weights.gain:.1%}). Choose others, "
-            "or train a plain adapter."
+            f"{block.student!r} does not start at its teachers' mean, and its default distillation_weight is 0: its "
+            f"teachers do not help on held-out labels (gain {weights.gain:.1%}). Choose others, or train a plain "
+            "adapter."
         )
     return active_block(model)
 

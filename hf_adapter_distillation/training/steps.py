@@ -75,16 +75,14 @@ class TwoStageTrainer(StudentPushingTrainer):
     def distillation_share(self) -> float:
         """The share of the steps of stage 2 in which the teachers run, by the argument or the default.
 
-        By default all steps; with weighted teachers a quarter, since the student starts at their mean already, or none
-        where these do not help. Examples without labels are read in steps with teachers, so these are all with them.
+        By default all steps, and with weighted teachers a quarter, since the student starts at their mean already.
+        Examples without labels are read in steps with teachers, so these are all with them.
         """
         if self.args.distillation_share is not None:
             return self.args.distillation_share
-        weights = self.distillation.weights
-        if weights is None or self._unlabelled is not None or self.distillation.config.carrier != "student":
+        is_exact = self.distillation.weights is None or self._unlabelled is not None
+        if is_exact or self.distillation.config.carrier != "student":
             return 1.0
-        if self.args.distillation_weight is None and not weights.help:
-            return 0.0
         left = self.state.max_steps - self.first_distillation_step
         return min(1.0, max(DISTILLED_SHARE, DISTILLED_STEPS / max(1, left)))
 
@@ -142,7 +140,7 @@ class TwoStageTrainer(StudentPushingTrainer):
     @property
     def _terms_factor(self) -> float:
         """The factor of the distillation terms of a micro-batch in the loss of its step."""
-        return self._share / self.current_gradient_accumulation_steps / (self.distillation_share or 1.0)
+        return self._share / self.current_gradient_accumulation_steps / self.distillation_share
 
     def _loss_factor(self, num_items_in_batch: torch.Tensor | None) -> float:
         """Return the factor of the model's loss in the loss of a step, as Trainer reports it."""

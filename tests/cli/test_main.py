@@ -1006,6 +1006,13 @@ def test_help_ends_with_examples_that_are_right(here, capsys, monkeypatch):
     )
 
 
+def test_help_all_lists_the_options_of_the_training_arguments(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help_all"])
+    assert stopped.value.code == 0
+    assert {"--distillation_weight", "--lr_scheduler_type"} <= set(capsys.readouterr().out.split())
+
+
 def test_the_page_about_the_command_line_runs(here, capsys, hub):
     page = (ROOT / "docs" / "how_to" / "command_line.md").read_text()
     config = re.search(r"```yaml\n# train.yaml\n(.*?)```", page, flags=re.S)[1]
