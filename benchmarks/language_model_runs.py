@@ -117,7 +117,7 @@ def encoder(run: Onboarding, lora: Callable[[Onboarding], Path]) -> Onboarded:
     return Onboarded(encode, save=lambda saved: shutil.copytree(folder, Path(saved) / NEW))
 
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3)
 
 LORA_METHODS = {  # each returns the folder of a LoRA for PEFT
     "plain adapter": Method(partial(lora_of, way="plain LoRA"), RATES),

@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from adapters.utils import HEAD_CONFIG_NAME, HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 # The files of weights that adapters saves, each as safetensors or as a pickle.
 ADAPTER_WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -78,6 +79,25 @@ def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """Return the class of a model before `adapters.init`."""
     classes = (cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel))
     return next(cls for cls in classes if not issubclass(cls, ModelAdaptersMixin))
+
+
+def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class of the base model; some models with a static head, such as T5, are their own base model."""
+    mapping: Any = MODEL_MAPPING
+    base: Any = model.base_model
+    return original_class(base) if base is not model else mapping.get(type(model.config), original_class(model))
+
+
+def children_of_bare_model(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the modules of the base model, without the head of a model that is its own base model."""
+    of_class: Any = _children_of
+    return of_class(bare_class(model), type(model.config))
+
+
+@lru_cache
+def _children_of(model_class: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> frozenset[str]:
+    with torch.device("meta"):
+        return frozenset(name for name, _ in model_class(config_class()).named_children())
 
 
 def loss_counts_items(model: PreTrainedModel) -> bool:

@@ -222,7 +222,10 @@ def _push_adapter_to_hub(
 
         return push_student(self, repo_id, adapter_name, *args, **kwargs)
     if "format" in kwargs:
-        raise ValueError(f"{adapter_name!r} is not distilled; save it by save_adapter_as_peft and upload the folder.")
+        raise ValueError(
+            f"format takes a student of this model, and {adapter_name!r} was loaded or is not distilled; save it by "
+            "save_adapter_as_peft and upload the folder."
+        )
     if adapter_name not in self.adapters_config:  # adapters would create the repository first
         names = ", ".join(map(repr, self.adapters_config)) or "none"
         raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {names}.")

@@ -1,17 +1,26 @@
 """The command `export`: save a LoRA for PEFT."""
 
+import json
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from adapters import AutoAdapterModel
+import adapters
+import transformers
+from adapters import AutoAdapterModel, ModelAdaptersMixin
+from transformers import PreTrainedModel
 
-from ..downloads import locate_saved
+from .._compat import HEAD_CONFIG_NAME
+from ..downloads import locate_saved, one_line
 from ..student.peft_export import check_lora_config, write_as_peft
 from ..student.provenance import provenance_of, read_saved
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter, read_config
 from .models import base_of, load_pretrained
+from .progress import without_noise
 
 
+@without_noise()
 def export(args: Namespace) -> str:
     """Save an adapter for PEFT, with its head if it has one and with its provenance if it was distilled."""
     folder = locate_saved(args.source, ADAPTER_FILES)
@@ -21,8 +30,42 @@ def export(args: Namespace) -> str:
     check_lora_config(label, read_config(label, saved.get("config")))
     base = base_of(saved, args.source, args.model)
     provenance = provenance_of(saved, args.source).to_dict() if "distillation" in saved else None
-    (model,) = load_pretrained(base, AutoAdapterModel.from_pretrained, named_by=None if args.model else args.source)
+    with_head = not args.no_head and (folder / HEAD_CONFIG_NAME).is_file()
+    own_class = _own_class(saved)
+    load = _with_labels(own_class, folder, with_head) if own_class else AutoAdapterModel.from_pretrained
+    (model,) = load_pretrained(base, load, named_by=None if args.model else args.source)
     name = str(saved.get("name") or Path(args.source).name)
     load_saved_adapter(model, folder, name, label)
-    write_as_peft(model, name, args.output, not args.no_head, provenance)
+    if own_class and with_head:
+        try:
+            model.load_head(str(folder), use_safetensors=True)
+        except Exception as error:  # adapters, torch and safetensors raise anything on damaged files
+            raise ValueError(f"The head of {label} cannot be loaded: {one_line(error)}") from error
+    write_as_peft(model, name, args.output, with_head, provenance)
     return f"{name!r} is saved for PEFT in {args.output}"
+
+
+def _own_class(saved: Mapping[str, Any]) -> type[PreTrainedModel] | None:
+    """Return the class of transformers from which an adapter was saved; None for a class with flexible heads."""
+    found = getattr(transformers, str(saved.get("model_class")), None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _with_labels(
+    own_class: type[PreTrainedModel], folder: Path, with_head: bool
+) -> Callable[[str], ModelAdaptersMixin]:
+    """Return what loads a base model in a class, with as many labels as the saved head."""
+    labels = {}
+    if with_head:
+        path = folder / HEAD_CONFIG_NAME
+        try:
+            labels["num_labels"] = json.loads(path.read_text(encoding="utf-8"))["num_labels"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter again.") from error
+
+    def load(base: str) -> Any:
+        model = own_class.from_pretrained(base, **labels)
+        adapters.init(model)
+        return model
+
+    return load

@@ -18,7 +18,7 @@ from .._compat import ADAPTER_CONFIG_NAME, LoRAMergedLinear
 from ..downloads import read_adapter_config, suggestion
 from ..method.distillation import distillations
 from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, is_peft, projections_of
-from .peft_heads import modules_of_head, plain_with_head
+from .peft_heads import plain_with_head
 from .provenance import PROVENANCE_NAME, Provenance
 
 PEFT_FILES = (PEFT_WEIGHTS_NAME, PROVENANCE_NAME, ADAPTER_CONFIG_NAME)
@@ -60,8 +60,9 @@ def save_adapter_as_peft(
 
     Args:
         with_head: Save the head of the adapter in `modules_to_save`, for the class of transformers that has the same
-            head. The head of a language model is the base model's and is never saved, unless it is a separate one.
-            Without a head, an adapter of a model with flexible heads is for `AutoModel`.
+            head. The output embeddings of a language model are the base model's and are not saved, unless the adapter
+            has a separate head or PEFT trained them. Without a head, the adapter is for `AutoModel`, or for the class
+            of the language model.
 
     Raises:
         ValueError: If the adapter is not a plain LoRA, the plain model has no such head, or the folder holds something
@@ -83,7 +84,7 @@ def write_as_peft(
     """Save a LoRA as PEFT does, with a provenance in the form of `Provenance.to_dict`."""
     folder, config = Path(save_directory), _lora_config(model, adapter_name)
     _check_folder(folder)
-    plain, head = plain_with_head(model, adapter_name, with_head)
+    plain, modules, head = plain_with_head(model, adapter_name, with_head)
     base_path = next(name for name, module in plain.named_modules() if module is plain.base_model)
     lora = {f"{base_path}.{path}".lstrip("."): each for path, each in _exported(model, adapter_name).items()}
     factors = {
@@ -95,7 +96,7 @@ def write_as_peft(
     saved = _peft_config(plain, lora) | {
         "base_model_name_or_path": model.model_name,
         "lora_dropout": config.dropout,
-        "modules_to_save": modules_of_head(head) or None,
+        "modules_to_save": modules or None,
     }
     _write(folder, weights, saved, provenance)
 

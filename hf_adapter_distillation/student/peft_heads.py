@@ -1,58 +1,72 @@
 """The head of an adapter as the head of a class of transformers, which PEFT keeps in `modules_to_save`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .._compat import STATIC_TO_FLEX_HEAD_MAP, heads_of, original_class
+from .._compat import STATIC_TO_FLEX_HEAD_MAP, bare_class, children_of_bare_model, heads_of, original_class
 from ..method.heads import head_config
+from ..teachers.peft_model import MODULES_OF_PEFT
 
 # What the heads of adapters have where a config does not say so.
 FORM = {"layers": 1, "activation_function": None, "use_pooler": False, "layer_norm": False, "bias": True}
 LANGUAGE_MODELS = ("causal_lm", "seq2seq_lm", "masked_lm")
 SAME_LAYERS = {"multilabel_classification": "classification"}  # they differ in the loss alone
+NO_HEAD = "export it without the head, by save_adapter_as_peft(with_head=False) or adapter-distill export --no_head."
 
 
-def plain_with_head(
-    model: ModelAdaptersMixin, adapter: str, with_head: bool
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Return the plain model of an adapter on the meta device, and the weights of its head by their names in it.
+class PlainModel(NamedTuple):
+    """The model of transformers that an adapter is for.
 
-    The head of a language model belongs to the base model, so it has no weights here, unless the adapter has a
-    separate one. An adapter without a head on a model with flexible heads belongs to the class of the base model.
+    Args:
+        model: The plain model, on the meta device.
+        modules: The paths of the modules that are saved as the head.
+        weights: The weights of these modules, by their names in the model.
+    """
+
+    model: PreTrainedModel
+    modules: list[str]
+    weights: dict[str, torch.Tensor]
+
+
+def plain_with_head(model: ModelAdaptersMixin, adapter: str, with_head: bool) -> PlainModel:
+    """Return the plain model of an adapter, with the weights of its head.
+
+    The output embeddings of a language model belong to the base model, so they are no part of the head, unless the
+    adapter has a separate head or PEFT trained them (`from_peft`). An adapter without a head is for the class of the
+    base model, or of the language model.
 
     Raises:
         ValueError: If no class of transformers has the head.
     """
     if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-        plain = _on_meta(original_class(model), model.config)
-        is_language_model = model.get_output_embeddings() is not None
-        return plain, _static_weights(model, plain) if with_head and not is_language_model else {}
+        own = _static_head(model, _on_meta(original_class(model), model.config))
+        if with_head or not own.modules:
+            return own
+        if model.get_output_embeddings() is not None:
+            return PlainModel(own.model, [], {})
     if not with_head or adapter not in heads_of(model):
-        return _on_meta(original_class(model.base_model), model.config), {}
+        return PlainModel(_on_meta(bare_class(model), model.config), [], {})
     config = head_config(model, adapter)
     class_name, layers = _same_head(model, adapter, config)
     plain = _on_meta(getattr(transformers, class_name), model.config, config.get("num_labels"))
     head: Any = heads_of(model)[adapter]
     output = head.get_output_embeddings()
     if output is not None and output.weight is model.get_input_embeddings().weight and len(layers) == 1:
-        return plain, {}
+        return PlainModel(plain, [], {})
     weights = {}
     for key, weight in head.state_dict().items():
         number, _, part = key.partition(".")
         weights[f"{layers[int(number)]}.{part}"] = weight
-    _check_same_weights(plain, weights, adapter)
-    return plain, weights
-
-
-def modules_of_head(weights: Mapping[str, Any]) -> list[str]:
-    """Return the modules that hold the weights of a head."""
-    return sorted({key.partition(".")[0] for key in weights})
+    modules = sorted({key.partition(".")[0] for key in weights})
+    _check_same_weights(plain, modules, weights, adapter)
+    return PlainModel(plain, modules, weights)
 
 
 def _on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, num_labels: int | None = None) -> Any:
@@ -63,12 +77,30 @@ def _on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, num_l
         return model_class(config)
 
 
-def _static_weights(model: ModelAdaptersMixin, plain: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the weights beside the base model in a model with a static head."""
-    beside = {name for name, child in plain.named_children() if child is not plain.base_model}
-    own = plain.state_dict() if plain.base_model is not plain else {}
+def _static_head(model: ModelAdaptersMixin, plain: PreTrainedModel) -> PlainModel:
+    """Return the modules beside the base model in a model with a static head, such as `cls.predictions.transform`.
+
+    Those of a language model are trained with the adapter, except for the output embeddings.
+    """
+    of_base = children_of_bare_model(plain) if plain.base_model is plain else {plain.base_model_prefix}
+    beside = [name for name, _ in plain.named_children() if name not in of_base]
+    modules = [path for name in beside for path in _without(plain.get_output_embeddings(), plain, name)]
+    modules += [path for path in getattr(model, MODULES_OF_PEFT, []) if path not in modules]
     state = model.state_dict()
-    return {key: state[key] for key in own if key.partition(".")[0] in beside}
+    names = [key for key in plain.state_dict() if any(key.startswith(f"{path}.") for path in modules)]
+    return PlainModel(plain, sorted(modules), {key: state[key] for key in names})
+
+
+def _without(output: nn.Module | None, model: nn.Module, path: str) -> Iterator[str]:
+    """Yield the path of a module with weights, or those of the largest parts of it that do not hold `output`."""
+    module = model.get_submodule(path)
+    if module is output or not module.state_dict():
+        return
+    if all(part is not output for part in module.modules()):
+        yield path
+        return
+    for name, _ in module.named_children():
+        yield from _without(output, model, f"{path}.{name}")
 
 
 def _same_head(model: ModelAdaptersMixin, adapter: str, config: Mapping[str, Any]) -> tuple[str, list[str | None]]:
@@ -90,15 +122,16 @@ def _same_head(model: ModelAdaptersMixin, adapter: str, config: Mapping[str, Any
         similar = f" (a {class_name} has {differs})"
     raise ValueError(
         f"Adapter {adapter!r} has a head for {kind} that no {model.config.model_type} of transformers has{similar}; "
-        "export it without the head (with_head=False, --no_head)."
+        f"{NO_HEAD}"
     )
 
 
-def _check_same_weights(plain: PreTrainedModel, weights: Mapping[str, torch.Tensor], adapter: str) -> None:
-    modules = modules_of_head(weights)
+def _check_same_weights(
+    plain: PreTrainedModel, modules: list[str], weights: Mapping[str, torch.Tensor], adapter: str
+) -> None:
     wanted = {key: weight for key, weight in plain.state_dict().items() if key.partition(".")[0] in modules}
     if {key: weight.shape for key, weight in weights.items()} != {key: weight.shape for key, weight in wanted.items()}:
         raise ValueError(
             f"Adapter {adapter!r} has a head with other weights than a {type(plain).__name__} of transformers; "
-            "export it without the head (with_head=False, --no_head)."
+            f"{NO_HEAD}"
         )

@@ -19,8 +19,8 @@ from .peft_lora import FACTORS, PREFIX, is_of_base
 logger = logging.get_logger(__name__)
 
 OLDEST_PEFT = "0.19"  # the first with `convert_to_lora`
-# The fraction of the squared singular values that the LoRA keeps. All that float32 can tell: a teacher's rank costs
-# nothing after the training.
+# The fraction of the squared singular values that the LoRA keeps. All that a sum in float32 can tell, which leaves out
+# values below 1e-4 of the largest or so: a teacher's rank costs nothing after the training.
 KEPT = 1.0
 NO_CONVERSION = "PEFT has no way from it to LoRA; use LORA, LOHA, LOKR or VERA."
 
@@ -42,7 +42,7 @@ def check_peft(label: str) -> None:
 def lora_by_peft(
     model: ModelAdaptersMixin, folder: Path, saved: dict, weights: Mapping[str, torch.Tensor], label: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
-    """Convert a saved adapter to LoRA by `peft.convert_to_lora`, at the rank that keeps its updates in float32.
+    """Convert a saved adapter to LoRA by `peft.convert_to_lora`, at the rank that keeps its updates up to rounding.
 
     Args:
         saved: The contents of `adapter_config.json`.
@@ -69,6 +69,7 @@ def lora_by_peft(
             adapted = peft.get_peft_model(_base_alone(model, weights), config).eval()
         if not adapted.supports_lora_conversion():
             raise ValueError(NO_CONVERSION)
+        _check_adapter_alone(model, adapted, weights)
         loaded = peft.set_peft_model_state_dict(adapted, dict(weights))
         _check_loaded(model, adapted, loaded)
         lora_config, lora_weights = peft.convert_to_lora(adapted, rank=KEPT)
@@ -91,6 +92,9 @@ def _base_alone(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor]) 
     base = model.base_model
     with torch.device("meta"):
         alone = original_class(base)(deepcopy(base.config))
+    for name, _ in list(alone.named_children()):
+        if getattr(base, name, None) is None:  # such as the pooler below some heads
+            setattr(alone, name, None)
     state = base.state_dict()
     alone.load_state_dict({name: state[name] for name in alone.state_dict()}, assign=True)
     prefix = model.base_model_prefix
@@ -99,6 +103,14 @@ def _base_alone(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor]) 
     with_head = nn.Module()
     with_head.add_module(prefix, alone)
     return with_head
+
+
+def _check_adapter_alone(model: ModelAdaptersMixin, adapted: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that would be read into the base model, whose memory is the user's."""
+    of_base = {weight.data_ptr() for weight in model.base_model.state_dict().values()}
+    shared = [key for key, weight in adapted.state_dict().items() if weight.data_ptr() in of_base]
+    if held := [key for key in shared if key in weights]:
+        raise ValueError(f"it holds {held[0]} of the base model (modules_to_save).")
 
 
 def _check_loaded(model: ModelAdaptersMixin, adapted: nn.Module, loaded: Any) -> None:
@@ -124,9 +136,9 @@ def _relative_error(adapted: nn.Module, lora: Mapping[str, torch.Tensor]) -> flo
         if not key.endswith(FACTORS[0]):
             continue
         path = key.removesuffix(FACTORS[0])
-        layer: Any = adapted.get_submodule(path)
+        layer: Any = deepcopy(adapted.get_submodule(path)).float()  # half precision would round what is compared
         up = lora[path + FACTORS[1]]
-        inputs = torch.eye(down.shape[1], dtype=down.dtype, device=down.device)[None]
+        inputs = torch.eye(down.shape[1], device=down.device)[None]
         update = (layer(inputs) - layer.get_base_layer()(inputs))[0].double()  # (in, out)
         missed += float((update - (up.double() @ down.double()).T).square().sum())
         total += float(update.square().sum())

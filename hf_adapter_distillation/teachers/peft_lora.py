@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import pad
 
-from .._compat import LoRALinear, LoRAMergedLinear
+from .._compat import LoRALinear, LoRAMergedLinear, children_of_bare_model
 
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_WEIGHTS_NAME, OLD_WEIGHTS_NAME = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # of PEFT
@@ -56,10 +56,12 @@ def is_peft(saved: dict) -> bool:
 
 def read_peft_weights(folder: Path, label: str) -> dict[str, torch.Tensor]:
     """Read the weights that PEFT saved; `label` is the adapter in messages, for instance "Teacher 'bank'"."""
+    file, old = folder / PEFT_WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME
+    if old.is_file() and not file.exists():
+        raise ValueError(f"{label} cannot be loaded: {old} is a pickle of an older PEFT; save it again.")
     try:
-        return load_file(folder / PEFT_WEIGHTS_NAME)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
-        file = folder / PEFT_WEIGHTS_NAME
         raise ValueError(f"{label} cannot be loaded: {file} is missing or damaged; save it again.") from error
 
 
@@ -107,7 +109,7 @@ def convert_peft_lora(
         module = projections[path]
         parts[path] = _split(down, up) if isinstance(module, LoRAMergedLinear) else {module.attn_key or "": (down, up)}
     scaling = next(filter(None, scalings.values()), 0.0)
-    config = _config(model, parts, scaling, saved.get("lora_dropout") or 0.0)
+    config = _config(model, parts, scaling, _dropout(saved, label))
     factors = {}
     for path, of_path in parts.items():
         ratio = scalings[path] / scaling if scaling else 1.0
@@ -175,6 +177,9 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
     if not found:
         raise ValueError(f"{label} has no LoRA weights in {PEFT_WEIGHTS_NAME}; save it again.")
     for saved_path, tensors in found.items():
+        if tensors.keys() < set(FACTORS):
+            (missing,) = set(FACTORS) - tensors.keys()
+            raise ValueError(f"{label} lacks {saved_path}{missing}; save it again.")
         if tensors.keys() != set(FACTORS):
             raise _no_projection(model, saved_path, label)
     return {saved_path: (tensors[FACTORS[0]], tensors[FACTORS[1]]) for saved_path, tensors in found.items()}
@@ -221,6 +226,13 @@ def _rank_and_scaling(saved: dict, saved_path: str, label: str) -> tuple[int, fl
         raise ValueError(f"{label} has no valid rank of {saved_path} in {keys}; save it again.") from error
 
 
+def _dropout(saved: dict, label: str) -> float:
+    value = saved.get("lora_dropout") or 0.0
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{label} has lora_dropout={value!r}; it must be a number from 0 to below 1.")
+    return value
+
+
 def _split(down: torch.Tensor, up: torch.Tensor) -> dict[str, Factors]:
     """Return the factors of the parts of a merged projection, each without the columns of B that are zero in it."""
     parts = {}
@@ -241,6 +253,4 @@ def _padded(down: torch.Tensor, up: torch.Tensor, rank: int, ratio: float) -> Fa
 def is_of_base(model: ModelAdaptersMixin, key: str) -> bool:
     """Return whether a weight that PEFT saved belongs to the base model, and not to a head."""
     key = key.removeprefix(PREFIX)
-    prefix, name = f"{model.base_model_prefix}.", key.partition(".")[0]
-    # Some models with a static head, such as T5, are their own base model.
-    return key.startswith(prefix) or (name != "lm_head" and name in dict(model.base_model.named_children()))
+    return key.startswith(f"{model.base_model_prefix}.") or key.partition(".")[0] in children_of_bare_model(model)

@@ -16,6 +16,11 @@ from .peft_lora import PREFIX, add_peft_lora, convert_peft_lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.utils.other import ModulesToSaveWrapper
+
+
+# The attribute of a model with the paths of the modules that PEFT trained with an adapter.
+MODULES_OF_PEFT = "modules_of_peft"
 
 
 def from_peft(peft_model: "PeftModel") -> ModelAdaptersMixin:
@@ -49,7 +54,9 @@ def from_peft(peft_model: "PeftModel") -> ModelAdaptersMixin:
         )
     lora = _converted(peft_model, base)
     _check_heads(peft_model, list(lora))
+    trained = [path.removeprefix(PREFIX) for path, _ in _trained_modules(peft_model)]
     base = peft_model.unload()
+    setattr(base, MODULES_OF_PEFT, trained)
     for parameter in base.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     adapters.init(base)
@@ -99,11 +106,7 @@ def _scalings(peft_model: "PeftModel", name: str) -> dict[str, float]:
 
 def _check_heads(peft_model: "PeftModel", names: list[str]) -> None:
     """Refuse adapters with different heads, since the model has one."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for key, module in peft_model.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper):
-            continue
+    for key, module in _trained_modules(peft_model):
         heads = {name: _state(module.modules_to_save, name, module.original_module) for name in names}
         for name, head in heads.items():
             if not all(torch.equal(weight, head[part]) for part, weight in heads[names[0]].items()):
@@ -111,6 +114,14 @@ def _check_heads(peft_model: "PeftModel", names: list[str]) -> None:
                     f"Adapters {names[0]!r} and {name!r} have different heads in {key}, and the model has one; save "
                     "both and load the folders by distill_from, which leaves heads out."
                 )
+
+
+def _trained_modules(peft_model: "PeftModel") -> "list[tuple[str, ModulesToSaveWrapper]]":
+    """Return the modules that PEFT trained whole (`modules_to_save`), by their paths."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    modules = peft_model.named_modules()
+    return [(path, module) for path, module in modules if isinstance(module, ModulesToSaveWrapper)]
 
 
 def _state(modules: Any, name: str, original: nn.Module) -> Mapping[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import adapters
 import datasets
 import peft
 import pytest
@@ -24,7 +25,7 @@ from hub_server import check_card
 from messages import exactly, one_line
 from paths import ROOT
 from safetensors.torch import load, load_file, save_file
-from tiny_models import noisy
+from tiny_models import CONFIGS, STATIC, noisy
 from transformers import AutoModel
 
 import hf_adapter_distillation as had
@@ -611,6 +612,36 @@ def test_export_writes_what_peft_reads(here, capsys):
         ],
     )
     assert not Path("b").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "with_head"),
+    [("llama", "causal_lm", True), ("llama", "causal_lm", False), ("modernbert", "classification", True)],
+)
+def test_export_loads_the_class_from_which_an_adapter_was_saved(family, kind, with_head, tmp_path, capsys):
+    """A language model whose head was not saved, and a family without AutoAdapterModel."""
+    base, student, out = (str(tmp_path / name) for name in ("base", "student", "peft"))
+    labels = {"num_labels": 3} if kind == "classification" else {}
+    STATIC["base" if labels else kind].from_config(CONFIGS[family]()).save_pretrained(base)
+    model = STATIC[kind].from_pretrained(base, **labels)
+    adapters.init(model)
+    model.add_adapter("s", config="lora")
+    noisy(model, "s")
+    model.save_adapter(student, "s", with_head=with_head)
+    assert run(capsys, "export", student, out) == (0, f"'s' is saved for PEFT in {out}\n", "")
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert saved["auto_mapping"]["base_model_class"] == type(model).__name__
+    assert (saved["modules_to_save"] is None) is (kind == "causal_lm")
+    read = peft.PeftModel.from_pretrained(STATIC[kind].from_pretrained(base, **labels), out).eval()
+    model.set_active_adapters("s")
+    ids = torch.arange(5, 10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    if kind == "classification":
+        (tmp_path / "student" / "head_config.json").write_text("{")
+        code, _, err = run(capsys, "export", student, str(tmp_path / "other"))
+        assert (code, err.startswith(f"{student}/head_config.json is damaged")) == (2, True)
+        assert not (tmp_path / "other").exists()
 
 
 def test_an_export_is_inspected_and_the_other_commands_say_what_to_give_instead(here, capsys, hub):

@@ -150,7 +150,10 @@ def test_a_format_that_a_push_does_not_have_is_named(hub):
         "(save_adapter saves it)."
     )
     refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "insurance", format="peft")
-    message = "'bank' is not distilled; save it by save_adapter_as_peft and upload the folder."
+    message = (
+        "format takes a student of this model, and 'bank' was loaded or is not distilled; save it by "
+        "save_adapter_as_peft and upload the folder."
+    )
     refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "bank", format="peft")
     assert not hub.repos
 
@@ -226,7 +229,10 @@ def test_a_student_over_which_a_plain_adapter_was_loaded_is_pushed_as_plain(form
     model.save_adapter(str(tmp_path / "plain"), "bank")
     model.load_adapter(str(tmp_path / "plain"), load_as="insurance")
     if format_ == "peft":
-        message = "'insurance' is not distilled; save it by save_adapter_as_peft and upload the folder."
+        message = (
+            "format takes a student of this model, and 'insurance' was loaded or is not distilled; save it by "
+            "save_adapter_as_peft and upload the folder."
+        )
         refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "insurance", format="peft")
         return
     model.push_adapter_to_hub("me/faq", "insurance")

@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 import adapters
+import peft
 import pytest
 import torch
+import transformers
 from adapters import AutoAdapterModel, LoRAConfig
 from messages import exactly, one_line
 from model_state import snapshot
 from sentence_transformers import SentenceTransformer
 from tiny_models import CONFIGS, STATIC, make_batch, make_dataset, make_model, make_student, noisy
-from transformers import set_seed
+from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, set_seed
 from without_package import run_without_package
 
 import hf_adapter_distillation as had
@@ -41,7 +43,9 @@ READ = """
     torch.save(results, out + "/results.pt")
 """
 FULL = LoRAConfig(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True, r=3, alpha=7, dropout=0.1)
+WITH_HEAD = ("classification", "masked_lm", "qa")
 HEAD = {"num_labels": 3, "layers": 1, "use_pooler": True}
+PLAIN = STATIC | {"masked_lm": AutoModelForMaskedLM, "qa": AutoModelForQuestionAnswering}
 CASES = {  # family, kind of model, LoRA, flexible head
     "bert": ("bert", "classification", FULL, None),
     "bert-left-out": ("bert", "base", LoRAConfig(leave_out=[0]), None),
@@ -55,6 +59,10 @@ CASES = {  # family, kind of model, LoRA, flexible head
     "modernbert": ("modernbert", "classification", FULL, None),
     "t5": ("t5", "seq2seq_lm", FULL, None),
     "bart": ("bart", "seq2seq_lm", FULL, None),
+    "bert-masked": ("bert", "masked_lm", FULL, None),
+    "roberta-masked": ("roberta", "masked_lm", FULL, None),
+    "distilbert-masked": ("distilbert", "masked_lm", FULL, None),
+    "t5-qa": ("t5", "qa", FULL, None),
     "bert-flex": ("bert", "flex", FULL, ("classification", HEAD)),
     "bert-flex-labels": ("bert", "flex", FULL, ("classification", HEAD | {"multilabel": True})),
     "bert-flex-headless": ("bert", "flex", FULL, None),
@@ -65,11 +73,11 @@ CASES = {  # family, kind of model, LoRA, flexible head
 }
 
 
-def with_lora(base, kind, lora, head):
+def with_lora(base, kind, lora=FULL, head=None):
     if kind == "flex":
         model = AutoAdapterModel.from_pretrained(base)
     else:
-        model = STATIC[kind].from_pretrained(base)
+        model = PLAIN[kind].from_pretrained(base)
         adapters.init(model)
     model.add_adapter("bank", config=lora)
     noisy(model, "bank")
@@ -77,12 +85,19 @@ def with_lora(base, kind, lora, head):
         model.add_prediction_head_from_config("bank", head[1])
     elif head:
         getattr(model, f"add_{head[0]}_head")("bank", **head[1])
-    elif kind == "classification":
-        for name, parameter in model.named_parameters():
-            if not name.startswith(model.base_model_prefix):
-                parameter.data = torch.randn_like(parameter)
+    elif kind in WITH_HEAD:
+        output, beside = model.get_output_embeddings(), head_modules(model)
+        frozen = set() if output is None else {*output.parameters()}
+        for parameter in [each for module in beside for each in module.parameters() if each not in frozen]:
+            parameter.data = torch.randn_like(parameter)
     model.set_active_adapters("bank")
     return model
+
+
+def head_modules(model):
+    """The modules beside the base model, which a T5 for questions is itself."""
+    of_base = {"shared", "encoder", "decoder", "shared_parameters", "prefix_tuning", model.base_model_prefix}
+    return [module for name, module in model.named_children() if name not in of_base]
 
 
 def logits(model, batch):
@@ -97,7 +112,7 @@ def read(tmp_path_factory, tiny_encoder):
     for name, (family, kind, lora, head) in CASES.items():
         set_seed(0)
         base = str(out / f"base-{name}")
-        STATIC["base" if kind == "flex" else kind].from_config(CONFIGS[family]()).save_pretrained(base)
+        PLAIN["base" if kind == "flex" else kind].from_config(CONFIGS[family]()).save_pretrained(base)
         model = with_lora(base, kind, lora, head)
         had.save_adapter_as_peft(model, "bank", out / name)
         batch = make_batch(labels="tokens" if family in ("t5", "bart") else None)
@@ -140,7 +155,7 @@ def test_an_export_is_a_teacher_again(read, name):
         assert place.lora_A.shape[0] % lora.r == 0, "merged projections do not grow"
     own = [place.lora_A.shape for place in adapters_of(model, "bank")]
     assert {place.lora_A.shape for place in adapters_of(model, "again")} == {*own}
-    if head or kind == "classification":
+    if head or kind in WITH_HEAD:
         return  # a head is left out
     model.set_active_adapters("again")
     torch.testing.assert_close(logits(model, batch), expected[name], rtol=1e-12, atol=1e-12)
@@ -160,12 +175,46 @@ def test_the_config_says_what_peft_asks_for(read):
     assert config["fan_in_fan_out"] is True
     config = json.loads((out / "bert-left-out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["1.attention.self.query", "1.attention.self.value"]
-    assert json.loads((out / "distilbert" / "adapter_config.json").read_text())["modules_to_save"] == [
-        "classifier",
-        "pre_classifier",
-    ]
-    assert json.loads((out / "llama-flex" / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
-    assert json.loads((out / "gpt2-flex" / "adapter_config.json").read_text())["modules_to_save"] is None
+    for name, modules in {
+        "distilbert": ["classifier", "pre_classifier"],
+        "llama-flex": ["lm_head"],
+        "gpt2-flex": None,
+        "llama": None,
+        "t5": None,
+        "bert-masked": ["cls.predictions.transform"],
+        "roberta-masked": ["lm_head.dense", "lm_head.layer_norm"],
+        "distilbert-masked": ["vocab_layer_norm", "vocab_transform"],
+        "t5-qa": ["qa_outputs"],
+    }.items():
+        assert json.loads((out / name / "adapter_config.json").read_text())["modules_to_save"] == modules, name
+
+
+@pytest.mark.parametrize(("kind", "plain"), [("classification", "BertModel"), ("masked_lm", "BertForMaskedLM")])
+def test_an_export_without_a_static_head_is_for_the_base_or_the_language_model(kind, plain, tmp_path):
+    PLAIN[kind].from_config(CONFIGS["bert"]()).save_pretrained(tmp_path / "base")
+    model = with_lora(str(tmp_path / "base"), kind)
+    had.save_adapter_as_peft(model, "bank", tmp_path / "peft", with_head=False)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["base_model_class"] == plain
+    assert config["modules_to_save"] is None
+    read = peft.PeftModel.from_pretrained(getattr(transformers, plain)(model.config), tmp_path / "peft")
+    loaded = read.get_submodule(f"base_model.model.{'bert.' if kind == 'masked_lm' else ''}encoder.layer.0")
+    query = loaded.attention.self.query
+    own = adapters_of(model, "bank")[0]
+    torch.testing.assert_close(query.lora_A.default.weight, own.lora_A)
+
+
+def test_output_embeddings_that_peft_trained_are_exported(tmp_path):
+    base = PLAIN["causal_lm"].from_config(CONFIGS["llama"]())
+    base.save_pretrained(tmp_path / "base")
+    given = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "bank")
+    for parameter in filter(lambda each: each.requires_grad, given.parameters()):
+        parameter.data += torch.randn_like(parameter)
+    batch = make_batch(labels=None)
+    expected = logits(given, batch)
+    had.save_adapter_as_peft(had.from_peft(given), "bank", tmp_path / "peft")
+    read = peft.PeftModel.from_pretrained(PLAIN["causal_lm"].from_pretrained(tmp_path / "base"), tmp_path / "peft")
+    torch.testing.assert_close(logits(read, batch), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_student_keeps_its_provenance_its_type_and_any_scaling(tmp_path, trainer_args):
@@ -238,7 +287,7 @@ def test_heads_names_and_folders_that_do_not_fit_are_named(tmp_path, monkeypatch
     message = (
         "Adapter 'bank' has a head for classification that no bert of transformers has (a "
         "BertForSequenceClassification has layers=1, activation_function=None, use_pooler=True); export it without "
-        "the head (with_head=False, --no_head)."
+        "the head, by save_adapter_as_peft(with_head=False) or adapter-distill export --no_head."
     )
     with pytest.raises(ValueError, match=exactly(message)):
         had.save_adapter_as_peft(model, "bank", tmp_path / "peft")

@@ -1,6 +1,7 @@
 """Teachers of other methods of PEFT, which PEFT converts to LoRA."""
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 import adapters
@@ -26,9 +27,9 @@ pytestmark = [
 LOHA = {"target_modules": ["query", "intermediate.dense"], "r": 2}
 
 
-def base(family, kind):
+def base(family, kind, dtype=torch.float32):
     set_seed(0)
-    return STATIC[kind].from_config(CONFIGS[family]()).eval()
+    return STATIC[kind].from_config(CONFIGS[family]()).eval().to(dtype)
 
 
 def saved_by_peft(folder, family="bert", kind="classification", method="LoHaConfig", **config):
@@ -41,8 +42,8 @@ def saved_by_peft(folder, family="bert", kind="classification", method="LoHaConf
     return model
 
 
-def student_of(folder, family="bert", kind="classification"):
-    model = base(family, kind)
+def student_of(folder, family="bert", kind="classification", dtype=torch.float32):
+    model = base(family, kind, dtype)
     adapters.init(model)
     model.add_adapter("insurance", config="lora", distill_from=[str(folder)])
     return model.eval()
@@ -105,6 +106,20 @@ def test_the_error_of_a_conversion_is_that_of_its_updates(tmp_path, monkeypatch,
     assert message in caplog.text
 
 
+@pytest.mark.parametrize("method", ["LoHaConfig", "LoKrConfig", "VeraConfig"])
+def test_a_teacher_on_a_base_in_half_precision_is_converted_in_float32(method, tmp_path, caplog):
+    saved_by_peft(tmp_path / "bank", kind="base", method=method, target_modules=["query"], r=2)
+    student_of(tmp_path / "bank", kind="base", dtype=torch.bfloat16)
+    error = float(re.search("relative error ([^ ]+)", caplog.text)[1])
+    assert error < 1e-6
+
+
+def test_a_base_without_a_pooler_is_converted(tmp_path):
+    model = saved_by_peft(tmp_path / "bank", "roberta", **LOHA)
+    assert model.base_model.model.roberta.pooler is None
+    assert "bank" in student_of(tmp_path / "bank", "roberta").adapters_config
+
+
 def damaged(folder, what):
     path = folder / "adapter_model.safetensors"
     weights = load_file(path)
@@ -128,11 +143,19 @@ def damaged(folder, what):
          "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA"),
         ("LoHaConfig", LOHA, "wide", "of type LOHA that cannot be converted: Error(s) in loading state_dict"),
         ("LoHaConfig", LOHA, "foreign", " has no place in the bert; use one of the same base model."),
+        ("LoHaConfig", {**LOHA, "modules_to_save": ["LayerNorm"]}, "",
+         "it holds base_model.model.bert.embeddings.LayerNorm.weight of the base model (modules_to_save)."),
+        ("LoHaConfig", {**LOHA, "modules_to_save": ["word_embeddings"]}, "",
+         "it holds base_model.model.bert.embeddings.word_embeddings.weight of the base model (modules_to_save)."),
         ("LoHaConfig", LOHA, "half", "layer.1.attention.self.query.hada_w1_a.default is missing; save it again."),
     ],
 )  # fmt: skip
 def test_what_peft_cannot_convert_leaves_the_model_as_it_was(method, config, what, message, tmp_path):
-    saved_by_peft(tmp_path / "bank", method=method, **config)
+    reference = saved_by_peft(tmp_path / "bank", method=method, **config)
+    if "modules_to_save" in config:
+        for name, parameter in reference.named_parameters():
+            parameter.data += "modules_to_save" in name
+        reference.save_pretrained(str(tmp_path / "bank"))
     if what:
         damaged(tmp_path / "bank", what)
     model = base("bert", "classification")
@@ -140,7 +163,9 @@ def test_what_peft_cannot_convert_leaves_the_model_as_it_was(method, config, wha
     before = snapshot(model)
     with pytest.raises(ValueError, match=one_line(part=message)):
         model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
-    assert snapshot(model).keys() == before.keys()
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
     assert not list(model.adapters_config)
 
 

@@ -226,6 +226,8 @@ def damaged(folder, what):
     config = json.loads(config_path.read_text())
     if what == "no weights":
         path.unlink()
+    elif what == "pickle":
+        path.rename(folder / "adapter_model.bin")
     elif what == "cut weights":
         path.write_bytes(path.read_bytes()[:100])
     elif what == "empty":
@@ -258,7 +260,10 @@ def damaged(folder, what):
         ("no weights", "cannot be loaded: "),
         ("cut weights", "cannot be loaded: "),
         ("empty", "has no LoRA weights in "),
-        ("half", "has LoRA in bert.encoder.layer.1.attention.self.query, which is no projection that takes LoRA"),
+        ("pickle", "adapter_model.bin is a pickle of an older PEFT; save it again."),
+        ("half", "lacks bert.encoder.layer.1.attention.self.query.lora_B.weight; save it again."),
+        ({"lora_dropout": 2}, "has lora_dropout=2; it must be a number from 0 to below 1."),
+        ({"lora_dropout": "a"}, "has lora_dropout='a'; it must be a number from 0 to below 1."),
         ("wide", "was made for a projection bert.encoder.layer.0.attention.self.query of another size"),
     ],
 )
