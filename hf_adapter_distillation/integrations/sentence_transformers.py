@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..composition import AdapterDistillation
 from ..configuration import AdapterDefaultsMixin, DistillationArgumentsMixin
@@ -22,6 +22,7 @@ try:
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.evaluation import SentenceEvaluator as SentenceEvaluator
+    from sentence_transformers.training_args import BatchSamplers
 except ImportError as error:
     raise ImportError(
         "The trainers of embedding models need sentence-transformers 5; install it with "
@@ -88,10 +89,21 @@ class _WrappedTransformerMixin(DistillationMixin):
 
         A loss with a gradient cache runs all sequences without gradients first, and their number is noted.
         """
-        if not any(uses_gradient_cache(part) for loss in self._losses for part in loss.modules()):
+        if not any(map(uses_gradient_cache, self._losses)):
             return super().training_step(model, inputs, num_items_in_batch)
         with noting_inputs(self.model_with_adapters, self._count_sequences):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _loader_of(self, half: Any) -> DataLoader:
+        """Return a loader of some training examples, in any order where they are too few for the sampler."""
+        given = self.args.batch_sampler
+        try:
+            return super()._loader_of(half)
+        except ValueError:  # of GroupByLabelBatchSampler
+            self.args.batch_sampler = BatchSamplers.BATCH_SAMPLER
+            return super()._loader_of(half)
+        finally:
+            self.args.batch_sampler = given
 
     def _count_sequences(self, inputs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
@@ -119,9 +131,13 @@ class _WrappedTransformerMixin(DistillationMixin):
 
 
 def uses_gradient_cache(loss: nn.Module) -> bool:
-    """Return whether a loss has a gradient cache, which the first versions tell by the name of its class alone."""
-    is_cached = any(cls.__name__.startswith("Cached") for cls in type(loss).__mro__)
-    return getattr(loss, "uses_gradient_cache", is_cached)
+    """Return whether a loss, or one inside it, has a gradient cache; the first versions tell it by the class name."""
+
+    def is_cached(part: nn.Module) -> bool:
+        by_name = any(cls.__name__.startswith("Cached") for cls in type(part).__mro__)
+        return getattr(part, "uses_gradient_cache", by_name)
+
+    return any(map(is_cached, loss.modules()))
 
 
 def check_loss_of_one_model(loss: nn.Module, model: nn.Module) -> None:
@@ -156,6 +172,15 @@ class SentenceTransformerDistillationTrainer(_WrappedTransformerMixin, SentenceT
     """
 
     training_args_class: Any = SentenceTransformerDistillationTrainingArguments
+
+    def _check_losses(self) -> None:
+        super()._check_losses()
+        cached = [type(loss).__name__ for loss in self._losses if uses_gradient_cache(loss)]
+        if cached and "similarity" in self.distillation.config.objectives:
+            raise ValueError(
+                f"The objective 'similarity' compares the texts of a forward pass, but {cached[0]} runs a batch in "
+                "parts; choose 'features', or a loss without a gradient cache."
+            )
 
     def _take(self, block: AdapterDistillation, *, has_unlabelled: bool) -> None:
         super()._take(block, has_unlabelled=has_unlabelled)

@@ -46,8 +46,11 @@ class SimilarityLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: torch.Tensor, ensemble: torch.Tensor) -> torch.Tensor:
-        """Compute the loss of embeddings (batch, d) each, without gradient to the ensemble; 0 for a batch of one."""
-        if len(student) < 2:
+        """Compute the loss of embeddings (batch, d) each, without gradient to the ensemble.
+
+        With fewer than three texts there is nothing to compare, and the loss is 0.
+        """
+        if len(student) < 3:
             return student.sum() * 0.0
         ours, theirs = self._log_probabilities(student), self._log_probabilities(ensemble.detach())  # (B, B - 1)
         divergence = (theirs.exp() * (theirs - ours)).sum(dim=1).mean()

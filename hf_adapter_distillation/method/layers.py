@@ -16,6 +16,7 @@ from .._compat import (
     BottleneckState,
     LoRA,
     LoRALinear,
+    LoRAMergedLinear,
     LoRAState,
     ParallelAdapter,
 )
@@ -56,6 +57,12 @@ def _fused_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Fu
         if isinstance(child, FusedLayer):
             yield prefix + name, child
         yield from _fused_layers(child, f"{prefix}{name}.")
+
+
+def merged_projections(model: ModelAdaptersMixin) -> Iterator[LoRAMergedLinear]:
+    """Yield the projections that compute query, key and value at once, whose LoRA cannot be fused."""
+    for layer in (layer for _, layer in model.iter_layers()):
+        yield from (module for module in layer.modules() if isinstance(module, LoRAMergedLinear))
 
 
 def adapters_of(model: ModelAdaptersMixin, names: Iterable[str]) -> dict[str, dict[int, dict[str, nn.Module]]]:

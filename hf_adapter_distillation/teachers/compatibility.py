@@ -16,7 +16,7 @@ from adapters import (
 
 from .._compat import LoRALinear, heads_of
 from ..configuration import Level
-from ..method.layers import FusedLayer, adapter_layers
+from ..method.layers import FusedLayer, adapter_layers, merged_projections
 from ..method.parameters import owner
 from ..method.whole_layers import holds, whole_layers
 
@@ -86,8 +86,8 @@ def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
 def misses_in_layer(model: ModelAdaptersMixin, label: str, name: str, student_config: AdapterConfig) -> str:
     """Return why a teacher has no place inside the layers in common with a student of its method; "" if it has."""
     layers = adapter_layers(model, name)
-    if not layers:
-        return f"{label} has no module that can be fused inside a layer (its LoRA sits in projections that are merged)"
+    if not layers or any(name in projection.loras for projection in merged_projections(model)):
+        return f"{label} has modules that cannot be fused inside a layer (LoRA in projections that are merged)"
     shared = [layer for _, layer in layers if _is_at(student_config, layer)]
     if not shared:
         places = sorted({_attention_key(layer) or layer.location_key for _, layer in layers})

@@ -108,7 +108,9 @@ def weigh_teachers(
     halves: list[Batches] = [lambda: read[::2], lambda: read[1::2] or read]
     if distillation_of(model, block.student).candidates:
         raise ValueError(f"The teachers of {block.student!r} are not chosen yet; call had.choose_teachers first.")
-    return learn_weights(model, block, loss or own_loss(model), halves, steps=steps, per_layer=per_layer)
+    weights = learn_weights(model, block, loss or own_loss(model), halves, steps=steps, per_layer=per_layer)
+    assert weights is not None, "both halves have batches"
+    return weights
 
 
 def learn_weights(
@@ -122,8 +124,8 @@ def learn_weights(
     beside: Sequence[nn.Parameter] = (),
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     loss_scale: float = 1.0,
-) -> TeacherWeights:
-    """Learn the weights as `weigh_teachers` does.
+) -> TeacherWeights | None:
+    """Learn the weights as `weigh_teachers` does; None where a half gives no batch, in any process.
 
     Args:
         halves: Two halves of the labelled batches.
@@ -133,6 +135,8 @@ def learn_weights(
     """
     learners = [Learner(model, block, loss, per_layer, beside, reduce, loss_scale) for _ in halves]
     judging = [list(half()) for half in halves]  # a new pass may put other examples together
+    if reduce(torch.tensor(float(all(judging)), device=learners[0].scores.device)) < 1:
+        return None
     with_teachers = dict.fromkeys(KEPT_SHARES, 0.0)
     weights = dict.fromkeys(KEPT_SHARES, torch.zeros((), dtype=torch.float64))
     without = 0.0

@@ -204,16 +204,16 @@ def weigh(
         return block
     forget_weights(model, block.student)
     with keeping_random_state():  # the order of the training data stays the same
-        labelled = examples.labelled()
-        if labelled is None:
-            logger.warning(
-                f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream or a "
-                "loader of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to "
-                "silence this."
-            )
-            return block
-        learning = {"per_layer": distillation.config.weights_per_layer, **_learning(labelled, accelerator)}
-        weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
+        labelled, weights = examples.labelled(), None
+        if labelled is not None:
+            learning = {"per_layer": distillation.config.weights_per_layer, **_learning(labelled, accelerator)}
+            weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
+    if weights is None:
+        logger.warning(
+            f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream or a loader "
+            "of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
+        )
+        return block
     start_at_weights(model, block, weights)
     _show(weights_table(weights, active_block(model).teachers), show)
     if not weights.help:

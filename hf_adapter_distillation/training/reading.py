@@ -105,6 +105,8 @@ class ReadingTrainer(TwoStageTrainer):
         self._check_labels(inputs)
         inputs = dict(self._prepare_inputs(inputs))
         n_items: Any = self._get_num_items_in_batch([inputs], self.args.device)
+        if n_items is not None:  # a batch without a labelled token adds 0, as in a step with others
+            n_items = torch.as_tensor(n_items).clamp(min=1)
         with ExitStack() as stack:
             for module in (self.model, *self._losses):
                 stack.enter_context(without_dropout(module))

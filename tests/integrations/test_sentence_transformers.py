@@ -8,11 +8,13 @@ import torch
 from adapters import Stack
 from datasets import Dataset
 from embedding_models import PAIRS, SCORED, TEXTS, cross_encoder, embedding_model
+from messages import one_line
 from model_state import changed, snapshot
 from safetensors.torch import load_file
 from sentence_transformers import losses
 from sentence_transformers.cross_encoder import losses as cross_encoder_losses
 from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.training_args import BatchSamplers
 from tiny_models import TEACHERS
 from trainings import StopAt
 from without_package import run_without_package
@@ -363,6 +365,32 @@ def test_a_cross_encoder_trains_student_head_and_fusion_alone(loss, tiny_encoder
     for part in (".adapters.insurance.", ".distillation_fusion.insurance.", ".classifier."):
         assert any(part in name for name in moved), part
     assert trainer.state.log_history[-2]["distillation_loss"] > 0
+
+
+def test_similarity_is_refused_with_a_gradient_cache(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder, objective={"features": 1, "similarity": 1})
+    loss = losses.MatryoshkaLoss(model, losses.CachedMultipleNegativesRankingLoss(model), [16, 8])
+    message = "The objective 'similarity' compares the texts of a forward pass, but MatryoshkaLoss runs a batch in"
+    with pytest.raises(ValueError, match=one_line(start=message)):
+        SentenceTransformerDistillationTrainer(model, arguments(tmp_path), train_dataset=PAIRS, loss=loss)
+
+
+@pytest.mark.parametrize("case", ["group by label", "no duplicates"])
+def test_halves_that_a_sampler_refuses_are_weighed_all_the_same(case, tiny_encoder, tmp_path, caplog):
+    """Two examples of each label are one in a half; a half without duplicates may fill no batch."""
+    model = embedding_model(tmp_path, tiny_encoder, student_start="weighted")
+    few = Dataset.from_dict({"text": PAIRS["anchor"][:8], "label": [0, 0, 1, 1, 2, 2, 3, 3]})
+    same = Dataset.from_dict({"anchor": PAIRS["anchor"][:1] * 14 + PAIRS["anchor"][:2], "positive": PAIRS["positive"]})
+    if case == "group by label":
+        sampler, dataset, loss = BatchSamplers.GROUP_BY_LABEL, few, losses.BatchAllTripletLoss(model)
+    else:
+        sampler, dataset, loss = BatchSamplers.NO_DUPLICATES, same, losses.MultipleNegativesRankingLoss(model)
+    given = arguments(tmp_path, max_steps=1, batch_sampler=sampler, dataloader_drop_last=case == "no duplicates")
+    trainer = SentenceTransformerDistillationTrainer(model, given, train_dataset=dataset, loss=loss)
+    trainer.fit_start()
+    assert trainer.args.batch_sampler == sampler
+    assert (trainer.distillation.weights is None) == (case == "no duplicates")
+    assert ("get equal weights" in caplog.text) == (case == "no duplicates")
 
 
 class Several(losses.MultipleNegativesRankingLoss):

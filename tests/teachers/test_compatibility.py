@@ -21,6 +21,10 @@ def test_a_block_written_by_hand_is_checked_too():
         model.train_adapter(had.AdapterDistillation("insurance", teachers=["prompt"]))
 
 
+IN_MERGED = "modules that cannot be fused inside a layer (LoRA in projections that are merged)"
+ALL_PROJECTIONS = LoRAConfig(intermediate_lora=True, output_lora=True)
+
+
 @pytest.mark.parametrize(
     ("family", "teacher", "student", "message"),
     [
@@ -35,11 +39,13 @@ def test_a_block_written_by_hand_is_checked_too():
             "lora",
             "Teacher 'bank' sits at k, where the student has no modules",
         ),
-        ("gpt2", "lora", "lora", "Teacher 'bank' has no module that can be fused inside a layer (its LoRA sits in"),
+        ("gpt2", "lora", "lora", f"Teacher 'bank' has {IN_MERGED}"),
+        ("gpt2", ALL_PROJECTIONS, ALL_PROJECTIONS, f"Teacher 'bank' has {IN_MERGED}"),
+        ("modernbert", ALL_PROJECTIONS, ALL_PROJECTIONS, f"Teacher 'bank' has {IN_MERGED}"),
     ],
 )
 def test_what_cannot_be_fused_inside_the_layers_is_fused_in_their_outputs(family, teacher, student, message):
-    model = make_model(family)
+    model = make_model(family, **({"kind": "base"} if family == "modernbert" else {}))
     model.add_adapter("bank", config=teacher)
     before = snapshot(model)
     forced = had.DistillationConfig(["bank"], level="adapter")

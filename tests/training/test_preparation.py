@@ -245,6 +245,36 @@ def test_the_loss_of_teachers_that_do_not_help_is_logged_but_does_not_count(gain
     assert trainer_for(weighted(), trainer_args(distillation_weight=0.3)).distillation_weight == 0.3
 
 
+@pytest.mark.parametrize(
+    ("carrier", "settings", "runs"),
+    [
+        ("student", {}, True),
+        ("fused", {}, False),
+        ("mixed", {}, False),
+        ("dual", {}, False),
+        ("fused", {"distillation_weight": 0.0}, True),
+        ("mixed", {"distillation_weight": 0.5}, True),
+    ],
+)
+def test_no_layer_passes_on_what_teachers_say_that_do_not_help_unless_asked_to(
+    carrier, settings, runs, trainer_args, monkeypatch
+):
+    model = weighted(carrier=carrier)
+    count_weighing(monkeypatch, of_places(model, -0.2, bank=0.2, travel=0.2, work=0.2))
+    trainer = trainer_for(model, trainer_args(distillation_start=0.0, max_steps=2, **settings))
+    trainer.train()
+    assert any("distillation_loss" in log for log in trainer.state.log_history) == runs
+
+
+def test_halves_that_give_no_batch_give_equal_weights(trainer_args, monkeypatch, caplog):
+    trainer = trainer_for(weighted(), trainer_args(max_steps=1))
+    labelled = trainer._labelled()
+    monkeypatch.setattr(trainer, "_labelled", lambda: labelled._replace(halves=[labelled.halves[0], list]))
+    trainer.train()
+    assert trainer.distillation.weights is None
+    assert "The teachers of 'insurance' get equal weights: too few training examples, or a stream" in caplog.text
+
+
 @pytest.mark.parametrize("config", ["seq_bn", "lora", "prefix_tuning"])
 @pytest.mark.parametrize(("gain", "helps"), [(-0.1, False), (0.04, False), (0.06, True)])
 def test_a_student_whose_teachers_do_not_help_starts_as_a_new_adapter(

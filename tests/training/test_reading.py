@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import make_dataset, make_model, make_student
+from tiny_models import make_batch, make_dataset, make_model, make_student
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from trainings import trainer_for
@@ -95,3 +95,13 @@ def test_the_halves_need_no_sampler_or_loader_of_the_users_own(base, is_below, t
     trainer.train()
     assert trainer.distillation.weights is not None
     assert isinstance(trainer.callback_handler.train_dataloader.batch_sampler.sampler, WeightedRandomSampler)
+
+
+def test_a_batch_without_a_labelled_token_adds_nothing_to_the_weighing(trainer_args):
+    model = make_student(make_model("llama", "causal_lm"), head=None, student_start="weighted")
+    dataset = make_dataset(labels="tokens")
+    trainer = had.DistillationTrainer(model, trainer_args(), train_dataset=dataset)
+    batch = make_batch(labels="tokens")
+    assert trainer._task_loss(batch).item() > 0
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert trainer._task_loss(batch).item() == 0.0
