@@ -105,6 +105,8 @@ def check_tenants(args: Arguments, tenants: list[Tenant]) -> None:
         ValueError: If a name cannot be an adapter's, a text cannot be read, or an FAQ has too few queries.
     """
     check_platform(tenants)
+    if args.shots == "all" and not all(faq.test for tenant in tenants for faq in tenant.faqs):
+        raise ValueError("--shots all needs data with test queries of their own, as CLINC150 has; give a number.")
     for tenant in tenants:
         if tenant.name == NEW or (args.pool == "relatives" and tenant.name.endswith(RELATIVE)):
             raise ValueError(f"Tenant {tenant.name!r} has a name that the benchmark gives itself; rename the tenant.")

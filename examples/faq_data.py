@@ -89,8 +89,9 @@ def check_texts(tenants: Sequence[Tenant]) -> None:
             place = f"FAQ {faq.question!r} of tenant {tenant.name!r}"
             if not faq.train:
                 raise ValueError(f"{place} has no queries; give it some, or leave it out.")
-            if not all(is_text(query) for query in (*faq.train, *faq.validation, *faq.test)):
-                raise ValueError(f"{place} has an empty query; remove it.")
+            if bad := [query for query in (*faq.train, *faq.validation, *faq.test) if not is_text(query)]:
+                what = "an empty query" if isinstance(bad[0], str) else f"a query that is no text, {bad[0]!r}"
+                raise ValueError(f"{place} has {what}; remove it.")
             if faq.question in (other.question for other in tenant.faqs[: number - 1]):
                 raise ValueError(f"Two FAQs of tenant {tenant.name!r} have the question {faq.question!r}; join them.")
 
@@ -248,7 +249,11 @@ def _from_classes(splits: Sequence[list], domains: dict[str, list[str]], rng: ra
 
 
 def _from_hub(data: str, rng: random.Random) -> list[Tenant]:
-    loaded = datasets.load_dataset(data, "plus") if data == "clinc/clinc_oos" else datasets.load_dataset(data)
+    try:
+        loaded = datasets.load_dataset(data, "plus") if data == "clinc/clinc_oos" else datasets.load_dataset(data)
+    except datasets.exceptions.DatasetsError as error:  # of files that cannot be read
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"--data {data} cannot be read ({reason}); give a JSON file or a Hub dataset id.") from error
     if not {"train", "test"} <= loaded.keys():
         raise ValueError(f"--data {data} has the splits {', '.join(loaded)}; it needs train and test.")
     features = loaded["train"].features

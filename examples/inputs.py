@@ -65,6 +65,8 @@ def open_folder(option: str, folder: str | Path) -> Path:
     Raises:
         ValueError: If they cannot.
     """
+    if not str(folder):
+        raise ValueError(f"{option} is empty; give a folder.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

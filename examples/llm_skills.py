@@ -39,7 +39,7 @@ import hf_adapter_distillation as had
 
 DEFAULTS = {
     "teachers": 4, "teacher_queries": 10, "validation_queries": 3, "test_queries": 8, "teacher_steps": 40, "steps": 30,
-    "weighing_steps": 20, "answers_batch_size": 4, "learning_rates": [1e-3, 3e-3],
+    "weighing_steps": 16, "answers_batch_size": 4, "learning_rates": [1e-3, 3e-3],
 }  # fmt: skip
 QUICK = {
     "teachers": 2, "teacher_queries": 4, "validation_queries": 1, "test_queries": 1, "teacher_steps": 4, "steps": 4,
@@ -82,7 +82,7 @@ class Arguments:
     teacher_learning_rate: float = field(default=3e-3, metadata={"help": "Their peak learning rate."})
     steps: int | None = field(default=None, metadata={"help": "Steps of each LoRA of the new tenant. Default: 30."})
     weighing_steps: int | None = field(
-        default=None, metadata={"help": "Steps in which the teachers' weights are learned. Default: 20."}
+        default=None, metadata={"help": "Steps in which the teachers' weights are learned. Default: 16."}
     )
     learning_rates: list[float] | None = field(
         default=None,

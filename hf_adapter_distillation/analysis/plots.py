@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
-from ..method.weights import weight_of_none
+from ..method.weights import TeacherWeights, weight_of_none
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,8 +70,10 @@ def plot_teacher_attention(
     return figure
 
 
-def plot_teacher_weights(weights: Mapping[str, float], title: str = "Weights of the teachers") -> "Figure":
-    """Draw the weights of the teachers for a task, `TeacherWeights.mean()`, as bars, the heaviest on top.
+def plot_teacher_weights(
+    weights: Mapping[str, float] | TeacherWeights, title: str = "Weights of the teachers"
+) -> "Figure":
+    """Draw the weights of the teachers for a task, of `TeacherWeights` their mean, as bars, the heaviest on top.
 
     What they lack to 1 is the bar of the null teacher, "(none)". A line marks the equal share.
 
@@ -79,6 +81,7 @@ def plot_teacher_weights(weights: Mapping[str, float], title: str = "Weights of 
         ValueError: If there are no weights.
         ImportError: If matplotlib is not installed.
     """
+    weights = weights.mean() if isinstance(weights, TeacherWeights) else weights
     if not weights:
         raise ValueError("There are no weights; learn them with weigh_teachers(model, batches).")
     ordered = dict(sorted(weights.items(), key=lambda item: item[1]))

@@ -28,7 +28,8 @@ logger = logging.get_logger(__name__)
 FUSION_WEIGHTS_NAME = "distillation_fusion.safetensors"
 LOSS = "loss "  # and its number, before the names of the weights of a loss
 WEIGHTS_BESIDE_NAME = "trained_beside_the_student.safetensors"
-STAGE_2_START, TEACHER_WEIGHTS = "first_distillation_step", "teacher_weights"  # in the metadata of the fusion
+# In the metadata of the fusion.
+STAGE_2_START, TEACHER_WEIGHTS, EXPLAINED = "first_distillation_step", "teacher_weights", "start_explained"
 
 
 def save_student(
@@ -37,16 +38,19 @@ def save_student(
     folder: str,
     stage_2_start: int | None = None,
     safetensors: bool = True,
+    explained: float | None = None,
 ) -> None:
     """Write the student with its head, as `save_adapter` does, and the fusion if it is on the model.
 
-    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`. Without `safetensors` the student
-    is a pickle. The fusion never is: its number of the first step belongs to the safetensors.
+    In stage 2 `stage_2_start` is the number of its first step, for `stage_2_start`; `explained` is what
+    `saved_explained` returns. Without `safetensors` the student is a pickle. The fusion never is: its metadata belong
+    to the safetensors.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_weights(model, student, str(Path(folder) / student), safetensors)
     if fusion := {key: value for key, value in model.state_dict().items() if is_fusion(key, student)}:
-        metadata = {} if stage_2_start is None else {STAGE_2_START: str(stage_2_start)}
+        noted = {STAGE_2_START: stage_2_start, EXPLAINED: explained}
+        metadata = {key: str(value) for key, value in noted.items() if value is not None}
         if (weights := distillation_of(model, student).weights) is not None:
             metadata[TEACHER_WEIGHTS] = json.dumps(weights._asdict())
         save_file(fusion, Path(folder) / FUSION_WEIGHTS_NAME, metadata or None)
@@ -56,6 +60,12 @@ def stage_2_start(folder: str) -> int | None:
     """Return the number of the first step of stage 2 that a checkpoint was written in; None in stage 1."""
     first = _metadata(folder).get(STAGE_2_START)
     return None if first is None else int(first)
+
+
+def saved_explained(folder: str) -> float | None:
+    """Return the share of its teachers' mean update that the student of a checkpoint started with, if any."""
+    explained = _metadata(folder).get(EXPLAINED)
+    return None if explained is None else float(explained)
 
 
 def saved_weights(folder: str) -> TeacherWeights | None:

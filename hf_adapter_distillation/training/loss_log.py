@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from ..composition import AdapterDistillation
-from ..method.distillation import DistillationRecord
+from ..method.distillation import DistillationRecord, distillation_of
 from ..method.parameters import parameter_roles
 
 
@@ -25,12 +25,17 @@ class LoggedTerms:
     def __init__(self, accelerator: Callable[[], Accelerator]) -> None:
         self.accelerator = accelerator
         self.trained: dict[str, list[nn.Parameter]] = {}
+        self.of_start: dict[str, float] = {}  # values for the first log
         self.stage = 1  # of the last step
         self.clear()
 
     def begin(self, model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-        """Begin a training: forget all sums, and collect the trained parameters of each role."""
+        """Begin a training: forget all sums, note the teachers' weights, and collect the parameters of each role."""
         self.clear()
+        self.of_start = {}
+        if (weights := distillation_of(model, block.student).weights) is not None:
+            by_key = {f"teacher_weight/{name}": weight for name, weight in weights.mean().items()}
+            self.of_start = {key: round(value, 4) for key, value in {"teacher_gain": weights.gain, **by_key}.items()}
         self.trained = {}
         role_of = parameter_roles(model, block)
         for name, parameter in model.named_parameters():
@@ -88,7 +93,8 @@ class LoggedTerms:
         """Return the means per step since the last call, over all processes, and forget all sums.
 
         `task_loss` is the mean over all steps; the other terms and `attention/<name>` are means over the steps with
-        teachers. `stage` and `grad_norm/<part>` are those of the last step. Empty without steps.
+        teachers. `stage` and `grad_norm/<part>` are those of the last step. The first call of a training has
+        `teacher_gain` and `teacher_weight/<name>`, too, if teachers were weighed. Empty without steps.
         """
         own = {name: total.item() for name, total in self.sums.items()}
         for names, total in self.attention.items():
@@ -107,4 +113,5 @@ class LoggedTerms:
         with_teachers = sums.pop("steps_with_teachers", 0)
         means = {"task_loss": round(sums.pop("task_loss") / sums.pop("steps"), 6)}
         means |= {name: round(total / with_teachers, 6) for name, total in sums.items()}
-        return means | norms | {"stage": self.stage}
+        of_start, self.of_start = self.of_start, {}
+        return of_start | means | norms | {"stage": self.stage}

@@ -48,7 +48,7 @@ class DistillationMixin(WritingTrainer):
     own loss, data and evaluation stay. Its arguments are a dataclass with `DistillationArgumentsMixin`. The model may
     wrap the model with adapters (`model_with_adapters`), as a `SentenceTransformer` does.
 
-    A student that starts at its teachers' average is first moved to the average of their updates (`fit_start`).
+    A student that starts at its teachers is first moved to the (weighted) mean of their updates (`fit_start`).
     Stage 1 trains the student and its head on the task alone. Stage 2, from the step `ceil(distillation_start *
     max_steps)` on, adds the distillation loss and trains the fusion with it. Evaluation runs the student alone. There
     is one optimizer and one schedule. The stage follows from the step, so a checkpoint is enough to resume.

@@ -29,7 +29,7 @@ from ..student.summary import weights_table
 from ..student.warm_start import START_EXAMPLES, can_be_fitted, fit_start, is_at_average
 from ..teachers.ranking import fit_platt, own_logits, predict_labels, rank_teachers
 from ..teachers.weighing import learn_weights
-from .checkpoint import load_student, saved_weights
+from .checkpoint import load_student, saved_explained, saved_weights
 from .data import Examples, Labelled, keeping_random_state
 from .sharding import is_sharded
 
@@ -91,7 +91,8 @@ def prepare_training(
     teacher_modules = [module for place in places for module in place.values()]
     digests = teacher_digests(model, block.teachers)
     distillation_of(model, block.student).run = None  # the record of an earlier training
-    explained = fit_student(model, block.student, examples, accelerator)
+    fitted = fit_student(model, block.student, examples, accelerator)
+    explained = fitted if checkpoint is None else saved_explained(checkpoint)
     calibration = calibrate(model, block, examples, accelerator)
     predictions = predict(model, block, examples, accelerator, n_read)
     _show(parameter_table(model, block), show)

@@ -2,7 +2,6 @@
 
 import torch
 from adapters import ModelAdaptersMixin
-from packaging.version import Version
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,12 +21,10 @@ def shard_base_model(model: ModelAdaptersMixin) -> None:
     hold the same weights, and must run the model equally often.
 
     Raises:
-        RuntimeError: If the processes have not been started, or torch is older than 2.7.
+        RuntimeError: If the processes have not been started.
         ValueError: If no distilled student is active, a base model's layer is trained, or the model is sharded.
     """
     block = active_block(model)
-    if Version(torch.__version__) < Version("2.7"):
-        raise RuntimeError(f"Shards need torch 2.7 or newer, not {torch.__version__}; update torch.")
     if not torch.distributed.is_initialized():
         raise RuntimeError(
             "The processes have not been started; run the script with torchrun or accelerate launch, and create the "

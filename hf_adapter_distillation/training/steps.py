@@ -323,7 +323,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         `distillation_loss` (unweighted), `fusion_regularization` (weighted), `attention/<teacher>`,
         `distillation_loss/<objective>` where there are several, and for `task_specific` the `probe_loss` and the
         `task_specific_ratio`. `grad_norm/student`, `grad_norm/head` and in stage 2 `grad_norm/fusion` are the norms
-        of the last step before clipping.
+        of the last step before clipping. The first log has `teacher_gain` and `teacher_weight/<teacher>`, if learned.
         """
         if "loss" in logs:
             logs |= self._terms.means()

@@ -24,8 +24,9 @@ class WritingTrainer(ReadingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         first = self.first_distillation_step if self.state.global_step > self.first_distillation_step else None
+        explained = None if self._prepared is None else self._prepared.explained
         checkpoints.save_student(
-            self.model_with_adapters, self.block.student, output_dir, first, self.args.save_safetensors
+            self.model_with_adapters, self.block.student, output_dir, first, self.args.save_safetensors, explained
         )
         checkpoints.save_beside(self._beside, output_dir)
         if self.processing_class is not None:

@@ -546,7 +546,7 @@ def test_each_method_takes_its_best_learning_rate():
             ["--shots", "6"],
             "--shots 6 is out of range: .* has 6 queries in all, 1 for validation and one to test among",
         ),
-        (["--shots", "all"], "--shots 6 is out of range: .* has 6 queries in all"),
+        (["--shots", "all"], "--shots all needs data with test queries of their own, as CLINC150 has; give a number."),
         (["--teacher_queries", "6"], "--teacher_queries 6 is out of range: .* has 6 queries in all"),
         (["--teacher_epochs", "0"], "--teacher_epochs 0 is out of range; it must be at least 1"),
         (["--teacher_learning_rate", "nan"], "--teacher_learning_rate nan is out of range; it must be above 0"),

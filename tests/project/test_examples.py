@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from messages import one_line
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -181,6 +182,12 @@ def test_bad_data(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_damaged_files_is_named_in_one_line(tmp_path):
+    (tmp_path / "tenants.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=one_line(start=f"--data {tmp_path} cannot be read (")):
+        load_tenants(str(tmp_path), seed=1)
+
+
 @pytest.mark.parametrize(
     ("splits", "domains", "message"),
     [
@@ -348,6 +355,7 @@ def test_labels_of_the_picture_cover_no_point_and_no_other_label():
         (["--seed", "-1"], "--seed -1 is out of range; it must be from 0 to 4294967295"),
         (["--ask", "half \ud800"], "--ask 'half .ud800' is not valid Unicode; type it again"),
         (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere cannot be written"),
+        (["--output_dir", ""], "--output_dir is empty; give a folder"),
         (["--data", "missing.json"], "--data missing.json does not exist"),
         (["--architecture", "bert"], "--architecture bert is unknown; choose one of embeddings, cross-encoder"),
         (["--learning_rate", "0"], "--learning_rate 0.0 is out of range; it must be above 0"),
@@ -373,6 +381,10 @@ def test_bad_arguments_cost_no_training(arguments, message, monkeypatch):
         ([(1, FAQS), ("two", FAQS)], "Tenant 1 is named 1; give it a name"),
         ([("one", FAQS), ("two", [FAQ | {"queries": []}])], "FAQ 'where' of tenant 'two' has no queries; give"),
         ([("one", [FAQ | {"queries": ["a", " "]}]), ("two", FAQS)], "FAQ 'where' of tenant 'one' has an empty query"),
+        (
+            [("one", [FAQ | {"queries": ["a", 5]}]), ("two", FAQS)],
+            "tenant 'one' has a query that is no text, 5; remove",
+        ),
         ([("one", [FAQ | {"question": ""}]), ("two", FAQS)], "FAQ 1 of tenant 'one' has the question ''; write one"),
         ([("one", [FAQ, FAQ]), ("two", FAQS)], "Two FAQs of tenant 'one' have the question 'where'; join them"),
         ([("one", [{"question": "where"}]), ("two", FAQS)], "data.json, tenant 1, FAQ 1: 'queries' is missing"),

@@ -80,15 +80,16 @@ def test_the_teachers_are_those_that_the_student_has_by_then(is_fitted, trainer_
 
 
 def test_a_start_that_was_fitted_before_is_noted(trainer_args):
+    """By `fit_start`, or before the checkpoint from which the training is resumed."""
     noted = []
-    for calls in range(3):
-        trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=1))
-        for _ in range(calls):
+    for calls in range(4):
+        trainer = trainer_for(make_student(make_model()), trainer_args(max_steps=1, save_strategy="steps"))
+        for _ in range(calls % 3):
             trainer.fit_start()
-        trainer.train()
+        trainer.train(resume_from_checkpoint=calls == 3)
         noted.append(trainer.distillation.run.settings["start_explained"])
     assert 0 < noted[0] < 1
-    assert noted == [noted[0]] * 3
+    assert noted == [noted[0]] * 4
     trainer.train()
     assert "start_explained" not in trainer.distillation.run.settings
 

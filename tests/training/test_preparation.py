@@ -266,6 +266,18 @@ def test_no_layer_passes_on_what_teachers_say_that_do_not_help_unless_asked_to(
     assert any("distillation_loss" in log for log in trainer.state.log_history) == runs
 
 
+def test_the_first_log_has_the_weights_and_the_gain(trainer_args, monkeypatch):
+    model = weighted()
+    count_weighing(monkeypatch, of_places(model, 0.25, bank=0.5, travel=0.3, work=0.1))
+    trainer = trainer_for(model, trainer_args(max_steps=2))
+    trainer.train()
+    first, second = (log for log in trainer.state.log_history if "loss" in log)
+    assert {key: value for key, value in first.items() if key.startswith("teacher_")} == pytest.approx(
+        {"teacher_gain": 0.25, "teacher_weight/bank": 0.5, "teacher_weight/travel": 0.3, "teacher_weight/work": 0.1}
+    )
+    assert not any(key.startswith("teacher_") for key in second)
+
+
 def test_halves_that_give_no_batch_give_equal_weights(trainer_args, monkeypatch, caplog):
     trainer = trainer_for(weighted(), trainer_args(max_steps=1))
     labelled = trainer._labelled()

@@ -4,15 +4,12 @@ import pytest
 import sharded_worker
 import torch
 from messages import exactly
-from packaging.version import Version
 from tiny_models import make_model, make_student
 from trainings import trainer_for
 from two_processes import run_in_two_processes
 
 from hf_adapter_distillation.training import mixin
 from hf_adapter_distillation.training.sharding import is_sharded, shard_base_model
-
-pytestmark = pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="shards need torch 2.7")
 
 
 @pytest.fixture(scope="module")
