@@ -81,7 +81,7 @@ def weigh_teachers(
     In each layer the weighted sum of the teachers' updates stands for the student's update, and the task loss trains
     the weights and their scale, the only parameters (beside a head that the teachers do not have, which is put back).
     One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
-    Where that does not help, it is the best by this judgement of these weights, equal weights, and those halfway.
+    If they do not help, the best of these weights, equal weights and those halfway between is returned.
     Nothing on the model changes. `DistillationTrainer` does this for `student_start="weighted"`.
 
     After LoraHub (https://arxiv.org/abs/2307.13269) and learned merging (https://arxiv.org/abs/2402.15414), which
