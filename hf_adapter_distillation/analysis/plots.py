@@ -62,7 +62,7 @@ def plot_teacher_attention(
                 color = "black" if 0.15 < norm(weight) < 0.85 else "white"
                 axes.text(x, y, f"{weight:.2f}", ha="center", va="center", color=color)
     rotation: dict[str, Any] = {"rotation": 30, "ha": "right"} if numbered else {"rotation": 90, "fontsize": 8}
-    axes.set_xticks(range(len(teachers)), teachers, **rotation)
+    axes.set_xticks(range(len(teachers)), teachers, parse_math=False, **rotation)  # a name may hold dollar signs
     axes.set_yticks(range(len(layers)), layers)
     axes.set(title=title, xlabel="teacher", ylabel="layer")
     bar = figure.colorbar(image, ax=axes, label=f"mean attention (white: the equal share, {share:.3g})")
@@ -154,7 +154,7 @@ def _bars(estimates: Mapping[str, Estimate], title: str, name: str, label: str) 
     places = range(len(estimates))
     axes.barh(places, means, height=0.7, color="#4c72b0")
     axes.errorbar(means, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    axes.set_yticks(places, list(estimates), fontsize=8 if len(estimates) > NUMBERED else 10)
+    axes.set_yticks(places, list(estimates), parse_math=False, fontsize=8 if len(estimates) > NUMBERED else 10)
     axes.set(title=title, xlabel=label, ylabel=name)
     axes.margins(y=0.01)
     return figure, axes

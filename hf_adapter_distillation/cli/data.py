@@ -241,7 +241,7 @@ def check_columns(dataset: Dataset, args: TextArguments, source: str | None = No
             columns = ", ".join(map(repr, dataset.column_names))
             raise ValueError(f"{name}={column!r} is not one of the columns {columns} of {source}; rename one of them.")
         for row, value in enumerate(dataset[column], start=1):
-            if value is None or value == "" or value == []:
+            if value is None or value == [] or (isinstance(value, str) and not value.strip()):
                 raise ValueError(f"Column {column!r} is empty in row {row}; fill it, or leave the row out.")
         kind = _type_of(dataset, column)
         if name != "label_column" and not holds_texts(dataset, column):
@@ -295,6 +295,15 @@ def label_ids(
         if isinstance(feature, ClassLabel) and value < 0:
             raise ValueError(f"Column {column!r} has no label in row {row}; choose a split that has labels.")
         name = feature.int2str(value) if by_name else str(value)
+        if isinstance(value, float):  # a table may have written 2.5 as 2.50
+            same = [label for label in ids if NUMBERS[float].fullmatch(label) and float(label) == value]
+            if len(same) > 1:
+                names = " or ".join(map(repr, same))
+                raise ValueError(
+                    f"Column {column!r} has {name} in row {row}, which may be {names} of {source}; give the labels "
+                    "names that are no numbers."
+                )
+            name = same[0] if same else name
         if name not in ids:
             names = ", ".join(map(repr, list(ids)[:20])) + (" ..." if len(ids) > 20 else "")
             raise ValueError(f"Column {column!r} has {name!r} in row {row}, not a label of {source}: {names}.")

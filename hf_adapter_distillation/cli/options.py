@@ -115,6 +115,8 @@ class TrainArguments(DataArguments):
             raise ValueError("student='' is empty; give the new adapter a name.")
         if os.sep in self.student:
             raise ValueError(f"student={self.student!r} is not a folder name; leave out {os.sep!r}.")
+        if self.student == "analysis" or self.student.startswith("checkpoint-"):
+            raise ValueError(f"student={self.student!r} is the name of a folder of the training; choose another one.")
         if self.eval_file is not None and self.eval_split is not None:
             raise ValueError("eval_split and eval_file exclude each other; leave one of them out.")
         check_task(self.task, self.text_pair_column)

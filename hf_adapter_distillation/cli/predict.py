@@ -16,7 +16,7 @@ from .data import check_columns, load, split_of, with_columns
 from .evaluate import labels_of_head, load_adapter, run_model
 from .options import PredictArguments
 from .progress import without_noise
-from .tasks import IGNORED, RANKED, check_text_columns, encode, with_best, words_of
+from .tasks import IGNORED, RANKED, check_text_columns, encode, with_best, words_with_tokens
 
 
 @without_noise()
@@ -60,7 +60,7 @@ def predict_by_head(args: PredictArguments, examples: Dataset) -> list[dict[str,
     if loaded.task == "regression":
         return [text | {"score": round(float(value), 4)} for text, (value,) in zip(texts, logits, strict=True)]
     if loaded.task == "tokens":
-        return _tags(words_of(examples, args), shares, output.label_ids, labels)
+        return _tags(words_with_tokens(examples, loaded.tokenizer, args), shares, output.label_ids, labels)
     return [with_best(text, each, labels, args.top_k) for text, each in zip(texts, shares, strict=True)]
 
 
@@ -87,12 +87,12 @@ def read_texts(args: PredictArguments) -> Dataset:
 
 
 def _tags(words: list[list[str]], shares: np.ndarray, counted: Any, labels: list[str]) -> list[dict[str, Any]]:
-    """Return the tag of each word; words behind max_length have none."""
+    """Return the tags of the words that have tokens; words behind max_length have none."""
     rows = []
     for own, of_row, is_first in zip(words, shares, np.asarray(counted) != IGNORED, strict=True):
         best = of_row[is_first]  # (n_words, n_labels)
         tags = [labels[number] for number in best.argmax(-1)]
-        rows.append({"words": own[: len(tags)], "labels": tags, "scores": [round(float(s), 4) for s in best.max(-1)]})
+        rows.append({"words": own, "labels": tags, "scores": [round(float(s), 4) for s in best.max(-1)]})
     return rows
 
 

@@ -12,6 +12,7 @@ from adapters import ModelAdaptersMixin
 from datasets import ClassLabel, Dataset
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 from transformers import (
+    BatchEncoding,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -162,6 +163,18 @@ def words_of(dataset: Dataset, args: TextArguments) -> list[list[str]]:
     return [row.split() if isinstance(row, str) else list(row) for row in dataset[str(args.text_column)]]
 
 
+def words_with_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TextArguments) -> list[list[str]]:
+    """Return the words of each row without those behind `max_length`, or of invisible characters alone."""
+    words = words_of(dataset, args)
+    encoded = _split_words(words, tokenizer, args)
+    numbers = [sorted({number for number in encoded.word_ids(row) if number is not None}) for row in range(len(words))]
+    return [[own[number] for number in of_row] for own, of_row in zip(words, numbers, strict=True)]
+
+
+def _split_words(words: list[list[str]], tokenizer: PreTrainedTokenizerBase, args: TextArguments) -> BatchEncoding:
+    return tokenizer(words, is_split_into_words=True, truncation=True, max_length=args.max_length)
+
+
 def _encode_words(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TextArguments, wanted: list[list[int]] | None
 ) -> Dataset:
@@ -170,7 +183,7 @@ def _encode_words(
     if not tokenizer.is_fast:
         raise ValueError(f"Labels of tokens need a fast tokenizer, not {type(tokenizer).__name__}.")
     words = words_of(dataset, args)
-    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=args.max_length)
+    encoded = _split_words(words, tokenizer, args)
     rows: dict[str, list] = dict(encoded)
     rows["labels"] = []
     for row in range(len(words)):

@@ -38,6 +38,14 @@ def test_heat_map(tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("draw", [had.plot_teacher_weights, had.plot_leave_one_teacher_out])
+def test_names_with_dollar_signs_are_drawn_as_they_are(draw, tmp_path):
+    names = ["x_$5_$", "$x^2_$"]
+    values = {name: 0.5 if draw is had.plot_teacher_weights else Estimate(0.5, 0.1) for name in names}
+    draw(values).savefig(tmp_path / "bars.png")
+    had.plot_teacher_attention({"layer": dict.fromkeys(names, 0.5)}).savefig(tmp_path / "heat.png")
+
+
 def test_even_attention_is_pale_and_small_distances_fill_their_frame():
     even = {f"layer.{i}": {"bank": 0.34, "travel": 0.33, "work": 0.33} for i in range(3)}
     image = had.plot_teacher_attention(even).axes[0].images[0]

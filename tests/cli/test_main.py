@@ -33,7 +33,7 @@ from hf_adapter_distillation import downloads
 from hf_adapter_distillation._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from hf_adapter_distillation.cli import export, predict
 from hf_adapter_distillation.cli import train as cli_training
-from hf_adapter_distillation.cli.data import check_columns, labels_of
+from hf_adapter_distillation.cli.data import check_columns, label_ids, labels_of
 from hf_adapter_distillation.cli.data import load as load_dataset
 from hf_adapter_distillation.cli.main import EXAMPLES, command_function, main, make_parser, parse
 from hf_adapter_distillation.cli.options import USUAL, DataArguments, TrainArguments
@@ -274,6 +274,9 @@ def test_other_tasks_from_the_files_of_other_programs(here, capsys):
     assert row["words"] == words[0]
     assert {*row["labels"]} <= {"O", "END"}
     assert len(row["labels"]) == len(words[0])
+    invisible = [words[0][0], "\ufe0f", *words[0][1:]]  # a word without a token, which no tag may stand for
+    Dataset.from_dict({"words": [invisible]}).to_json("invisible.jsonl")
+    assert json.loads(run(capsys, "predict", "--adapter=t/insurance", "--dataset=invisible.jsonl")[1]) == row
 
 
 def test_help_and_inspect_import_no_torch(world):
@@ -291,6 +294,17 @@ def test_help_and_inspect_import_no_torch(world):
         assert out.endswith("imported set()\n"), out
     assert USUAL.keys() <= {field.name for field in fields(had.DistillationTrainingArguments)}
     assert ADAPTER_CONFIG_NAME == downloads.ADAPTER_CONFIG_NAME
+
+
+def test_a_number_of_a_table_is_the_label_of_its_value(tmp_path):
+    """A table of decimals alone is read as numbers, which do not say how they were written."""
+    args = TrainArguments(model="m", teachers=["a"], student="s", dataset="d")
+    write_csv(tmp_path / "a.csv", {"text": TEXTS[:3], "label": ["2.50", "1.10", "2.50"]})
+    dataset = load_dataset(str(tmp_path / "a.csv"), args)["train"]
+    assert label_ids(dataset, "label", ["1.10", "2.50", "beta"], "s") == [1, 0, 1]
+    message = "Column 'label' has 1.1 in row 2, which may be '1.1' or '1.10' of s; give the labels names that are no"
+    with pytest.raises(ValueError, match=one_line(start=message)):
+        label_ids(dataset, "label", ["1.1", "1.10", "2.50"], "s")
 
 
 def test_datasets_of_all_kinds_and_labels(here, capsys):
@@ -351,6 +365,8 @@ def test_a_text_of_a_table_may_look_like_a_gap(tmp_path, word):
     assert rows["text"][0] == word
     with pytest.raises(ValueError, match="Column 'label' is empty in row 3"):
         check_columns(rows, args)
+    with pytest.raises(ValueError, match="Column 'text' is empty in row 2"):
+        check_columns(Dataset.from_dict({"text": ["a", " \t"], "label": ["x", "y"]}), args)
 
 
 @pytest.mark.parametrize("rows", ["a, b,x\nc, d,y\n", "a,x,\nb,y,\n", "a, b,x\nc,y\n", "a,1,2\nb,3,4\n"])
@@ -714,6 +730,11 @@ def test_wrong_usage_is_told_in_one_line(here, capsys):
         (["predict", "--text", "-card"], f"argument --text: expected at least one argument ({dash}); see *"),
         (["predict", "--text", "-- is it gone"], f"unknown option -- is it gone ({dash}); see *"),
         ([*TRAIN, "--student="], "student='' is empty; give the new adapter a name."),
+        (
+            [*TRAIN, "--student=analysis"],
+            "student='analysis' is the name of a folder of the training; choose another*",
+        ),
+        ([*TRAIN, "--student=checkpoint-3"], "student='checkpoint-3' is the name of a folder of the training; *"),
         ([*TRAIN, "--eval_file=a", "--eval_split=b"], "eval_split and eval_file exclude each other; leave one*"),
         (["inspect", "a", "b"], "unknown argument 'b'; see adapter-distill inspect --help."),
     ]
