@@ -81,6 +81,11 @@ def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     return next(cls for cls in classes if not issubclass(cls, ModelAdaptersMixin))
 
 
+def attention_of(model: PreTrainedModel) -> str | None:
+    """Return the implementation of the attention, such as "sdpa" or "eager"."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
 def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """Return the class of the base model; some models with a static head, such as T5, are their own base model."""
     mapping: Any = MODEL_MAPPING

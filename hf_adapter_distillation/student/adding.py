@@ -11,7 +11,7 @@ from ..composition import check_name, check_teachers
 from ..configuration import DistillationConfig
 from ..downloads import is_pool, one_line
 from ..method.distillation import Distillation, add_distillation
-from ..teachers.compatibility import check_supported, check_weights, choose_level
+from ..teachers.compatibility import check_supported, check_weights, choose_level, warn_of_masked_prefixes
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_config, remove_adapter
 from ..teachers.pool import add_stand_in, read_pool
 from .digests import rounded_digests
@@ -81,6 +81,7 @@ def _start(model: ModelAdaptersMixin, student: str, distillation: Distillation) 
     except BaseException:
         model.delete_adapter(student)
         raise
+    warn_of_masked_prefixes(model, [student, *distillation.config.teachers])
 
 
 def _locate(model: ModelAdaptersMixin, student: str, entries: Sequence[str]) -> dict[str, Teacher]:

@@ -11,14 +11,18 @@ from adapters import (
     LoRAConfig,
     ModelAdaptersMixin,
     MTLLoRAConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
 )
+from transformers.utils import logging
 
-from .._compat import LoRALinear, heads_of
+from .._compat import LoRALinear, attention_of, heads_of
 from ..configuration import Level
 from ..method.layers import FusedLayer, adapter_layers, merged_projections
 from ..method.parameters import owner
 from ..method.whole_layers import holds, whole_layers
+
+logger = logging.get_logger(__name__)
 
 
 def check_supported(label: str, config: AdapterConfig) -> None:
@@ -33,6 +37,19 @@ def check_supported(label: str, config: AdapterConfig) -> None:
             raise ValueError(
                 f"{label} is a {type(part).__name__}, which belongs to several tasks at once; use a LoRA of one task."
             )
+
+
+def warn_of_masked_prefixes(model: ModelAdaptersMixin, names: Sequence[str]) -> None:
+    """Warn of prefix tuning where adapters masks it out: it inverts the boolean masks of causal SDPA attention."""
+    parts = {name: _parts(model.adapters_config.get(name)) for name in names}
+    with_prefix = [name for name in names if any(isinstance(part, PrefixTuningConfig) for part in parts[name])]
+    is_causal = any(getattr(module, "is_causal", False) for module in model.base_model.modules())
+    if with_prefix and is_causal and attention_of(model) == "sdpa":
+        logger.warning(
+            f"{', '.join(map(repr, with_prefix))} have prefixes, which adapters masks out of batches with padding in "
+            f"the SDPA attention of a {model.config.model_type}, so they do nothing there; load the model with "
+            "attn_implementation='eager'."
+        )
 
 
 def _parts(config: AdapterConfig) -> Sequence[AdapterConfig]:

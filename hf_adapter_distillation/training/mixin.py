@@ -132,11 +132,15 @@ class DistillationMixin(WritingTrainer):
             **kwargs: As for `transformers.Trainer.train`.
 
         Raises:
-            ValueError: If the student has no head, or a checkpoint is not whole, was made with other teachers or lacks
-                weights.
+            ValueError: If the student has no head, there are no examples, or a checkpoint is not whole, was made with
+                other teachers or lacks weights.
             FloatingPointError: If the loss is NaN or infinite, unless `stop_on_nan` is unset.
             RuntimeError: If a checkpoint cannot be written, or a teacher's weights have changed at the end.
         """
+        if number_of_examples(self.train_dataset) == 0:
+            raise ValueError(
+                "train_dataset has no examples; give it some (trl drops those whose answer max_length cuts off)."
+            )
         self._prepared = self._checkpoint = self._stage_2_start = None
         resume_from_checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         try:

@@ -1,10 +1,11 @@
 """Which teachers fit a student, and at which level they are fused."""
 
 import pytest
+import torch
 from adapters import AdapterPlusConfig, LoRAConfig
 from messages import exactly, one_line
 from model_state import changed, everything, snapshot
-from tiny_models import make_model, with_teachers
+from tiny_models import make_batch, make_model, noisy, with_teachers
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -86,3 +87,31 @@ def test_a_saved_teacher_whose_head_is_not_finite_is_refused(tmp_path):
     with pytest.raises(ValueError, match=exactly(f"Teacher {str(folder)!r} {why}")):
         model.add_adapter("insurance", distill_from=[str(folder)])
     assert everything(model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "attention", "is_masked"),
+    [
+        ("llama", "prefix_tuning", "sdpa", True),
+        ("gpt2", "mam", "sdpa", True),
+        ("llama", "prefix_tuning", "eager", False),
+        ("llama", "lora", "sdpa", False),
+        ("bert", "prefix_tuning", "sdpa", False),
+    ],
+)
+def test_prefixes_that_adapters_masks_out_are_named(family, config, attention, is_masked, caplog):
+    """They change nothing in a batch with padding, which is what the warning is about."""
+    model = make_model(family, "base")
+    model.config._attn_implementation = attention
+    model.add_adapter("bank", config=config)
+    noisy(model, "bank")
+    model.add_adapter("insurance", config=config, distill_from=["bank"])
+    message = "'insurance', 'bank' have prefixes, which adapters masks out of batches with padding in the SDPA"
+    assert (message in caplog.text) == is_masked
+    if config == "prefix_tuning":
+        outputs = []
+        for active in (None, "bank"):
+            model.set_active_adapters(active)
+            with torch.no_grad():
+                outputs.append(model.eval()(**make_batch(labels=None))[0])
+        assert torch.allclose(*outputs, atol=1e-4) == is_masked

@@ -4,6 +4,7 @@ import pytest
 import torch
 from adapters import AdapterTrainer, Stack
 from marks import LONG, needs_compiler
+from messages import one_line
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, make_dataset, make_model, make_student, noisy
 from trainings import EachStep, StopAt, trainer_for
@@ -92,6 +93,12 @@ def test_a_start_that_was_fitted_before_is_noted(trainer_args):
     assert noted == [noted[0]] * 4
     trainer.train()
     assert "start_explained" not in trainer.distillation.run.settings
+
+
+def test_no_examples_are_named(trainer_args):
+    trainer = trainer_for(make_student(make_model()), trainer_args(), train_dataset=make_dataset().select([]))
+    with pytest.raises(ValueError, match=one_line(start="train_dataset has no examples; give it some (trl drops")):
+        trainer.train()
 
 
 def test_the_student_stands_on_what_it_was_trained_on_last(trainer_args):
