@@ -13,7 +13,7 @@ def weights_table(weights: TeacherWeights, kept: Collection[str]) -> str:
     lines += [f"{name:<32}{weight:>10.3f}{'  kept' if name in kept else ''}" for name, weight in means.items()]
     lines += [
         f"{'(none)':<32}{weight_of_none(means.values()):>10.3f}",
-        f"{'gain on other labels':<32}{weights.gain:>10.1%}",
+        f"{'gain on held-out labels':<32}{weights.gain:>10.1%}",
     ]
     return "\n".join(lines)
 
