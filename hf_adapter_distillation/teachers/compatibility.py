@@ -43,8 +43,9 @@ def warn_of_masked_prefixes(model: ModelAdaptersMixin, names: Sequence[str]) -> 
     """Warn of prefix tuning where adapters masks it out: it inverts the boolean masks of causal SDPA attention."""
     parts = {name: _parts(model.adapters_config.get(name)) for name in names}
     with_prefix = [name for name in names if any(isinstance(part, PrefixTuningConfig) for part in parts[name])]
-    is_causal = any(getattr(module, "is_causal", False) for module in model.base_model.modules())
-    if with_prefix and is_causal and attention_of(model) == "sdpa":
+    if not with_prefix or attention_of(model) != "sdpa":
+        return
+    if any(getattr(module, "is_causal", False) for module in model.base_model.modules()):
         logger.warning(
             f"{', '.join(map(repr, with_prefix))} have prefixes, which adapters masks out of batches with padding in "
             f"the SDPA attention of a {model.config.model_type}, so they do nothing there; load the model with "
