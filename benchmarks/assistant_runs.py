@@ -15,10 +15,7 @@ from llm_methods import Outcome  # isort: skip
 from llm_model import stored_megabytes  # isort: skip
 from llm_tasks import messages_of  # isort: skip
 
-METHODS = {"no adapter": Method(partial(lora_of, way="no adapter"), (0.0,), needs_labels=False)} | {
-    name: method._replace(rates=method.rates[:2])  # as in the example
-    for name, method in LORA_METHODS.items()
-}
+METHODS = {"no adapter": Method(partial(lora_of, way="no adapter"), (0.0,), needs_labels=False), **LORA_METHODS}
 
 
 def train_teacher(args: Arguments, name: str) -> str:
