@@ -5,7 +5,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -86,6 +86,12 @@ def attention_of(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_attn_implementation", None)
 
 
+def on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Any:
+    """Return a model of a class without weights."""
+    with torch.device("meta"):
+        return model_class(deepcopy(config))
+
+
 def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """Return the class of the base model; some models with a static head, such as T5, are their own base model."""
     mapping: Any = MODEL_MAPPING
@@ -93,16 +99,12 @@ def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     return original_class(base) if base is not model else mapping.get(type(model.config), original_class(model))
 
 
-def children_of_bare_model(model: PreTrainedModel) -> frozenset[str]:
+def children_of_base(model: PreTrainedModel) -> set[str]:
     """Return the names of the modules of the base model, without the head of a model that is its own base model."""
-    of_class: Any = _children_of
-    return of_class(bare_class(model), type(model.config))
-
-
-@lru_cache
-def _children_of(model_class: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> frozenset[str]:
-    with torch.device("meta"):
-        return frozenset(name for name, _ in model_class(config_class()).named_children())
+    base, bare = model.base_model, bare_class(model)
+    if base is model and bare is not original_class(model):
+        base = on_meta(bare, model.config)
+    return {name for name, _ in base.named_children()}
 
 
 def loss_counts_items(model: PreTrainedModel) -> bool:

@@ -8,9 +8,9 @@ import torch
 import transformers
 from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .._compat import STATIC_TO_FLEX_HEAD_MAP, bare_class, children_of_bare_model, heads_of, original_class
+from .._compat import STATIC_TO_FLEX_HEAD_MAP, bare_class, children_of_base, heads_of, on_meta, original_class
 from ..method.heads import head_config
 from ..teachers.peft_model import MODULES_OF_PEFT
 
@@ -46,16 +46,19 @@ def plain_with_head(model: ModelAdaptersMixin, adapter: str, with_head: bool) ->
         ValueError: If no class of transformers has the head.
     """
     if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-        own = _static_head(model, _on_meta(original_class(model), model.config))
+        own = _static_head(model, on_meta(original_class(model), model.config))
         if with_head or not own.modules:
             return own
         if model.get_output_embeddings() is not None:
             return PlainModel(own.model, [], {})
     if not with_head or adapter not in heads_of(model):
-        return PlainModel(_on_meta(bare_class(model), model.config), [], {})
+        return PlainModel(on_meta(bare_class(model), model.config), [], {})
     config = head_config(model, adapter)
     class_name, layers = _same_head(model, adapter, config)
-    plain = _on_meta(getattr(transformers, class_name), model.config, config.get("num_labels"))
+    plain_config = deepcopy(model.config)
+    if (num_labels := config.get("num_labels")) is not None:
+        plain_config.num_labels = num_labels
+    plain = on_meta(getattr(transformers, class_name), plain_config)
     head: Any = heads_of(model)[adapter]
     output = head.get_output_embeddings()
     if output is not None and output.weight is model.get_input_embeddings().weight and len(layers) == 1:
@@ -69,20 +72,12 @@ def plain_with_head(model: ModelAdaptersMixin, adapter: str, with_head: bool) ->
     return PlainModel(plain, modules, weights)
 
 
-def _on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, num_labels: int | None = None) -> Any:
-    config = deepcopy(config)
-    if num_labels is not None:
-        config.num_labels = num_labels
-    with torch.device("meta"):
-        return model_class(config)
-
-
 def _static_head(model: ModelAdaptersMixin, plain: PreTrainedModel) -> PlainModel:
     """Return the modules beside the base model in a model with a static head, such as `cls.predictions.transform`.
 
     Those of a language model are trained with the adapter, except for the output embeddings.
     """
-    of_base = children_of_bare_model(plain) if plain.base_model is plain else {plain.base_model_prefix}
+    of_base = children_of_base(plain) if plain.base_model is plain else {plain.base_model_prefix}
     beside = [name for name, _ in plain.named_children() if name not in of_base]
     modules = [path for name in beside for path in _without(plain.get_output_embeddings(), plain, name)]
     modules += [path for path in getattr(model, MODULES_OF_PEFT, []) if path not in modules]

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Mo
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS, heads_of, original_class
+from .._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS, heads_of, on_meta, original_class
 
 DIGESTS_NAME = "checkpoint_digests.json"  # in a checkpoint, of its other files
 
@@ -73,8 +72,7 @@ def file_digest(path: Path) -> str:
 def saving_the_base_alone(model: ModelAdaptersMixin) -> Iterator[None]:
     """Let `save_pretrained` of a model, whoever calls it, write the model as it was before `adapters.init`."""
     saved = model.base_model if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else model
-    with torch.device("meta"):
-        names = original_class(saved)(deepcopy(model.config)).state_dict().keys()
+    names = on_meta(original_class(saved), model.config).state_dict().keys()
 
     def save_pretrained(save_directory: str, **kwargs: Any) -> None:
         state = saved.state_dict()

@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import nn
 from transformers.utils import logging
 
-from .._compat import original_class
+from .._compat import on_meta, original_class
 from ..downloads import one_line
 from .peft_lora import FACTORS, PREFIX, is_of_base
 
@@ -90,8 +90,7 @@ def _base_alone(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor]) 
     It is inside another module where PEFT saved the weights from a model with a head.
     """
     base = model.base_model
-    with torch.device("meta"):
-        alone = original_class(base)(deepcopy(base.config))
+    alone = on_meta(original_class(base), base.config)
     for name, _ in list(alone.named_children()):
         if getattr(base, name, None) is None:  # such as the pooler below some heads
             setattr(alone, name, None)

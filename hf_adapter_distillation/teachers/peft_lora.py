@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import pad
 
-from .._compat import LoRALinear, LoRAMergedLinear, children_of_bare_model
+from .._compat import LoRALinear, LoRAMergedLinear, children_of_base
 
 PEFT_WEIGHTS_NAME, OLD_WEIGHTS_NAME = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -253,4 +253,4 @@ def _padded(down: torch.Tensor, up: torch.Tensor, rank: int, ratio: float) -> Fa
 def is_of_base(model: ModelAdaptersMixin, key: str) -> bool:
     """Return whether a weight that PEFT saved belongs to the base model, and not to a head."""
     key = key.removeprefix(PREFIX)
-    return key.startswith(f"{model.base_model_prefix}.") or key.partition(".")[0] in children_of_bare_model(model)
+    return key.startswith(f"{model.base_model_prefix}.") or key.partition(".")[0] in children_of_base(model)

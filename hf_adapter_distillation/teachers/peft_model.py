@@ -1,7 +1,6 @@
 """A `PeftModel` in memory as a model with adapters."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import adapters
@@ -10,6 +9,7 @@ from adapters import ModelAdaptersMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._compat import on_meta
 from ..composition import check_name
 from ..downloads import one_line
 from .peft_lora import PREFIX, add_peft_lora, convert_peft_lora
@@ -70,8 +70,7 @@ def _converted(peft_model: "PeftModel", base: PreTrainedModel) -> dict[str, Any]
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with torch.device("meta"):
-        empty: Any = type(base)(deepcopy(base.config))
+    empty = on_meta(type(base), base.config)
     try:
         adapters.init(empty)
     except Exception as error:  # adapters raises anything on models that it does not know

@@ -13,7 +13,13 @@ from messages import exactly, one_line
 from model_state import snapshot
 from sentence_transformers import SentenceTransformer
 from tiny_models import CONFIGS, STATIC, make_batch, make_dataset, make_model, make_student, noisy
-from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, set_seed
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    set_seed,
+)
 from without_package import run_without_package
 
 import hf_adapter_distillation as had
@@ -202,6 +208,18 @@ def test_an_export_without_a_static_head_is_for_the_base_or_the_language_model(k
     query = loaded.attention.self.query
     own = adapters_of(model, "bank")[0]
     torch.testing.assert_close(query.lora_A.default.weight, own.lora_A)
+
+
+def test_an_encoder_decoder_of_two_models_is_its_own_base(tmp_path):
+    parts = CONFIGS["bert"](), CONFIGS["bert"](is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
+    adapters.init(model)
+    model.add_adapter("bank", config=FULL)
+    noisy(model, "bank")
+    had.save_adapter_as_peft(model, "bank", tmp_path / "peft")
+    load_saved_adapter(model, tmp_path / "peft", "again")
+    for own, again in zip(adapters_of(model, "bank"), adapters_of(model, "again"), strict=True):
+        torch.testing.assert_close(again.lora_B @ again.lora_A, own.lora_B @ own.lora_A)
 
 
 def test_output_embeddings_that_peft_trained_are_exported(tmp_path):
