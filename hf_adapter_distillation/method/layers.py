@@ -37,32 +37,33 @@ from .stacking import (
 )
 
 FusedLayer: TypeAlias = BottleneckLayer | LoRALinear  # the layers that can hold teachers and a student, and fuse them
+Holder: TypeAlias = FusedLayer | LoRAMergedLinear
 
 
 def adapter_layers(model: ModelAdaptersMixin, adapter: str) -> list[tuple[str, FusedLayer]]:
     """Return the layers of the base model that hold an adapter and can fuse it, with their names."""
     layers: dict[FusedLayer, str] = {}  # a layer that stands in several places has the name of the first
-    for name, layer in _fused_layers(model.base_model):
-        if adapter in layer.adapter_modules:
+    for name, layer in _holders(model.base_model):
+        if isinstance(layer, FusedLayer) and adapter in layer.adapter_modules:
             layers.setdefault(layer, name)
     return [(name, layer) for layer, name in layers.items()]
 
 
-def _fused_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, FusedLayer]]:
-    """Yield the layers that can fuse adapters; the walk leaves out the adapters, which may be hundreds in each."""
-    adapters = module.adapter_modules if isinstance(module, FusedLayer) else None
+def with_merged_lora(model: ModelAdaptersMixin) -> set[str]:
+    """Return the adapters with LoRA in projections that compute query, key and value at once, which are not fused."""
+    projections = (layer for _, layer in _holders(model.base_model) if isinstance(layer, LoRAMergedLinear))
+    return {name for projection in projections for name in projection.adapter_modules}
+
+
+def _holders(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Holder]]:
+    """Yield the layers that hold adapters; the walk leaves out the adapters, which may be hundreds in each."""
+    adapters = module.adapter_modules if isinstance(module, Holder) else None
     for name, child in module.named_children():
         if child is adapters:
             continue
-        if isinstance(child, FusedLayer):
+        if isinstance(child, Holder):
             yield prefix + name, child
-        yield from _fused_layers(child, f"{prefix}{name}.")
-
-
-def merged_projections(model: ModelAdaptersMixin) -> Iterator[LoRAMergedLinear]:
-    """Yield the projections that compute query, key and value at once, whose LoRA cannot be fused."""
-    for layer in (layer for _, layer in model.iter_layers()):
-        yield from (module for module in layer.modules() if isinstance(module, LoRAMergedLinear))
+        yield from _holders(child, f"{prefix}{name}.")
 
 
 def adapters_of(model: ModelAdaptersMixin, names: Iterable[str]) -> dict[str, dict[int, dict[str, nn.Module]]]:

@@ -16,7 +16,7 @@ from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..teachers.batches import Batches, Loss, own_loss, read_batches
-from ..teachers.compatibility import choose_level
+from ..teachers.compatibility import choose_level, warn_of_masked_prefixes
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, remove_adapter
 from ..teachers.pool import Slot, add_stand_in, group_by_config, report_skipped
 from ..teachers.relevance import measure_relevance
@@ -164,6 +164,7 @@ def take_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, teacher
         for teacher in teachers:
             remove_adapter(model, teacher.name)
         raise
+    warn_of_masked_prefixes(model, [teacher.name for teacher in teachers])
     distillation.candidates = {}
     if at_start:
         distillation.start_digests = frozenset()

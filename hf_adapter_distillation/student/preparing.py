@@ -15,7 +15,13 @@ from ..method.distillation import Distillation, add_distillation, distillation_o
 from ..method.fusion import fusions_of
 from ..method.parameters import owner
 from ..method.weights import TeacherWeights
-from ..teachers.compatibility import check_devices, check_supported, check_weights, choose_level
+from ..teachers.compatibility import (
+    check_devices,
+    check_supported,
+    check_weights,
+    choose_level,
+    warn_of_masked_prefixes,
+)
 from ..teachers.loading import Source
 from .fusions import drop_fusion, drop_unused_fusions
 from .provenance import Provenance
@@ -99,6 +105,7 @@ def _add_written_block(model: ModelAdaptersMixin, block: AdapterDistillation) ->
         sources |= {name: source for name, source in before.sources.items() if name in sources}
     level, reason = choose_level(model, config.level, labels, model.adapters_config.get(block.student))
     add_distillation(model.adapters_config, block.student, Distillation(config, level, reason, sources))
+    warn_of_masked_prefixes(model, [block.student, *block.teachers])
 
 
 def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: Sequence[str]) -> None:

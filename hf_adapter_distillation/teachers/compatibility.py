@@ -1,6 +1,6 @@
 """Checks of teachers against a student: whether they can be fused, inside the layers or in the layers' outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .._compat import LoRALinear, attention_of, heads_of
 from ..configuration import Level
-from ..method.layers import FusedLayer, adapter_layers, merged_projections
+from ..method.layers import FusedLayer, adapter_layers, with_merged_lora
 from ..method.parameters import owner
 from ..method.whole_layers import holds, whole_layers
 
@@ -101,10 +101,15 @@ def _is_at(config: BnConfig | LoRAConfig, layer: FusedLayer) -> bool:
     return bool(config.get(layer.location_key)) and (key is None or key in config.attn_matrices)
 
 
-def misses_in_layer(model: ModelAdaptersMixin, label: str, name: str, student_config: AdapterConfig) -> str:
-    """Return why a teacher has no place inside the layers in common with a student of its method; "" if it has."""
+def misses_in_layer(
+    model: ModelAdaptersMixin, label: str, name: str, student_config: AdapterConfig, merged: Collection[str]
+) -> str:
+    """Return why a teacher has no place inside the layers in common with a student of its method; "" if it has.
+
+    `merged` holds the adapters of `with_merged_lora`.
+    """
     layers = adapter_layers(model, name)
-    if not layers or any(name in projection.loras for projection in merged_projections(model)):
+    if not layers or name in merged:
         return f"{label} has modules that cannot be fused inside a layer (LoRA in projections that are merged)"
     shared = [layer for _, layer in layers if _is_at(student_config, layer)]
     if not shared:
@@ -130,9 +135,10 @@ def choose_level(
     """
     reason = ""
     if level != "layer":
+        merged = with_merged_lora(model)
         reasons = (
             differs_in_layer(label, model.adapters_config.get(name), student_config)
-            or misses_in_layer(model, label, name, student_config)
+            or misses_in_layer(model, label, name, student_config, merged)
             for name, label in teachers.items()
         )
         reason = next(filter(None, reasons), "")

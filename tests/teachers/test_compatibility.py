@@ -115,3 +115,21 @@ def test_prefixes_that_adapters_masks_out_are_named(family, config, attention, i
             with torch.no_grad():
                 outputs.append(model.eval()(**make_batch(labels=None))[0])
         assert torch.allclose(*outputs, atol=1e-4) == is_masked
+
+
+def test_prefixes_of_a_block_written_by_hand_and_of_a_pool_are_named_too(tmp_path, caplog):
+    model = make_model("llama", "base")
+    for name in ("bank", "travel"):
+        model.add_adapter(name, config="prefix_tuning")
+        noisy(model, name)
+        model.save_adapter(str(tmp_path / name), name)
+    model.add_adapter("insurance", config="prefix_tuning")
+    model.train_adapter(had.AdapterDistillation("insurance", teachers=["bank"]))
+    assert "'insurance', 'bank' have prefixes, which adapters masks out" in caplog.text
+    caplog.clear()
+    model = make_model("llama", "base")
+    pool = had.DistillationConfig(str(tmp_path), teacher_selection=1)
+    model.add_adapter("insurance", config="prefix_tuning", distill_from=pool)
+    model.train_adapter("insurance")
+    had.choose_teachers(model, [make_batch(labels=None)], loss=lambda batch: model(**batch)[0].square().mean())
+    assert "have prefixes, which adapters masks out" in caplog.text
