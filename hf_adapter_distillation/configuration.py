@@ -225,8 +225,8 @@ class DistillationArgumentsMixin(_Arguments):
     distillation_share: float | None = option(
         "Share of the steps of stage 2 in which the teachers run. They are spread evenly, from a step that the seed "
         "draws, and their distillation loss is divided by the share, so its gradient is unbiased. Below 1, for the "
-        "carrier `student`. Default: a quarter, with at least 16 steps, for weighted teachers "
-        "without distillation_dataset; else 1.",
+        "carrier `student`. Default: a quarter, with at least 16 steps, for weighted teachers without "
+        "distillation_dataset; else 1.",
         None,
     )
     weighing_steps: int = option(

@@ -90,6 +90,11 @@ def read_adapter_config(folder: str | Path, label: str | None = None) -> dict[st
         nested = sorted(Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
         hint = f"did you mean {nested[0].parent}?" if nested else "give a folder made by save_adapter."
         raise ValueError(f"{label or folder} holds no {ADAPTER_CONFIG_NAME}; {hint}")
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a saved adapter."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,18 +1,18 @@
 """The command `export`: save a LoRA for PEFT."""
 
-import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import adapters
 import transformers
-from adapters import AutoAdapterModel, ModelAdaptersMixin
+from adapters import AutoAdapterModel
 from transformers import PreTrainedModel
 
 from .._compat import HEAD_CONFIG_NAME
-from ..downloads import locate_saved, one_line
+from ..downloads import locate_saved, one_line, read_config_file
 from ..student.peft_export import check_lora_config, write_as_peft
 from ..student.provenance import provenance_of, read_saved
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter, read_config
@@ -31,8 +31,9 @@ def export(args: Namespace) -> str:
     base = base_of(saved, args.source, args.model)
     provenance = provenance_of(saved, args.source).to_dict() if "distillation" in saved else None
     with_head = not args.no_head and (folder / HEAD_CONFIG_NAME).is_file()
+    head = read_config_file(folder / HEAD_CONFIG_NAME) if with_head else {}
     own_class = _own_class(saved)
-    load = _with_labels(own_class, folder, with_head) if own_class else AutoAdapterModel.from_pretrained
+    load = partial(_load_own, own_class, head) if own_class else AutoAdapterModel.from_pretrained
     (model,) = load_pretrained(base, load, named_by=None if args.model else args.source)
     name = str(saved.get("name") or Path(args.source).name)
     load_saved_adapter(model, folder, name, label)
@@ -40,7 +41,7 @@ def export(args: Namespace) -> str:
         try:
             model.load_head(str(folder), use_safetensors=True)
         except Exception as error:  # adapters, torch and safetensors raise anything on damaged files
-            raise ValueError(f"The head of {label} cannot be loaded: {one_line(error)}") from error
+            raise ValueError(f"{label} has a head that cannot be loaded: {one_line(error)}") from error
     write_as_peft(model, name, args.output, with_head, provenance)
     return f"{name!r} is saved for PEFT in {args.output}"
 
@@ -51,21 +52,8 @@ def _own_class(saved: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
-def _with_labels(
-    own_class: type[PreTrainedModel], folder: Path, with_head: bool
-) -> Callable[[str], ModelAdaptersMixin]:
-    """Return what loads a base model in a class, with as many labels as the saved head."""
-    labels = {}
-    if with_head:
-        path = folder / HEAD_CONFIG_NAME
-        try:
-            labels["num_labels"] = json.loads(path.read_text(encoding="utf-8"))["num_labels"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({one_line(error).rstrip('.')}); save the adapter again.") from error
-
-    def load(base: str) -> Any:
-        model = own_class.from_pretrained(base, **labels)
-        adapters.init(model)
-        return model
-
-    return load
+def _load_own(own_class: type[PreTrainedModel], head: Mapping[str, Any], base: str) -> Any:
+    """Load a base model in a class, with as many labels as a saved head."""
+    model = own_class.from_pretrained(base, **{"num_labels": head["num_labels"]} if "num_labels" in head else {})
+    adapters.init(model)
+    return model

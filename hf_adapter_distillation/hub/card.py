@@ -1,6 +1,5 @@
 """Model card of a distilled student, filled from its provenance without unknown facts."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._compat import HEAD_CONFIG_NAME, STATIC_TO_FLEX_HEAD_MAP, heads_of
 from ..analysis.plots import plot_teacher_attention
-from ..downloads import is_repo_id
+from ..downloads import is_repo_id, read_config_file
 from ..method.distillation import distillation_of
 from ..method.heads import head_config
 from ..student.provenance import Provenance, provenance_of
@@ -98,7 +97,7 @@ class CardFacts(NamedTuple):
         """Return the facts about a saved student, from its adapter config and its head config in the folder."""
         head: Mapping[str, Any] = {}
         if (path := folder / HEAD_CONFIG_NAME).exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_config_file(path)
             head = saved["config"] or _static_head(saved["model_class"])
         provenance = provenance_of(config, folder)
         return cls(config["name"], config["model_type"], config["model_name"], head.get("head_type"), provenance)

@@ -91,8 +91,7 @@ def prepare_training(
     teacher_modules = [module for place in places for module in place.values()]
     digests = teacher_digests(model, block.teachers)
     distillation_of(model, block.student).run = None  # the record of an earlier training
-    fitted = fit_student(model, block.student, examples, accelerator)
-    explained = fitted if checkpoint is None else saved_explained(checkpoint)
+    explained = saved_explained(checkpoint) if checkpoint else fit_student(model, block.student, examples, accelerator)
     calibration = calibrate(model, block, examples, accelerator)
     predictions = predict(model, block, examples, accelerator, n_read)
     _show(parameter_table(model, block), show)

@@ -84,8 +84,7 @@ def here(world, tmp_path, monkeypatch):
 
 TRAIN = [
     "train", "--model=bert-base-uncased", "--teachers", "adapters/banking", "adapters/travel", "--student=insurance",
-    "--adapter_config=seq_bn[reduction_factor=4]", "--dataset=data/train.csv", "--learning_rate=1e-2",
-    "--distillation_weight=1", *QUICK,
+    "--adapter_config=seq_bn[reduction_factor=4]", "--dataset=data/train.csv", "--learning_rate=1e-2", *QUICK,
 ]  # fmt: skip
 EVAL = ["eval", "--model=bert-base-uncased", "--adapter=outputs/insurance", "--dataset=data/test.csv"]
 
