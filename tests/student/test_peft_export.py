@@ -210,7 +210,7 @@ def test_an_export_without_a_static_head_is_for_the_base_or_the_language_model(k
     torch.testing.assert_close(query.lora_A.default.weight, own.lora_A)
 
 
-def test_an_encoder_decoder_of_two_models_is_its_own_base(tmp_path):
+def test_an_encoder_decoder_model_is_its_own_base(tmp_path):
     parts = CONFIGS["bert"](), CONFIGS["bert"](is_decoder=True, add_cross_attention=True)
     model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
     adapters.init(model)
