@@ -148,12 +148,19 @@ class Steps:
     def state_bytes(self, method: str) -> int:
         """Count the bytes of all weights that a training with the method has, of their gradients and of AdamW."""
         self.prepare(method)
+        own = "plain" if method == "Fuse" else method
         adapters = {*self.teachers, "plain", *self.args.methods}
-        takes_part = {None, method} if method == "plain" else {None, method, *self.teachers}
-        held = [
-            (p.nbytes, p.requires_grad) for n, p in self.model.named_parameters() if owner(n, adapters) in takes_part
-        ]
-        return sum(size * (4 if is_trained else 1) for size, is_trained in held)
+        takes_part = {own} if method == "plain" else {own, *self.teachers}
+
+        def is_held(name: str) -> bool:
+            if found := re.search(r"(?:^heads|\.distillation_fusion)\.([^.]+)\.", name):
+                return found[1] == own
+            if ".adapter_fusion_layer." in name:
+                return method == "Fuse"
+            return owner(name, adapters) in {None, *takes_part}
+
+        held = [parameter for name, parameter in self.model.named_parameters() if is_held(name)]
+        return sum(parameter.nbytes * (4 if parameter.requires_grad else 1) for parameter in held)
 
 
 def fits(args: Arguments, shape: str, n_teachers: int) -> bool:

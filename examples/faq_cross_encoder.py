@@ -100,7 +100,9 @@ class CrossEncoderPlatform:
             processing_class=self.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        return trainer.train().metrics["train_runtime"]
+        began = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - began  # with what a trainer does before its first step
 
     def batches(self, dataset: Dataset, size: int) -> list[BatchEncoding]:
         """Return the inputs in batches on the model's device."""

@@ -214,11 +214,11 @@ class Distillation:
     @contextmanager
     def inspected_by(self, layer_pass: LayerPass) -> Iterator[None]:
         """Let a pass run in all forward passes of the student, in training and in evaluation mode."""
-        self.inspection = layer_pass
+        before, self.inspection = self.inspection, layer_pass
         try:
             yield
         finally:
-            self.inspection = None
+            self.inspection = before
 
 
 def distillations(adapters_config: ModelAdaptersConfig) -> dict[str, Distillation]:

@@ -99,7 +99,7 @@ def call_with_distillation(
     call = _Call(original, type(context), model, forward, args, kwargs)
     runs_ensemble = distillation.settings.enabled and "similarity" in distillation.config.objectives
     runs_layers_again = distillation.level == "layer" and (layer_pass.runs_teachers or runs_ensemble)
-    reruns = prepare_reruns(call.new_context, block) if runs_layers_again else {}
+    reruns = prepare_reruns(model, block, call.new_context) if runs_layers_again else {}
     masks = masks_of(model, named, is_half=distillation.halves is not None)
     layer_pass.begin(PassInputs(block, masks, named.get("labels"), reruns))
     if not isinstance(layer_pass, TrainingPass):

@@ -55,8 +55,9 @@ def text_head(model: ModelAdaptersMixin, name: str) -> str | None:
 
 def predicts_next(model: ModelAdaptersMixin, name: str) -> bool:
     """Return whether the logits of a head for text at a token predict the next token."""
-    shifts = not heads_of(model) or head_config(model, name).get("shift_labels", True)
-    return text_head(model, name) == "causal_lm" and bool(shifts)
+    if text_head(model, name) != "causal_lm":
+        return False
+    return not heads_of(model) or bool(head_config(model, name).get("shift_labels", True))
 
 
 def are_alike(heads: Sequence[nn.Module | None]) -> bool:

@@ -114,17 +114,21 @@ def _inputs(args: tuple, kwargs: dict[str, Any], detach: bool) -> tuple[tuple, d
     return tuple(map(of_rerun, args)), {name: of_rerun(value) for name, value in kwargs.items()}
 
 
-def prepare_reruns(new_context: Callable[[], ForwardContext], block: AdapterDistillation) -> dict[str | None, Rerun]:
+def prepare_reruns(
+    model: ModelAdaptersMixin, block: AdapterDistillation, new_context: Callable[[], ForwardContext]
+) -> dict[str | None, Rerun]:
     """Prepare the runs of the layers of a pass with the student, with each teacher, and with neither (None).
 
-    Contexts hold what adapters computes once per pass: the states of prefixes and the positions of ReFT. They are
-    created before the layers run, since gradient checkpointing would miss them when it runs a layer again.
+    Contexts hold what adapters computes once per pass: the states of prefixes, here without dropout, and the positions
+    of ReFT. They are created before the layers run, since gradient checkpointing would miss them when it runs a layer
+    again.
     """
     reruns = {}
     for name in (None, block.student, *block.teachers):
         names = [*block.children[:-1], *([] if name is None else [name])]
         setup = AdapterSetup(Stack(*names) if names else None)
-        with setup, torch.set_grad_enabled(torch.is_grad_enabled() and name == block.student):
+        in_graph = torch.is_grad_enabled() and name == block.student
+        with setup, without_dropout(model), torch.set_grad_enabled(in_graph):
             context = new_context()
         reruns[name] = Rerun(setup, context)
     return reruns

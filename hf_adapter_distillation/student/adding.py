@@ -40,6 +40,7 @@ def add_student(
         check_teachers(student, distill_from)
     settings = distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(distill_from)
     check_name(student, "The student", "call it something")
+    _check_layer_weights(model, settings)
     if isinstance(settings.teachers, str) and settings.teacher_selection == "all" and is_pool(settings.teachers):
         raise ValueError(
             f"teachers={settings.teachers!r} is a pool, of which the best become teachers; give their number as "
@@ -68,6 +69,14 @@ def add_student(
     finally:
         if active_head is not None:
             model.active_head = active_head
+
+
+def _check_layer_weights(model: ModelAdaptersMixin, settings: DistillationConfig) -> None:
+    n_layers, weights = sum(1 for _ in model.base_model.iter_layers()), settings.layer_weights
+    if weights is not None and len(weights) != n_layers:
+        raise ValueError(
+            f"layer_weights has {len(weights)} numbers, but the model has {n_layers} layers; give one for each layer."
+        )
 
 
 def _start(model: ModelAdaptersMixin, student: str, distillation: Distillation) -> None:

@@ -49,13 +49,15 @@ def choose_teachers(
         The scores of all adapters of the pool that suit the model, the best first.
 
     Raises:
-        ValueError: If no student with a pool is active, its teachers are chosen already, there are no batches, the
-            loss does not depend on the teachers, or no adapter of the pool can be loaded.
+        ValueError: If no student with a pool is active, its teachers are chosen already, there are no batches, `steps`
+            is no number of steps, the loss does not depend on the teachers, or no adapter of the pool can be loaded.
         TypeError: If `batches` is one batch.
     """
     block = active_block(model)
     if not distillation_of(model, block.student).candidates:
         raise ValueError(f"The teachers of {block.student!r} are chosen already; add it again to choose others.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 0.")
     read = read_batches(batches, "choose teachers")
     return choose_from_pool(model, block, loss or own_loss(model), [lambda: read], steps=steps)
 

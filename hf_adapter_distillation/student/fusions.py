@@ -76,11 +76,9 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
 
 def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location: str) -> float:
     """Return the weight of the layer that a place is in, relative to the mean over all layers."""
-    layers = [layer for _, layer in model.base_model.iter_layers()]
-    if len(layers) != len(weights):
-        raise ValueError(f"layer_weights has {len(weights)} numbers, but the model has {len(layers)} layers.")
     module = model.base_model.get_submodule(location)
-    number = next(i for i, layer in enumerate(layers) if any(part is module for part in layer.modules()))
+    layers = enumerate(layer for _, layer in model.base_model.iter_layers())
+    number = next(i for i, layer in layers if any(part is module for part in layer.modules()))
     return weights[number] * len(weights) / sum(weights)
 
 

@@ -176,8 +176,9 @@ def check_weights(model: ModelAdaptersMixin, labels: Mapping[str, str]) -> None:
 
 def check_devices(model: ModelAdaptersMixin, student: str, teachers: Sequence[str]) -> None:
     """Refuse teachers on another device than the student in a layer; layers and data types may differ."""
+    names = {student, *teachers}
     for layer_name, layer in whole_layers(model, student):
-        devices = {owner(key, {student, *teachers}): parameter.device for key, parameter in layer.named_parameters()}
+        devices = {owner(key, names): parameter.device for key, parameter in layer.named_parameters()}
         for teacher in teachers:
             target = devices.get(student)
             if target is not None and devices.get(teacher, target) != target:

@@ -74,7 +74,7 @@ def weigh_teachers(
     loss: Loss | None = None,
     *,
     steps: int = STEPS,
-    per_layer: bool = False,
+    per_layer: bool | None = None,
 ) -> TeacherWeights:
     """Learn one weight for each teacher of the active student from a few labelled batches, in place of the student.
 
@@ -93,7 +93,7 @@ def weigh_teachers(
         batches: Labelled batches of the new task; of a single one, the two halves are the same.
         loss: The task loss of a batch, a scalar, computed with `model`. Default: `model(**batch)["loss"]`.
         steps: The number of optimizer steps, both halves together.
-        per_layer: Whether each place of the model has weights of its own.
+        per_layer: Whether each place of the model has weights of its own. Default: `weights_per_layer` of the student.
 
     Raises:
         ValueError: If no distilled student is active, its teachers are still to be chosen from a pool, there are no
@@ -106,8 +106,10 @@ def weigh_teachers(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 2.")
     halves: list[Batches] = [lambda: read[::2], lambda: read[1::2] or read]
-    if distillation_of(model, block.student).candidates:
+    distillation = distillation_of(model, block.student)
+    if distillation.candidates:
         raise ValueError(f"The teachers of {block.student!r} are not chosen yet; call had.choose_teachers first.")
+    per_layer = distillation.config.weights_per_layer if per_layer is None else per_layer
     weights = learn_weights(model, block, loss or own_loss(model), halves, steps=steps, per_layer=per_layer)
     assert weights is not None, "both halves have batches"
     return weights

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block, distillations
+from hf_adapter_distillation.method.layer_pass import LayerPass
 
 
 def test_a_distillation_is_found_by_its_student_or_by_the_active_setup():
@@ -22,6 +23,15 @@ def test_a_distillation_is_found_by_its_student_or_by_the_active_setup():
     assert had.distillation_of(model, "insurance") is found
     with pytest.raises(ValueError, match="No distilled student is active"):
         had.distillation_of(model)
+
+
+def test_a_pass_inside_another_one_gives_it_back():
+    distillation, outer, inner = had.distillation_of(make_student(make_model())), LayerPass(), LayerPass()
+    with distillation.inspected_by(outer):
+        with distillation.inspected_by(inner):
+            assert distillation.inspection is inner
+        assert distillation.inspection is outer
+    assert distillation.inspection is None
 
 
 @pytest.mark.parametrize(("name", "students"), [("bank", "'insurance'"), ("gone", "'insurance'")])

@@ -139,8 +139,14 @@ def test_layers_of_encoder_and_decoder_have_weights_of_their_own():
         losses.append(distillation_of(model).take_record().distillation_loss)
     torch.testing.assert_close(losses[0], torch.stack(losses[1:]).mean())
     assert len({loss.item() for loss in losses}) == 5
-    with pytest.raises(ValueError, match=r"^layer_weights has 2 numbers, but the model has 4 layers\.$"):
-        in_float64("t5", head="seq2seq_lm", layer_weights=[1, 2])
+
+
+def test_layer_weights_of_another_number_of_layers_are_refused_before_anything_is_added():
+    model = make_model("t5")
+    message = r"^layer_weights has 2 numbers, but the model has 4 layers; give one for each layer\.$"
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("insurance", distill_from=had.DistillationConfig(TEACHERS, layer_weights=[1, 2]))
+    assert "insurance" not in model.adapters_config
 
 
 def test_the_probe_of_each_layer_is_trained_by_the_task_and_the_student_by_the_match(trainer_args):

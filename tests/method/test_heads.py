@@ -8,7 +8,7 @@ from messages import exactly
 from tiny_models import distillation_of, make_batch, make_model, make_student, of_head
 from trainings import trainer_for
 
-from hf_adapter_distillation.method.heads import kind_of_labels, shifts_labels, states_of_heads
+from hf_adapter_distillation.method.heads import kind_of_labels, predicts_next, shifts_labels, states_of_heads
 
 
 def refused(trainer, message):
@@ -32,6 +32,10 @@ def test_objectives_of_predictions_need_a_head_of_each_teacher(trainer_args):
         "The objective 'cross_task' needs a head of teacher 'travel', which has none on this model; "
         "load it with its head, or choose 'features'.",
     )
+
+
+def test_a_model_without_a_head_predicts_no_next_token():
+    assert not predicts_next(make_model("gpt2"), "insurance")
 
 
 LABELS = {0: "yes", 1: "no", 2: "perhaps"}

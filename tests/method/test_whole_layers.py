@@ -68,6 +68,11 @@ def test_the_loss_is_that_of_the_outputs_under_each_adapter(mixture, family, mon
     compare_with_whole_passes(model, monkeypatch)
 
 
+def test_layers_run_again_without_the_dropout_of_prefixes(monkeypatch):
+    prefixes = PrefixTuningConfig(prefix_length=4, bottleneck_size=8, dropout=0.5)
+    compare_with_whole_passes(make_mixture([prefixes] * 3, prefixes), monkeypatch)
+
+
 @pytest.mark.parametrize("below", ["seq_bn", "prefix_tuning"])
 @pytest.mark.parametrize("stacked_by_hand", [False, True])
 def test_what_is_stacked_below_the_student_runs_below_the_teachers_too(below, stacked_by_hand, monkeypatch):

@@ -96,6 +96,17 @@ def test_a_method_can_be_sparse_and_narrow(run):
     assert [stage2_step.steps_of(method) for method in methods] == [1, 2, 2]
 
 
+def test_the_state_of_a_method_has_no_part_of_the_others(monkeypatch):
+    monkeypatch.setitem(measure.SHAPES, "tiny", tiny)
+    settings = {"shapes": ["tiny"], "batch": 2, "seq_len": 8}
+    alone = stage2_step.Steps(stage2_step.Arguments(**settings, methods=["student"]), "tiny", 2)
+    among = stage2_step.Steps(stage2_step.Arguments(**settings, methods=["rank 2", "student", "Fuse"]), "tiny", 2)
+    for method in ("plain", "student"):
+        assert alone.state_bytes(method) == among.state_bytes(method)
+    assert alone.state_bytes("plain") < alone.state_bytes("student")
+    assert among.state_bytes("rank 2") < among.state_bytes("Fuse")
+
+
 def test_inference(run, tmp_path):
     results, out = run(inference, *"--shapes tiny --teachers 3 --batches 1 4 --seq_len 8 --rounds 2".split())
     methods = ["base model", "plain adapter", "distilled student", "Fuse of 3 + own"]

@@ -177,6 +177,9 @@ def test_without_a_choice_there_is_no_training_step_and_without_labels_no_choice
         had.choose_teachers(model, [])
     with pytest.raises(TypeError, match=exactly("batches is one batch, a dict; put it into a list: [batch].")):
         had.choose_teachers(model, make_batch())
+    message = exactly("steps=-1 is out of range; it must be a number of steps, at least 0.")
+    with pytest.raises(ValueError, match=message):
+        had.choose_teachers(model, [make_batch()], steps=-1)
     with pytest.raises(
         ValueError, match=exactly("The teachers of 'new' are not chosen yet; call had.choose_teachers first.")
     ):

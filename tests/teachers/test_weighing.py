@@ -13,6 +13,7 @@ from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, w
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
+from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.teachers.weighing import Learner, learn_weights
 
@@ -412,6 +413,22 @@ def test_a_step_that_is_not_finite_is_left_out():
 
     weights = had.weigh_teachers(model, [make_batch()], loss, steps=4)
     assert len(set(weights.mean().values())) == 3
+
+
+@pytest.mark.parametrize("of_student", [False, True])
+@pytest.mark.parametrize("given", [None, False, True])
+def test_weights_are_learned_per_layer_where_the_student_is_to_have_them(of_student, given, monkeypatch):
+    model, learned = make_student(make_model(), student_start="weighted", weights_per_layer=of_student), []
+
+    def note(learner):
+        learned.append(len(learner.scores))
+        return weights(learner)
+
+    weights = Learner.weights
+    monkeypatch.setattr(Learner, "weights", note)
+    had.weigh_teachers(model, [make_batch()], steps=2, per_layer=given)
+    expected = of_student if given is None else given
+    assert set(learned) == {len(fusions_of(model, "insurance")) if expected else 1}
 
 
 def test_one_batch_is_both_halves_and_a_loader_is_read_once():
