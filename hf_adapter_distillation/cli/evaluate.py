@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
+from ..downloads import read_adapter_config
 from ..method.heads import head_config
-from ..student.provenance import read_saved
 from ..student.training_run import finite_metrics
 from ..teachers.loading import load_saved_adapter
 from ..teachers.peft_lora import is_peft
@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
 def load_adapter(args: EvalArguments | PredictArguments) -> Loaded:
     """Load a saved adapter without its teachers."""
     saved = locate_adapter(args)
-    if is_peft(read_saved(saved.folder)):
+    if is_peft(read_adapter_config(saved.folder)):
         raise ValueError(
             f"{args.adapter} is an adapter of PEFT, whose head adapters does not load; give the folder that "
             "save_adapter wrote, or pass --task retrieval for an adapter of an embedding model."

@@ -12,9 +12,9 @@ from adapters import AutoAdapterModel
 from transformers import PreTrainedModel
 
 from .._compat import HEAD_CONFIG_NAME
-from ..downloads import locate_saved, one_line, read_config_file
+from ..downloads import locate_saved, one_line, read_adapter_config, read_config_file
 from ..student.peft_export import check_lora_config, write_as_peft
-from ..student.provenance import provenance_of, read_saved
+from ..student.provenance import provenance_of
 from ..teachers.loading import ADAPTER_FILES, load_saved_adapter, read_config
 from .models import base_of, load_pretrained
 from .progress import without_noise
@@ -24,7 +24,7 @@ from .progress import without_noise
 def export(args: Namespace) -> str:
     """Save an adapter for PEFT, with its head if it has one and with its provenance if it was distilled."""
     folder = locate_saved(args.source, ADAPTER_FILES)
-    saved, label = read_saved(folder), f"Adapter {args.source!r}"
+    saved, label = read_adapter_config(folder), f"Adapter {args.source!r}"
     if "peft_type" in saved:
         raise ValueError(f"{args.source} is an adapter of PEFT already.")
     check_lora_config(label, read_config(label, saved.get("config")))

@@ -9,8 +9,7 @@ from adapters import AutoAdapterModel, ModelAdaptersMixin
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from ..downloads import is_repo_id, locate_saved, one_line
-from ..student.provenance import read_saved
+from ..downloads import is_repo_id, locate_saved, one_line, read_adapter_config
 from ..teachers.loading import ADAPTER_FILES, locate_teacher, read_config
 from ..teachers.pool import read_pool
 from .options import EvalArguments, PredictArguments, TrainArguments, parse_value
@@ -28,7 +27,7 @@ class SavedAdapter(NamedTuple):
 def locate_adapter(args: EvalArguments | PredictArguments) -> SavedAdapter:
     """Return the saved adapter of the options, downloaded if it is on the Hub."""
     folder = locate_saved(args.adapter, ADAPTER_FILES)
-    saved = read_saved(folder)
+    saved = read_adapter_config(folder)
     base = base_of(saved, args.adapter, args.model)
     named_by = None if args.model else args.adapter
     return SavedAdapter(folder, str(saved.get("name") or "adapter"), base, named_by)  # PEFT saves no name

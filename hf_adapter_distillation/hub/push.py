@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
-from ..downloads import hub_reason
+from ..downloads import hub_reason, read_adapter_config
 from ..method.heads import number_of_labels
 from ..student.peft_export import PEFT_FILES, save_adapter_as_peft
-from ..student.provenance import PROVENANCE_NAME, provenance_of, read_saved
+from ..student.provenance import PROVENANCE_NAME, provenance_of
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
 from ..teachers.loading import check_formats
 from ..teachers.peft_lora import is_peft
@@ -75,7 +75,7 @@ def peft_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: Car
         save_adapter_as_peft(model, student, folder)
         if (path := folder / PROVENANCE_NAME).exists():
             _drop_folders(path)
-        config = read_saved(folder)
+        config = read_adapter_config(folder)
         facts = CardFacts.of_model(model, student)._replace(
             peft_class=config["auto_mapping"]["base_model_class"], num_labels=number_of_labels(model, student)
         )
@@ -86,7 +86,7 @@ def peft_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: Car
 @contextmanager
 def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> Iterator[Path]:
     """Write the files of a push to a temporary folder, from a saved student; its own card wins over `card`."""
-    config = read_saved(saved)
+    config = read_adapter_config(saved)
     provenance_of(config, saved)
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -263,7 +263,7 @@ def push_saved(
         OSError: If the Hub cannot be reached or refuses, as for `push_student`.
     """
     push = PushOptions(**options)
-    saved = read_saved(folder)
+    saved = read_adapter_config(folder)
     if is_peft(saved):
         raise ValueError(
             f"{folder} is an adapter of PEFT; push it with `hf upload`, or give the folder that save_adapter wrote."

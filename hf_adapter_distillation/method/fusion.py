@@ -90,7 +90,8 @@ class TeacherFusion(nn.Module):
         """Return the weights of the teachers; empty where they are equal."""
         if self.log_weights is None:
             return {}
-        return dict(zip(self.weighted_names, (self.scale * self.log_weights.exp()).tolist(), strict=False))
+        of_teachers = self.scale * self.log_weights.exp()[:-1]
+        return dict(zip(self.weighted_names, of_teachers.tolist(), strict=True))
 
     def weights_of(self, names: Sequence[str]) -> torch.Tensor:
         """Return the weights of adapters, (n,), which with the null teacher's sum to the scale."""

@@ -76,9 +76,9 @@ class PassInputs(NamedTuple):
 class LayerPass:
     """One or more forward passes, seen from the layers."""
 
-    # Whether a layer may pass the fused output on while gradients are computed. Then the student is fused with its
-    # teachers, and gradients flow through them; else the teachers read detached states.
-    joins_student = False
+    # Whether gradients flow through what is done at a place, back to the states that the teachers read. Else they read
+    # detached states.
+    keeps_graph = False
     runs_teachers = True
     inputs: PassInputs
 

@@ -112,7 +112,7 @@ def compose_distillation(
     prepared = layer.pre_block(block.student, state)
     student_input = _input_of(layer.adapter_modules[block.student], prepared)
     student_state = layer.compose_single(block.student, prepared, lvl + 1)
-    place = AdapterPlace(layer, block, state, student_input, student_state, in_graph=current.joins_student)
+    place = AdapterPlace(layer, block, state, student_input, student_state, in_graph=current.keeps_graph)
     passed_on = current.run_layer(place)  # (B, T, d)
     return student_state if passed_on is None else student_state._replace(hidden_states=passed_on)
 

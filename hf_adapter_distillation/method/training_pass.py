@@ -105,7 +105,7 @@ class FusedPass(TrainingPass):
     """Carrier `fused`: each layer passes the fused output on, so that the task loss trains the fusion."""
 
     runs_teachers = True
-    joins_student = True
+    keeps_graph = True
 
     def run_layer(self, place: Place) -> torch.Tensor:
         """Match the student with the fused output, and pass the fused output on."""
@@ -139,7 +139,7 @@ class DualStudentPass(TrainingPass):
     """Second pass of the carrier `dual`: the student alone, on its own states."""
 
     runs_teachers = True
-    joins_student = True
+    keeps_graph = True
 
     def run_layer(self, place: Place) -> None:
         """Keep the student's update."""

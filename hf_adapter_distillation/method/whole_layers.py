@@ -75,7 +75,7 @@ class LayerPlace(Place):
     def __init__(self, current: LayerPass, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self.current = current
         self.layer = layer
-        self.args, self.kwargs = _inputs(args, kwargs, detach=not current.joins_student)
+        self.args, self.kwargs = _inputs(args, kwargs, detach=not current.keeps_graph)
         self.student = current.inputs.block.student
         base = self._run(None)  # (B, T, d)
         super().__init__(
@@ -88,7 +88,7 @@ class LayerPlace(Place):
 
     def _run(self, adapter: str | None) -> torch.Tensor:
         setup, context = self.current.inputs.reruns[adapter]
-        in_graph = torch.is_grad_enabled() and (adapter == self.student or self.current.joins_student)
+        in_graph = torch.is_grad_enabled() and (adapter == self.student or self.current.keeps_graph)
         with setup, context, torch.set_grad_enabled(in_graph):
             return _states(self.layer(*self.args, **self.kwargs))
 

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..downloads import ADAPTER_CONFIG_NAME
-from ..downloads import read_adapter_config as read_saved
+from ..downloads import ADAPTER_CONFIG_NAME, read_adapter_config
 from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, typed
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def read_student(folder: str | Path, source: str | Path) -> dict[str, Any]:
     Args:
         source: The folder or the Hub id that names the adapter.
     """
-    saved, path = read_saved(folder), Path(folder) / PROVENANCE_NAME
+    saved, path = read_adapter_config(folder), Path(folder) / PROVENANCE_NAME
     if "peft_type" not in saved or not path.is_file():
         return saved
     try:

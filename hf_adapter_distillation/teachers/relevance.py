@@ -36,7 +36,7 @@ TOKENS = 128  # of each place, all batches together: those with the largest grad
 class TappingPass(LayerPass):
     """Pass without any update, which collects the places with taps for the gradients by the updates."""
 
-    joins_student = True
+    keeps_graph = True
 
     def __init__(self) -> None:
         self.taps: list[tuple[Place, torch.Tensor]] = []

@@ -46,7 +46,7 @@ class WeighingPass(LayerPass):
         names: The teachers, in the order of the scores.
     """
 
-    joins_student = True
+    keeps_graph = True
 
     def __init__(
         self, scores: torch.Tensor | None, log_scales: torch.Tensor, places: dict[str, int], names: Sequence[str]
@@ -158,7 +158,7 @@ def learn_weights(
     found, places = [], learners[0].places
     for share in KEPT_SHARES:
         rows, gain = weights[share].tolist(), 1 - with_teachers[share] / without if without > 0 else 0.0
-        by_place = {name: dict(zip(block.teachers, rows[row], strict=False)) for name, row in places.items()}
+        by_place = {name: dict(zip(block.teachers, rows[row][:-1], strict=True)) for name, row in places.items()}
         found.append(TeacherWeights(by_place, gain if isfinite(gain) else 0.0))
     return found[0] if found[0].help else max(found, key=lambda each: each.gain)
 
@@ -179,7 +179,7 @@ class Learner:
         self.model, self.loss, self.reduce, self.loss_scale = model, loss, reduce, loss_scale
         self.student, self.distillation = block.student, distillation_of(model, block.student)
         fusions = fusions_of(model, block.student)
-        self.places = {fusion.location: number * per_layer for number, fusion in enumerate(fusions)}
+        self.places = {fusion.location: number if per_layer else 0 for number, fusion in enumerate(fusions)}
         weight, size = fusions[0].key.weight, (max(self.places.values()) + 1, len(block.teachers) + 1)
         dtype = at_least_float32(weight.dtype)
         self.scores = torch.zeros(size, dtype=dtype, device=weight.device, requires_grad=True)

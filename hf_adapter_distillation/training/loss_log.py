@@ -49,14 +49,14 @@ class LoggedTerms:
         self.attention: dict[tuple[str, ...], torch.Tensor] = {}
 
     def note(
-        self, loss: torch.Tensor, record: DistillationRecord, step: float, share: float, loss_factor: float
+        self, loss: torch.Tensor, record: DistillationRecord, part: float, share: float, loss_factor: float
     ) -> None:
         """Add the terms of a micro-batch with labels, and its loss as Trainer reports it, detached.
 
-        `step` is the share of the micro-batch in an optimizer step, `share` its share in the distillation loss, and
+        `part` is the share of the micro-batch in an optimizer step, `share` its share in the distillation loss, and
         `loss_factor` the factor of the model's loss in the loss of the step.
         """
-        self.sums["steps"] += step
+        self.sums["steps"] += part
         if record.distillation_loss is None:  # the teachers did not run
             self.sums["task_loss"] += loss
             return
@@ -65,19 +65,19 @@ class LoggedTerms:
             loss = loss - fused_task_loss
             self.sums["fused_task_loss"] += fused_task_loss
         self.sums["task_loss"] += loss
-        self.sums["steps_with_teachers"] += step
-        self.note_distillation(record, step * share)
+        self.sums["steps_with_teachers"] += part
+        self.note_distillation(record, part * share)
 
-    def note_distillation(self, record: DistillationRecord, step: float) -> None:
-        """Add the distillation terms of a micro-batch with a share `step` in the distillation loss of a step."""
+    def note_distillation(self, record: DistillationRecord, part: float) -> None:
+        """Add the distillation terms of a micro-batch with a share `part` in the distillation loss of a step."""
         assert record.distillation_loss is not None
         assert record.fusion_regularization is not None
-        self.sums["distillation_loss"] += step * record.distillation_loss
-        self.sums["fusion_regularization"] += step * record.fusion_regularization
+        self.sums["distillation_loss"] += part * record.distillation_loss
+        self.sums["fusion_regularization"] += part * record.fusion_regularization
         for name, value in record.terms.items():
-            self.sums[name] += step * value
+            self.sums[name] += part * value
         for names, weights in record.attention.values():
-            self.attention[names] = self.attention.get(names, 0.0) + step * weights / len(record.attention)
+            self.attention[names] = self.attention.get(names, 0.0) + part * weights / len(record.attention)
 
     def note_gradients(self) -> None:
         """Note the norms of the gradients of a step, after its last micro-batch and before clipping.
@@ -89,7 +89,7 @@ class LoggedTerms:
         gradients = {role: [p.grad for p in ps if p.grad is not None] for role, ps in self.trained.items()}
         self.norms = {role: get_total_norm(grads) / scale for role, grads in gradients.items() if grads}
 
-    def means(self) -> dict[str, float]:
+    def take_means(self) -> dict[str, float]:
         """Return the means per step since the last call, over all processes, and forget all sums.
 
         `task_loss` is the mean over all steps; the other terms and `attention/<name>` are means over the steps with

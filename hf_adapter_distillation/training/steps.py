@@ -217,7 +217,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         fusion. The arguments are those of Trainer. A loss that is NaN or infinite is a `FloatingPointError`, unless
         `stop_on_nan` is unset.
         """
-        step = 1 / self.current_gradient_accumulation_steps
+        part = 1 / self.current_gradient_accumulation_steps
         keep_active(self.model_with_adapters, self.block)
         self._enter_stage()
         task_loss = super().training_step(model, inputs, num_items_in_batch)
@@ -232,15 +232,15 @@ class TwoStageTrainer(StudentPushingTrainer):
 
         record = self._take_record(task_loss, run_again)
         self._terms.stage = 1 if self.state.global_step < self.first_distillation_step else 2
-        self._terms.note(task_loss, record, step, self._share, self._loss_factor(num_items_in_batch))
+        self._terms.note(task_loss, record, part, self._share, self._loss_factor(num_items_in_batch))
         loss = task_loss + self._terms_factor * record.added
         if self._unlabelled is not None and runs_teachers:
-            loss = loss + self._terms_factor * self._distil_unlabelled(model, self._unlabelled, step)
+            loss = loss + self._terms_factor * self._distil_unlabelled(model, self._unlabelled, part)
         if self.accelerator.sync_gradients:  # the last micro-batch of a step
             self._terms.note_gradients()
         return loss
 
-    def _distil_unlabelled(self, model: nn.Module, unlabelled: UnlabelledBatches, step: float) -> torch.Tensor:
+    def _distil_unlabelled(self, model: nn.Module, unlabelled: UnlabelledBatches, part: float) -> torch.Tensor:
         """Run a forward and a backward pass on examples without labels, and return the terms."""
         number = self.state.global_step - self.first_distillation_step
         batch = unlabelled.next(number, self._train_batch_size, self.args.gradient_accumulation_steps)
@@ -253,7 +253,7 @@ class TwoStageTrainer(StudentPushingTrainer):
         self.accelerator.backward(zero)
         # An output may be infinite, as masked logits are: its gradient is 0, but not its part of the sum.
         record = self._take_record(torch.zeros_like(zero), lambda: self._outputs(self.model, inputs))
-        self._terms.note_distillation(record, step * self._share)
+        self._terms.note_distillation(record, part * self._share)
         return record.added
 
     def _outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Collection[Any]:
@@ -325,5 +325,5 @@ class TwoStageTrainer(StudentPushingTrainer):
         of the last step before clipping. The first log has `teacher_gain` and `teacher_weight/<teacher>`, if learned.
         """
         if "loss" in logs:
-            logs |= self._terms.means()
+            logs |= self._terms.take_means()
         super().log(logs, start_time)

@@ -58,7 +58,7 @@ def size_of(updates, batch):
 class Weighed(LayerPass):
     """Pass with the update of the only teacher, times a weight, in each layer."""
 
-    joins_student = True
+    keeps_graph = True
 
     def __init__(self, weight):
         self.weight, self.updates = weight, []
