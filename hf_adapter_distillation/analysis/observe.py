@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..composition import AdapterDistillation, block_of
 from ..method.distillation import distillation_of, distillations
+from ..method.fusion import fusions_of
 from ..method.layer_pass import LayerPass, Place
 from ..method.losses import FeatureLoss
 from ..method.predictions import without_dropout
@@ -223,8 +224,13 @@ class ObservingPass(LayerPass):
 
 @contextmanager
 def _observing(model: ModelAdaptersMixin, passes_fused_on: bool) -> Iterator[ObservingPass]:
-    observing_pass = ObservingPass(passes_fused_on)
-    distillation = distillation_of(model, _observed_block(model).student)
+    observing_pass, student = ObservingPass(passes_fused_on), _observed_block(model).student
+    distillation = distillation_of(model, student)
+    if distillation.has_new_fusion and all(fusion.log_weights is None for fusion in fusions_of(model, student)):
+        logger.warning(
+            f"The fusion of {student!r} is not trained: train_adapter has added it since the last training, so its "
+            "attention is even. Train with keep_fusion=True to look at a trained one."
+        )
     with distillation.inspected_by(observing_pass), without_dropout(model), torch.no_grad():
         yield observing_pass
 

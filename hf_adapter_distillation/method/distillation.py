@@ -148,6 +148,7 @@ class Distillation:
         is_from_pool: Whether the teachers are, or will be, chosen from a pool.
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         has_run: Whether the teachers have run in a training pass since the student was added, or loaded over.
+        has_new_fusion: Whether `train_adapter` has added a fusion with which no training pass has run yet.
         frozen_heads: The parameters of other heads that its `train_adapter` has frozen, by their names.
         added_head: Whether `train_adapter` added the student's head, which is deleted with the student.
         head_before: The active head before.
@@ -172,6 +173,7 @@ class Distillation:
     is_from_pool: bool = False
     is_loaded: bool = False
     has_run: bool = False
+    has_new_fusion: bool = False
     frozen_heads: frozenset[str] = frozenset()
     added_head: bool = False
     head_before: str | list[str] | None = None

@@ -138,9 +138,9 @@ def _warn_of_defaults(distillation: Distillation, student: str) -> None:
         distillation.settings = StageSettings()
         logger.warning(
             f"{student!r} is distilled from its teachers in each training step, with weight {DEFAULTS.weight:g}. For "
-            "two stages, a fitted start, logged terms and checkpoints take had.DistillationTrainer, or put "
-            "had.DistillationMixin before the class of your trainer. Set had.distillation_of(model).settings = "
-            "had.StageSettings() to silence this."
+            "two stages, a fitted start, logged terms and checkpoints, take had.DistillationTrainer, the trainers of "
+            "hf_adapter_distillation.integrations, or put had.DistillationMixin before the class of your trainer. Set "
+            "had.distillation_of(model).settings = had.StageSettings() to silence this."
         )
 
 
@@ -263,7 +263,7 @@ def _finish(current: TrainingPass, output: Any, sequences: int) -> Any:
     terms, record = sum_terms(current)
     step.add(record, sequences, settings.sequences)
     if settings.enabled:
-        distillation.has_run = True
+        distillation.has_run, distillation.has_new_fusion = True, False
     if not terms.requires_grad:
         return output
     scale = 1.0 if settings.scale is None else settings.scale

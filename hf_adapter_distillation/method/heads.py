@@ -174,7 +174,7 @@ def check_objectives(model: ModelAdaptersMixin, block: AdapterDistillation) -> N
                     "load it with its head, or choose 'features'."
                 )
             if not shares_labels(model, student, teacher):
-                wanted, other = (_describe(head_config(model, name)) for name in (student, teacher))
+                wanted, other = _descriptions(head_config(model, student), head_config(model, teacher))
                 raise ValueError(
                     f"{label} needs teachers with the labels of {student!r} ({wanted}), but {teacher!r} has "
                     f"others ({other}); leave it out, or choose 'features'."
@@ -200,6 +200,15 @@ def _check_shared_head(model: ModelAdaptersMixin) -> None:
 def _describe(config: dict[str, Any]) -> str:
     kind, count = config.get("head_type"), config.get("num_labels")
     return f"{kind}" if count is None else f"{kind} with {count} label{'s' if count > 1 else ''}"
+
+
+def _descriptions(*configs: dict[str, Any]) -> list[str]:
+    """Return what tells heads apart: their kinds and numbers of labels, and where these are equal the labels in order."""
+    descriptions = list(map(_describe, configs))
+    if len(set(descriptions)) > 1:
+        return descriptions
+    names = [", ".join(map(str, config.get("label2id") or ["without names"])) for config in configs]
+    return [f"{description}: {of_one}" for description, of_one in zip(descriptions, names, strict=True)]
 
 
 def is_of_sequences(model: ModelAdaptersMixin, student: str) -> bool:

@@ -12,11 +12,15 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from adapters import AdapterSetup
+from torch import nn
+from transformers.utils import logging
 
 from .._compat import ForwardContext
 from ..composition import AdapterDistillation
 from .fusion import TeacherFusion
 from .losses import at_least_float32, token_weights
+
+logger = logging.get_logger(__name__)
 
 Weigh: TypeAlias = Callable[[tuple[str, ...]], torch.Tensor]  # the weights (n,) of the n teachers that a place has
 
@@ -124,3 +128,12 @@ def current_pass() -> LayerPass | None:
     """Return the pass that the running forward belongs to, or None if it does not distil."""
     context = ForwardContext.get_context()
     return None if context is None else vars(context).get("distillation_pass")
+
+
+def warn_outside_of_passes(student: str, layer: nn.Module) -> None:
+    """Say once that a layer trains a student alone, since the model's `forward` is not called."""
+    if layer.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(  # type: ignore[attr-defined]
+            f"{student!r} is not distilled here: its layers run outside of the model's forward, in a part of the "
+            "model or a method such as get_text_features. Call the model itself."
+        )

@@ -23,7 +23,7 @@ from .._compat import (
 from ..composition import AdapterDistillation
 from .chunked_attention import Chunk
 from .fusion import fusions_at
-from .layer_pass import Fused, Place, Weigh, current_pass
+from .layer_pass import Fused, Place, Weigh, current_pass, warn_outside_of_passes
 from .losses import at_least_float32
 from .stacking import (
     can_be_stacked,
@@ -103,6 +103,8 @@ def compose_distillation(
     The state has `hidden_states` (batch, seq_len, hidden); `lvl` is the depth of the block in the setup.
     """
     current, fusions = current_pass(), fusions_at(layer)
+    if current is None and block.student in fusions:
+        warn_outside_of_passes(block.student, layer)
     if current is None or block.student not in fusions or not current.visit(fusions[block.student]):
         return layer.compose_stack(block, state, lvl)
 

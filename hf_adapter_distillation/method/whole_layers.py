@@ -14,9 +14,9 @@ from torch import nn
 from transformers import Cache
 
 from .._compat import AdapterLayerBase, ForwardContext
-from ..composition import AdapterDistillation
+from ..composition import AdapterDistillation, find_block
 from .fusion import fusions_at
-from .layer_pass import LayerPass, Place, Rerun, current_pass
+from .layer_pass import LayerPass, Place, Rerun, current_pass, warn_outside_of_passes
 from .predictions import without_dropout
 
 
@@ -39,9 +39,13 @@ def hidden_size(layer: nn.Module) -> int:
     return next(module.model_config.hidden_size for module in layer.modules() if isinstance(module, AdapterLayerBase))
 
 
+def _adapter_layer(layer: nn.Module) -> AdapterLayerBase:
+    return next(module for module in layer.modules() if isinstance(module, AdapterLayerBase))
+
+
 def is_skipped(layer: nn.Module) -> bool:
     """Return whether the adapters of a transformer layer are skipped, by `set_active_adapters(..., skip_layers)`."""
-    module = next(module for module in layer.modules() if isinstance(module, AdapterLayerBase))
+    module = _adapter_layer(layer)
     return module.layer_idx in (module.adapters_config.skip_layers or ())
 
 
@@ -56,7 +60,12 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
         The output with the states that the pass decides on; None where the student's stay.
     """
     current = current_pass()
-    if current is None or current.inputs.block.student != student or is_skipped(layer):
+    if current is None:
+        block = find_block(_adapter_layer(layer).adapters_config.active_setup)
+        if block is not None and block.student == student:
+            warn_outside_of_passes(student, layer)
+        return None
+    if current.inputs.block.student != student or is_skipped(layer):
         return None
     if student not in fusions_at(layer) or not current.visit(fusions_at(layer)[student]):
         return None

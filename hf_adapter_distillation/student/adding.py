@@ -39,7 +39,7 @@ def add_student(
     if not isinstance(distill_from, DistillationConfig):
         check_teachers(student, distill_from)
     settings = distill_from if isinstance(distill_from, DistillationConfig) else DistillationConfig(distill_from)
-    check_name(student, "The student", "call it something")
+    check_name(student, "The student", "rename it")
     _check_layer_weights(model, settings)
     if isinstance(settings.teachers, str) and settings.teacher_selection == "all" and is_pool(settings.teachers):
         raise ValueError(

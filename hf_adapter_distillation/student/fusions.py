@@ -43,6 +43,7 @@ def prepare_fusion(model: ModelAdaptersMixin, block: AdapterDistillation) -> Non
             device = next(layer.parameters()).device  # layers may be on several
             rank = distillation.config.fusion_rank
             fusions[student] = TeacherFusion(*sizes, name, in_decoder, device, dtype, rank)
+            distillation.has_new_fusion = True
         fusion = fusions[student]
         if distillation.config.layer_weights is not None:
             fusion.layer_weight = _layer_weight(model, distillation.config.layer_weights, name)

@@ -186,9 +186,10 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
 
 
 def _no_projection(model: ModelAdaptersMixin, saved_path: str, label: str) -> ValueError:
+    names = sorted({path.rpartition(".")[2] for path in projections_of(model)})
     return ValueError(
         f"{label} has LoRA in {saved_path}, which is no projection that takes LoRA in adapters' "
-        f"{model.config.model_type}; use a LoRA in the projections of the attention and feed-forward blocks."
+        f"{model.config.model_type}; use a LoRA in {', '.join(names)} alone."
     )
 
 

@@ -107,6 +107,7 @@ def load_student(model: ModelAdaptersMixin, block: AdapterDistillation, folder: 
         )
     # Straight into the parameters: adapters would replace the head that is trained by a new one.
     model.load_state_dict(state, strict=False)
+    distillation_of(model, block.student).has_new_fusion = False
     # Adapters changes the memory layout of the bases of ReFT when it saves, and rounding depends on the layout.
     model.apply_to_adapter_layers(lambda i, layer: layer.pre_save_adapters())
 

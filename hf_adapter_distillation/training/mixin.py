@@ -93,7 +93,10 @@ class DistillationMixin(WritingTrainer):
             self.model = model
         gives_inputs = model is not None and self._gives_inputs_to_inner
         with shown_to_trainer(model, loss_counts_items(self.model_with_adapters) if gives_inputs else None):
-            super().__init__(model, args, *others, **kwargs)
+            if others:
+                super().__init__(model, args, *others, **kwargs)
+            else:  # a trainer may have other arguments between these
+                super().__init__(model=model, args=args, **kwargs)
         inner = self.model_with_adapters
         check_trainable(inner, active_block(inner))
         if self._gives_inputs_to_inner:

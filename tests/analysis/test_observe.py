@@ -8,6 +8,7 @@ import torch
 from adapters import Stack
 from tiny_models import TEACHERS, copy_weights, make_batch, make_dataset, make_model, make_student
 from torch.utils.data import DataLoader
+from trainings import trainer_for
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 import hf_adapter_distillation as had
@@ -68,6 +69,15 @@ def test_attention_follows_the_query():
     looks_at(model, "bank", ["travel"])
     table = had.teacher_attention(model, make_dataset(4))
     assert all(row["bank"].mean > 0.999 for row in table.values())
+
+
+@pytest.mark.parametrize("keep_fusion", [True, False])
+def test_the_attention_of_a_fusion_that_is_not_trained_is_said_to_be(keep_fusion, trainer_args, caplog):
+    model = make_student(make_model(), student_start="random")
+    trainer_for(model, trainer_args(keep_fusion=keep_fusion, distillation_start=0.0)).train()
+    model.train_adapter("insurance")
+    had.teacher_attention(model, make_dataset())
+    assert ("The fusion of 'insurance' is not trained" in caplog.text) == (not keep_fusion)
 
 
 def test_the_distance_is_the_loss_of_the_layers():

@@ -57,9 +57,9 @@ def test_distill_from(value, error, message):
     assert everything(model) == before
 
 
-NO_PATH = "The student would be named {!r}; call it something to have no dot, comma or slash."
-NO_STRING = "The student would be named {!r}; call it something to have a name that is a string."
-OF_TORCH = "The student would be named {!r}, as is a part of torch's ModuleDict; call it something."
+NO_PATH = "The student would be named {!r}; rename it to have no dot, comma or slash."
+NO_STRING = "The student would be named {!r}; rename it to have a name that is a string."
+OF_TORCH = "The student would be named {!r}, as is a part of torch's ModuleDict; rename it."
 STUDENTS = [
     *((name, ValueError, NO_PATH.format(name)) for name in ("a.b", "a,b", "../x", "a/b", "/tmp/x", "a\\b", "a\0")),
     *((name, TypeError, NO_STRING.format(name)) for name in ("", None, 5)),

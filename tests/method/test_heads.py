@@ -67,7 +67,7 @@ def test_rows_of_labels_are_put_in_the_order_of_the_student(head, of_teacher, or
         ("classification", {"num_labels": 3}, "classification with 3 labels"),
         ("classification", {"num_labels": 1}, "classification with 1 label"),
         ("classification", {"multilabel": True}, "multilabel_classification with 2 labels"),
-        ("classification", {"id2label": {0: "no", 1: "yes"}}, "classification with 2 labels"),
+        ("classification", {"id2label": {0: "no", 1: "yes"}}, "classification with 2 labels: no, yes"),
         ("tagging", {}, "tagging with 2 labels"),
         ("causal_lm", {}, "causal_lm"),
     ],
@@ -76,9 +76,10 @@ def test_objectives_of_predictions_need_common_labels(head, settings, described,
     model = make_student(make_model(), objective="logits", student_start="random")
     getattr(model, f"add_{head}_head")("work", overwrite_ok=True, **settings)
     model.train_adapter("insurance")
+    own = ": LABEL_0, LABEL_1" if "id2label" in settings else ""
     refused(
         trainer_for(model, trainer_args()),
-        "The objective 'logits' needs teachers with the labels of 'insurance' (classification with 2 labels), but "
+        f"The objective 'logits' needs teachers with the labels of 'insurance' (classification with 2 labels{own}), but "
         f"'work' has others ({described}); leave it out, or choose 'features'.",
     )
 

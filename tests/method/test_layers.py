@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, TEACHERS, distillation_of, make_batch, make_mod
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import TeacherFusion, fusions_of
+from hf_adapter_distillation.method.layer_pass import logger
 from hf_adapter_distillation.method.layers import FusedLayer, adapter_layers, adapters_of, compose_distillation
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
 from hf_adapter_distillation.method.stacking import StackedAdapters
@@ -41,6 +42,28 @@ def test_the_modules_of_several_adapters_are_those_that_adapters_returns(family)
         modules = model.base_model.named_modules()
         layers = [(key, m) for key, m in modules if isinstance(m, FusedLayer) and name in m.adapter_modules]
         assert adapter_layers(model, name) == layers
+
+
+@pytest.mark.parametrize("level", ["adapter", "layer"])
+def test_layers_that_run_outside_of_the_model_say_that_nothing_is_distilled(level, caplog):
+    model, batch = make_student(make_model(), level=level), make_batch()
+    logger.warning_once.cache_clear()
+
+    def warnings_of(run):
+        caplog.clear()
+        run()
+        return [r.message for r in caplog.records if r.message.startswith("'insurance' is not distilled here: its la")]
+
+    encoder, embedded = model.bert.encoder, model.bert.embeddings(batch["input_ids"])
+    assert not warnings_of(lambda: model.train()(**batch))
+    assert not warnings_of(lambda: model.eval().bert.encoder(embedded))
+    with torch.no_grad():
+        assert not warnings_of(lambda: model.train().bert.encoder(embedded))
+    assert len(warnings_of(lambda: encoder(embedded))) == 1
+    assert not warnings_of(lambda: encoder(embedded)), "once"
+    logger.warning_once.cache_clear()
+    model.set_active_adapters("bank")
+    assert not warnings_of(lambda: encoder(embedded))
 
 
 def forward_in_stage_2(model, **settings):

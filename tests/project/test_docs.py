@@ -208,6 +208,12 @@ def with_models(page, monkeypatch, tiny_encoder):
         )
 
 
+def three_topics(seed):
+    """Examples in the form of the first tutorial, to which the how-to guides refer."""
+    dataset = make_dataset(seed=seed)
+    return dataset.remove_columns("labels").add_column("labels", [number // 6 for number in range(len(dataset))])
+
+
 def is_line(said, printed, exactly):
     """Return whether a printed line is the one of a page, but for small differences of its numbers, or large ones."""
     said, printed = " ".join(said.split()), " ".join(printed.split())
@@ -245,7 +251,7 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch, capsys)
     platform = AutoAdapterModel.from_pretrained("encoder")
     for name in ("banking", "travel", "work"):
         platform.add_adapter(name)
-        platform.add_classification_head(name)
+        platform.add_classification_head(name, num_labels=3)
         noisy(platform, name)
         (tmp_path / "adapters").mkdir(exist_ok=True)
         platform.save_adapter(f"adapters/{name}", name)
@@ -265,7 +271,8 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "page", page_module)
     names = vars(page_module)
     names |= {"had": had, "model": platform, "args": args}
-    names |= {"train_dataset": make_dataset(), "eval_dataset": make_dataset(seed=1), "query_log": make_dataset(seed=2)}
+    data = ("train_dataset", "eval_dataset", "query_log")
+    names |= {name: three_topics(seed) for seed, name in enumerate(data)}
     for language, text in re.findall(r"^```(python|output)\n(.*?)^```$", read(page), flags=re.M | re.S):
         if language == "output":
             assert missing_line(text, capsys.readouterr().out, exactly=page not in TINY) is None
@@ -291,6 +298,12 @@ def test_code_blocks_run(page, hub, tiny_encoder, tmp_path, monkeypatch, capsys)
 )
 def test_other_output_than_a_page_says_is_found(said, printed, missing):
     assert missing_line(said, printed) == missing
+
+
+@pytest.mark.parametrize("page", [*ALL_PAGES, "CHANGELOG.md"])
+def test_each_row_of_a_table_has_its_line(page):
+    rows = [line for line in read(page).splitlines() if re.search(r"\| -{3,} \|", line)]
+    assert all(re.fullmatch(r" *(\| -{3,} )+\|", row) for row in rows)
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

@@ -8,7 +8,7 @@ from messages import one_line
 from model_state import changed, snapshot
 from tiny_models import TEACHERS, make_dataset, make_model, make_student, noisy
 from trainings import EachStep, StopAt, trainer_for
-from transformers import BertConfig, BertModel, TrainingArguments
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -38,6 +38,25 @@ def test_without_stage_2_it_is_plain_adapter_training(trainer_args):
     names = [name for name in ours if "insurance" in name and "distillation_fusion" not in name]
     assert names
     assert all(torch.equal(ours[name], stock[name]) for name in names)
+
+
+def test_the_other_base_may_have_arguments_of_its_own_before_and_between(trainer_args):
+    class Scaled(Trainer):
+        def __init__(self, factor, model=None, reference=None, args=None, **kwargs):
+            super().__init__(model, args, **kwargs)
+            self.factor, self.reference = factor, reference
+
+        def compute_loss(self, *args, **kwargs):
+            return self.factor * super().compute_loss(*args, **kwargs)
+
+    class ScaledDistillation(had.DistillationMixin, Scaled):
+        pass
+
+    model, data = make_student(make_model()), make_dataset()
+    trainer = ScaledDistillation(factor=0.5, model=model, reference="r", args=trainer_args(), train_dataset=data)
+    assert (trainer.factor, trainer.reference) == (0.5, "r")
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps
 
 
 def test_the_end_leaves_a_plain_active_student(trainer_args):
