@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from adapters import AdapterCompositionBlock, Stack
+from adapters import AdapterCompositionBlock, AdapterSetup, ModelAdaptersConfig, Stack
 from torch import nn
 
 
@@ -29,10 +29,10 @@ class AdapterDistillation(Stack):
     def __init__(self, student: str | Stack, teachers: Sequence[str]) -> None:
         names = [student] if isinstance(student, str) else student.children if type(student) is Stack else None
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise TypeError(f"The student must be an adapter name or a Stack of adapter names, not {_show(student)}.")
+            raise TypeError(f"The student must be an adapter name or a Stack of adapter names, not {shown(student)}.")
         if names[-1] in names[:-1]:
             raise ValueError(
-                f"The student {names[-1]!r} stands twice in {_show(student)}; only frozen adapters go below it."
+                f"The student {names[-1]!r} stands twice in {shown(student)}; only frozen adapters go below it."
             )
         check_teachers(names[-1], teachers)
         super().__init__(*names)
@@ -64,7 +64,7 @@ def _escape(text: str) -> str:
     return repr(text)[1:-1]
 
 
-def _show(setup: object) -> str:
+def shown(setup: object) -> str:
     """Return a setup in one line; the blocks of adapters do not escape the names in them."""
     return _escape(str(setup)) if isinstance(setup, AdapterCompositionBlock) else repr(setup)
 
@@ -122,11 +122,17 @@ def block_of(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation
     *below, last = setup.children
     if type(setup) is Stack and block in below:
         raise ValueError(
-            f"{_show(last)} is stacked on top of the student {block.student!r}; the student must come last."
+            f"{shown(last)} is stacked on top of the student {block.student!r}; the student must come last."
         )
     if type(setup) is not Stack or block is not last or not all(isinstance(name, str) for name in below):
-        raise ValueError(f"{block} stands inside {_show(setup)}; only a Stack may hold it, after names of adapters.")
+        raise ValueError(f"{block} stands inside {shown(setup)}; only a Stack may hold it, after names of adapters.")
     return AdapterDistillation(Stack(*below, *block.children), block.teachers)
+
+
+def running_setup(adapters_config: ModelAdaptersConfig) -> AdapterCompositionBlock | None:
+    """Return the setup that a forward pass runs: that of the innermost `AdapterSetup`, or else the active one."""
+    context = AdapterSetup.get_context()
+    return adapters_config.active_setup if context is None else context.adapter_setup
 
 
 def find_block(setup: AdapterCompositionBlock | str | None) -> AdapterDistillation | None:

@@ -21,8 +21,9 @@ from .method.forward import call_with_distillation
 from .method.fusion import fusions_of
 from .method.layers import FusedLayer, compose_distillation
 from .student.adding import add_student
+from .student.blocks import block_to_train, check_prepared
 from .student.fusions import prepare_fusion, prepare_probes
-from .student.preparing import block_to_train, check_prepared, forget_adapter, prepare_head, release_heads
+from .student.preparing import forget_adapter, prepare_head, release_heads
 from .student.provenance import Provenance, note_loaded
 
 DISTILL_FROM = """
@@ -121,9 +122,15 @@ def _add_adapter(
     set_active: bool = False,
     distill_from: Sequence[str] | DistillationConfig | None = None,
 ) -> None:
-    if overwrite_ok and (replaced := distillations(self.adapters_config).get(adapter_name)):
-        replaced.added_head = False  # the head stays for the new adapter
-    add_plain = functools.partial(original, self, adapter_name, config, overwrite_ok, set_active)
+
+    def add_plain() -> None:
+        students = distillations(self.adapters_config)
+        if overwrite_ok and students and adapter_name in self.adapters_config:
+            if adapter_name in students:
+                students[adapter_name].added_head = False  # the head stays for the new adapter
+            forget_adapter(self, adapter_name)  # adapters deletes it from the base model, which has no heads
+        original(self, adapter_name, config, overwrite_ok, set_active)
+
     if distill_from is None:
         return add_plain()
     if adapter_name in self.adapters_config and not overwrite_ok:

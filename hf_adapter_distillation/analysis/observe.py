@@ -227,7 +227,7 @@ def _observing(model: ModelAdaptersMixin, passes_fused_on: bool) -> Iterator[Obs
     observing_pass, student = ObservingPass(passes_fused_on), _observed_block(model).student
     distillation = distillation_of(model, student)
     if distillation.has_new_fusion and all(fusion.log_weights is None for fusion in fusions_of(model, student)):
-        logger.warning(
+        logger.warning_once(  # type: ignore[attr-defined]
             f"The fusion of {student!r} is not trained: train_adapter has added it since the last training, so its "
             "attention is even. Train with keep_fusion=True to look at a trained one."
         )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..composition import AdapterDistillation, block_of
+from ..composition import AdapterDistillation, block_of, shown
 from ..configuration import DistillationArgumentsMixin, DistillationConfig
 from .embeddings import Pool, mean_pooling
 from .layer_pass import LayerPass
@@ -268,7 +268,7 @@ def active_block(model: nn.Module) -> AdapterDistillation:
             block = AdapterDistillation(setup, distillation.config.teachers)
     if block is None or block.student not in students:
         raise ValueError(
-            f"No distilled student is active (the active setup is {setup}); add one with "
+            f"No distilled student is active (the active setup is {shown(setup)}); add one with "
             "model.add_adapter(name, distill_from=[...]) and call model.train_adapter(name). "
             "A student whose teachers were all deleted has nothing to learn from."
         )

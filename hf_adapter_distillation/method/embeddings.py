@@ -58,7 +58,8 @@ class SimilarityLoss(nn.Module):
 
     def _log_probabilities(self, embeddings: torch.Tensor) -> torch.Tensor:
         unit = normalize(embeddings.to(at_least_float32(embeddings.dtype)), dim=-1)
-        cosines = unit @ unit.T  # (B, B)
+        with torch.autocast(unit.device.type, enabled=False):
+            cosines = unit @ unit.T  # (B, B)
         others = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
         return (SCALE / self.temperature * cosines[others].view(len(unit), -1)).log_softmax(dim=1)
 

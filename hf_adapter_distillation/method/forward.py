@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from adapters import AdapterSetup, ModelAdaptersMixin
+from adapters import ModelAdaptersMixin
 from transformers.utils import logging
 
 from .._compat import ForwardContext, named_arguments
-from ..composition import block_of
+from ..composition import block_of, running_setup
 from .answers import AnswerMixture, answer_loss, answer_mask
 from .calls import masks_of, number_of_sequences
 from .distillation import DEFAULTS, Distillation, StageSettings, distillation_of, distillations
@@ -77,7 +77,7 @@ def call_with_distillation(
     Raises:
         RuntimeError: If the student's teachers are not chosen from their pool yet.
     """
-    block = block_of(AdapterSetup.get_context_adapter_setup() or model.adapters_config.active_setup)
+    block = block_of(running_setup(model.adapters_config))
     distillation = distillations(model.adapters_config).get(block.student) if block is not None else None
     training = model.training and torch.is_grad_enabled()
     if block is None or distillation is None or not (training or distillation.inspection):
@@ -166,8 +166,11 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
-    for student, fused in zip(student_pass.updates, fused_pass.updates, strict=True):
-        student_pass.match(student, fused.output)
+    fused_updates = {(fused.call, fused.fusion.location): fused.output for fused in fused_pass.updates}
+    for student in student_pass.updates:
+        place = (student.call, student.fusion.location)
+        if place in fused_updates:  # layerdrop may have left it out
+            student_pass.match(student, fused_updates[place])
     for name in (name for name in output if name.endswith("logits")):
         weights = _logit_weights(student_pass, call.model, name, output[name])
         student_pass.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
@@ -189,6 +192,11 @@ def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any]
     if text_head(model, block.student) is not None:  # for which `logits` is the only such objective
         current.output_losses["logits"] = _match_answers(current, call, named, output["logits"], loss)
         return
+    if not any(name.endswith("logits") for name in output.keys()):  # noqa: SIM118 - several heads iterate over outputs
+        raise ValueError(
+            f"The objectives of predictions need one active head, not {model.active_head}; set model.active_head = "
+            f"{block.student!r}."
+        )
     stored = None if settings.predictions is None else settings.predictions.get(named)
     if stored is None:
         teachers = teacher_logits(model, block, call.run_again)

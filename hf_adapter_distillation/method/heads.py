@@ -203,7 +203,7 @@ def _describe(config: dict[str, Any]) -> str:
 
 
 def _descriptions(*configs: dict[str, Any]) -> list[str]:
-    """Return what tells heads apart: their kinds and numbers of labels, and where these are equal the labels in order."""
+    """Return what tells heads apart: their kinds and numbers of labels, and where these are equal the labels."""
     descriptions = list(map(_describe, configs))
     if len(set(descriptions)) > 1:
         return descriptions

@@ -56,6 +56,9 @@ class Place:
     def fuse(self, with_student: bool = False) -> Fused:
         """Run the teachers, and fuse their updates, and the student's with them if wanted."""
         updates = self.updates(with_student)
+        if not updates:  # the only teacher of this place is left out
+            update = torch.zeros_like(self.student_output)
+            return Fused((), update, update[..., :0])
         log_weights = self.fusion.log_weights_of(tuple(updates))
         stacked = torch.stack(list(updates.values()), dim=2)  # (B, T, n, d)
         return Fused(tuple(updates), *self.fusion(self.query_states, stacked, log_weights))

@@ -217,7 +217,7 @@ class AdapterPlace(Place):
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""
         groups = group_alike(self._adapters(False), self.layer.adapters_config)
-        if groups is None or (with_student and not can_be_stacked(self.student)):
+        if not groups or (with_student and not can_be_stacked(self.student)):
             return super().fuse(with_student)
         chunks: list[Chunk] = [chunk for group in groups for chunk in split_group(group)]
         is_detached = not (with_student or self.query_states.requires_grad or torch.compiler.is_compiling())

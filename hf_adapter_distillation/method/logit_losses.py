@@ -117,15 +117,17 @@ class CrossTaskLoss(nn.Module):
         """Compute the loss, without a gradient to the teachers.
 
         The scores are logits of the positive label, (batch,) of the student and (n_teachers, batch), calibrated. The
-        labels are 0 or 1, one for each score; without labels no prediction is corrected, and all pairs count.
+        labels are 0 or 1, one for each score; without labels no prediction is corrected, and all pairs count. The
+        prediction for an example with the label -100 is not corrected, and it forms no pairs.
         """
         student, teachers = in_float32(student_scores, teacher_scores.detach())  # (B,), (N, B)
         corrected, of_one_label = teachers, student.new_ones(len(student), len(student))
         if labels is not None:
             labels = labels.reshape(-1)  # (B,)
+            known = labels >= 0  # (B,)
             sign = 2 * labels.to(student.dtype) - 1  # (B,)
-            corrected = sign * (sign * teachers).clamp(min=self.margin)  # (N, B)
-            of_one_label = (labels.unsqueeze(1) == labels).to(student.dtype)  # (B, B)
+            corrected = torch.where(known, sign * (sign * teachers).clamp(min=self.margin), teachers)  # (N, B)
+            of_one_label = (known & (labels.unsqueeze(1) == labels)).to(student.dtype)  # (B, B)
         matched = self.soft_labels(two_classes(student), two_classes(corrected))
 
         mean = teachers.mean(dim=0)  # (B,)

@@ -84,7 +84,8 @@ def match_logits(
     """
     of_teachers = torch.tensor(shares, dtype=at_least_float32(teachers.dtype), device=teachers.device)  # (N,)
     if kind == "values":
-        mean = torch.tensordot(of_teachers, teachers.to(of_teachers), dims=1)
+        shape = (-1, *(1,) * student.dim())
+        mean = (of_teachers.view(shape) * teachers).sum(dim=0)  # no matrix product, which autocast would round
         return logit_matching_loss(student, mean, weights)
     weights = weights if student.dim() > 2 else None  # spans are chosen among the tokens
     if kind == "labels":

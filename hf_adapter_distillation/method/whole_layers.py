@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache
 
 from .._compat import AdapterLayerBase, ForwardContext
-from ..composition import AdapterDistillation, find_block
+from ..composition import AdapterDistillation, find_block, running_setup
 from .fusion import fusions_at
 from .layer_pass import LayerPass, Place, Rerun, current_pass, warn_outside_of_passes
 from .predictions import without_dropout
@@ -61,7 +61,7 @@ def distill_layer(student: str, layer: nn.Module, args: tuple, kwargs: dict[str,
     """
     current = current_pass()
     if current is None:
-        block = find_block(_adapter_layer(layer).adapters_config.active_setup)
+        block = find_block(running_setup(_adapter_layer(layer).adapters_config))
         if block is not None and block.student == student:
             warn_outside_of_passes(student, layer)
         return None

@@ -68,7 +68,8 @@ def prepare_probes(model: ModelAdaptersMixin, student: str) -> None:
         return
     kind = kind_of_labels(model, student)
     for fusion in fusions_of(model, student):
-        if fusion.task_specific is None:
+        probe = fusion.task_specific
+        if probe is None or (probe.kind, probe.classifier.out_features) != (kind, n_labels):
             weight = fusion.key.weight  # (rank or output, output)
             size = weight.shape[1]
             fusion.task_specific = TaskSpecificLoss(size, n_labels, weight.device, weight.dtype, kind)
@@ -84,13 +85,14 @@ def _layer_weight(model: ModelAdaptersMixin, weights: Sequence[float], location:
 
 
 def _places(
-    model: ModelAdaptersMixin, block: AdapterDistillation, level: str
+    model: ModelAdaptersMixin, block: AdapterDistillation, distillation: Distillation
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
     """Yield the modules that hold the student and a teacher, with their names and the widths of input and update.
 
-    Inside the layers a place is left out where the updates of all its teachers are zero, unless they are everywhere.
+    Inside the layers a place is left out where the updates of all its teachers are zero, unless they are everywhere,
+    or the teacher stands in for a pool.
     """
-    if level == "layer":
+    if distillation.level == "layer":
         for name, layer in whole_layers(model, block.student):
             if any(holds(layer, teacher) for teacher in block.teachers):
                 yield name, layer, (hidden_size(layer), hidden_size(layer))
@@ -101,7 +103,7 @@ def _places(
                 layer.adapter_modules[teacher] for teacher in block.teachers if teacher in layer.adapter_modules
             ]:
                 place = (name, layer, update_sizes(layer.adapter_modules[block.student]))
-                held.append((place, all(map(says_nothing, teachers))))
+                held.append((place, not distillation.candidates and all(map(says_nothing, teachers))))
         for place, is_silent in held:
             if not is_silent or all(silent for _, silent in held):
                 yield place
@@ -150,7 +152,7 @@ def drop_unused_fusions(
     model: ModelAdaptersMixin, block: AdapterDistillation
 ) -> list[tuple[str, nn.Module, tuple[int, int]]]:
     """Remove the fusions of a student from the layers that hold none of its teachers; return its places."""
-    places = list(_places(model, block, distillation_of(model, block.student).level))
+    places = list(_places(model, block, distillation_of(model, block.student)))
     used = {id(layer) for _, layer, _ in places}
     for module in list(model.base_model.modules()):
         if id(module) not in used:

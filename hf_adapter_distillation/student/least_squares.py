@@ -41,11 +41,12 @@ class UpProjectionFit:
     def solve(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return new weights and biases from the present ones, (hidden, m) and (hidden,), in their data type.
 
-        The third result is the unexplained share of the target's squares, a scalar.
+        The third result is the unexplained share of the target's squares, a scalar; 0 of a target of zeros.
         """
         old = torch.cat([weight, bias.unsqueeze(1)], dim=1).T.double()  # (m + 1, d)
         ridge = RIDGE * self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         gram = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         new = torch.linalg.solve(gram, self.moment + ridge * old)  # (m + 1, d)
         error = self.square - 2 * (new * self.moment).sum() + (new * (self.gram @ new)).sum()
-        return new[:-1].T.to(weight.dtype), new[-1].to(bias.dtype), error / self.square
+        unexplained = torch.where(self.square > 0, error / self.square, 0)
+        return new[:-1].T.to(weight.dtype), new[-1].to(bias.dtype), unexplained

@@ -4,108 +4,21 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from adapters import AdapterCompositionBlock, ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Stack
+from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin, Stack
 from torch import nn
 from transformers.utils import logging
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation, block_of
-from ..configuration import DistillationConfig
-from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
+from ..method.distillation import Distillation, distillation_of, distillations
 from ..method.fusion import fusions_of
 from ..method.parameters import owner
 from ..method.weights import TeacherWeights
-from ..teachers.compatibility import (
-    check_devices,
-    check_supported,
-    check_weights,
-    choose_level,
-    warn_of_masked_prefixes,
-)
-from ..teachers.loading import Source
 from .fusions import drop_fusion, drop_unused_fusions
 from .provenance import Provenance
 from .warm_start import is_at_average, is_head_at_average, start_as_new, start_at_average, start_head
 
 logger = logging.get_logger(__name__)
-
-
-def block_to_train(model: ModelAdaptersMixin, setup: object) -> AdapterDistillation | None:
-    """Return the block that `train_adapter(setup)` trains, or None if it trains no distilled student.
-
-    A setup of a distillation is the name of a student (also in a list), or an `AdapterDistillation` (also on top of a
-    `Stack`). A `Stack` of a student's name is plain training of the student.
-
-    Raises:
-        ValueError: If a block written by hand names a student or teachers that the model does not have or cannot fuse,
-            or a teacher is on another device than the student.
-    """
-    setup = _as_setup(setup)
-    if isinstance(setup, str):
-        distillation = distillations(model.adapters_config).get(setup)
-        teachers = distillation.config.teachers if distillation else []
-        block = AdapterDistillation(setup, teachers) if teachers else None
-    else:
-        block = block_of(setup)
-        if block is not None and not _is_known(model, block):
-            _add_written_block(model, block)
-    if block is not None:
-        check_devices(model, block.student, block.teachers)
-    return block
-
-
-def live_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> AdapterDistillation:
-    """Return the block of a student with the teachers that it has by now.
-
-    What is stacked below the student is that of the active block, if it is the student's.
-
-    Raises:
-        ValueError: If the student is not distilled any more, or has lost all its teachers.
-    """
-    active = block_of(model.active_adapters)
-    if active is None or active.student != block.student:
-        active = block
-    return AdapterDistillation(Stack(*active.children), distillation_of(model, block.student).config.teachers)
-
-
-def check_prepared(model: ModelAdaptersMixin, setup: object) -> None:
-    """Refuse to activate a setup whose block is misplaced, or would silently distil nothing."""
-    block = block_of(_as_setup(setup))
-    if block is not None and not _is_known(model, block):
-        raise ValueError(f"{block} is not prepared; call model.train_adapter with it, which makes it active.")
-
-
-def _as_setup(setup: object) -> AdapterCompositionBlock | str | None:
-    """Read a list of adapters as adapters does, as a `Stack`."""
-    if isinstance(setup, list | tuple):
-        setup = setup[0] if len(setup) == 1 and not isinstance(setup[0], Stack) else Stack(*setup)
-    return setup if isinstance(setup, AdapterCompositionBlock | str) else None
-
-
-def _is_known(model: ModelAdaptersMixin, block: AdapterDistillation) -> bool:
-    """Return whether a block has the teachers of its student; check that all its adapters are on the model."""
-    for name in (*block.children, *block.teachers):
-        if name not in model.adapters_config:
-            raise ValueError(f"{block} names {name!r}, which is not on the model; add or load it first.")
-    distillation = distillations(model.adapters_config).get(block.student)
-    return distillation is not None and tuple(distillation.config.teachers) == block.teachers
-
-
-def _add_written_block(model: ModelAdaptersMixin, block: AdapterDistillation) -> None:
-    """Check a block that a user wrote, and add its distillation; one with other teachers replaces the student's."""
-    for name in (*block.children, *block.teachers):
-        check_supported(repr(name), model.adapters_config.get(name))
-    labels = {name: f"Teacher {name!r}" for name in block.teachers}
-    check_weights(model, labels)
-    config = DistillationConfig(teachers=list(block.teachers), student_start="random")
-    sources: dict[str, Source] = {name: {"source": name, "revision": None} for name in block.teachers}
-    if before := distillations(model.adapters_config).get(block.student):
-        drop_fusion(model, block.student)
-        config = replace(before.config, teachers=list(block.teachers))
-        sources |= {name: source for name, source in before.sources.items() if name in sources}
-    level, reason = choose_level(model, config.level, labels, model.adapters_config.get(block.student))
-    add_distillation(model.adapters_config, block.student, Distillation(config, level, reason, sources))
-    warn_of_masked_prefixes(model, [block.student, *block.teachers])
 
 
 def keep_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, names: Sequence[str]) -> None:
@@ -295,7 +208,9 @@ def _warn_if_untrained(model: ModelAdaptersMixin, student: str, teacher: str) ->
 def _forget_teacher(model: ModelAdaptersMixin, student: str, name: str) -> None:
     """Take a teacher from a student, and out of the average at which student and head may still be."""
     distillation, active = distillation_of(model, student), block_of(model.active_adapters)
-    at_start, head_at_start = is_at_average(model, student), is_head_at_average(model, student)
+    weights = distillation.weights if distillation.is_weighed else None  # at which the next training starts
+    of_head = None if weights is None else weights.at("", distillation.config.teachers)
+    at_start, head_at_start = is_at_average(model, student), is_head_at_average(model, student, of_head)
     if distillation.run is None and _is_trained(model, student):
         distillation.run = Provenance.of(model, distillation).run
     left = [teacher for teacher in distillation.config.teachers if teacher != name]
@@ -305,9 +220,9 @@ def _forget_teacher(model: ModelAdaptersMixin, student: str, name: str) -> None:
     else:
         drop_fusion(model, student)
     if left and at_start:
-        start_at_average(model, student)
+        start_at_average(model, student, None if weights is None else lambda place: weights.at(place, left))
         if head_at_start:
-            start_head(model, student)
+            start_head(model, student, None if weights is None else weights.at("", left))
     if active is not None and active.student == student:
         remaining = Stack(*active.children)
         setup = AdapterDistillation(remaining, left) if left else remaining

@@ -176,14 +176,24 @@ def start_head(
         head.load_state_dict({key: mean[key] for key in own}, strict=False)
 
 
-def is_head_at_average(model: ModelAdaptersMixin, student: str) -> bool:
-    """Return whether a student's head is still the average of its teachers' heads, where `start_head` has set it."""
+def is_head_at_average(model: ModelAdaptersMixin, student: str, weights: Mapping[str, float] | None = None) -> bool:
+    """Return whether a student's head is still the mean of its teachers' heads, where `start_head` has set it.
+
+    A cast, which rounds all heads, does not move it.
+    """
     heads = dict(heads_of(model).items())
     teachers = distillation_of(model, student).config.teachers
     if not are_alike([heads.get(name) for name in (student, *teachers)]):
         return False
-    mean = _mean(states_of_heads(heads[student], [heads[name] for name in teachers]), _shares(teachers, None))
-    return all(torch.equal(weight, mean[key]) for key, weight in heads[student].state_dict().items())
+    states = states_of_heads(heads[student], [heads[name] for name in teachers])
+    mean = _mean(states, _shares(teachers, weights))
+
+    def is_mean(key: str, weight: torch.Tensor) -> bool:
+        size = max(state[key].abs().max().item() for state in states) if weight.is_floating_point() else 0.0
+        rounding = 2 * torch.finfo(weight.dtype).eps * size if size else 0.0
+        return bool(((weight - mean[key]).abs() <= rounding).all())
+
+    return all(is_mean(key, weight) for key, weight in heads[student].state_dict().items())
 
 
 def _head_weights(head: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Labelled batches of a user, and the model's own loss of one."""
+"""Labelled batches of a user, and their losses."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -41,3 +41,11 @@ def own_loss(model: ModelAdaptersMixin) -> Loss:
         return output["loss"]
 
     return loss
+
+
+def mean_over_examples(
+    losses: torch.Tensor, sizes: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
+    """Return the mean over the examples of batches, in all processes; those of size 0 do not count."""
+    total, size = reduce(torch.stack([torch.where(sizes > 0, losses, 0) @ sizes, sizes.sum()]))
+    return (total / size).item()

@@ -10,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similar
 
 from .._compat import heads_of
 from ..composition import AdapterDistillation
+from ..method.calls import masks_of
 from ..method.heads import is_binary, is_of_sequences, shares_labels
 from ..method.losses import token_weights
 from ..method.predictions import of_each_teacher, scores, without_dropout
@@ -44,10 +45,16 @@ def own_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the logits of the teachers' heads, (n_teachers, n_examples, n_labels), and the labels, (n_examples,).
 
-    The heads share the student's labels, and predict classes of sequences.
+    The heads share the student's labels, and predict classes of sequences. Examples with the label -100 are left out.
+
+    Raises:
+        ValueError: If no example is left.
     """
-    logits = [torch.cat(batches) for batches in of_each_teacher(model, block, inputs, "logits")]
-    return torch.stack(logits), torch.cat([batch["labels"].reshape(-1) for batch in inputs])
+    logits = torch.stack([torch.cat(batches) for batches in of_each_teacher(model, block, inputs, "logits")])
+    labels = torch.cat([batch["labels"].reshape(-1) for batch in inputs])
+    if not (has_label := labels >= 0).any():
+        raise ValueError("The teachers cannot be compared: all labels are -100; give examples that have labels.")
+    return logits[:, has_label], labels[has_label]
 
 
 def predict_labels(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Sequence[dict[str, Any]]) -> bool:
@@ -74,6 +81,8 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     elif not is_of_sequences(model, student):
         losses = torch.stack([torch.stack(batches) for batches in of_each_teacher(model, block, inputs, "loss")])
         sizes = torch.tensor([len(batch["labels"]) for batch in inputs]).to(losses)  # (n_batches,)
+        has_labels = losses.isfinite().any(dim=0)  # a batch with labels of -100 alone has no loss
+        losses, sizes = losses[:, has_labels], sizes[has_labels]
         values, what, chance = (-losses @ sizes / sizes.sum()).tolist(), "-loss", float("-inf")
     else:
         logits, labels = own_logits(model, block, inputs)
@@ -103,7 +112,7 @@ def _agreement(model: ModelAdaptersMixin, block: AdapterDistillation, inputs: Se
                     states.append(_last_states(model(**batch, output_hidden_states=True)))
             updates = torch.stack(states[1:]).float() - states[0].float()  # (N, B, T, d)
             others = (updates.sum(dim=0) - updates) / max(1, len(updates) - 1)  # (N, B, T, d)
-            mask = batch.get("attention_mask")
+            mask = masks_of(model, batch, is_half=False)[model.config.is_encoder_decoder]
             if mask is None or mask.shape != updates.shape[1:3]:
                 mask = torch.ones(updates.shape[1:3])
             weights = token_weights((mask != 0).to(updates.device))  # (B, T)

@@ -117,7 +117,7 @@ def measure_relevance(
     learner = Learner(model, block, loss, False, beside, reduce, loss_scale)
     distillation, read = distillation_of(model, block.student), list(islice(batches(), BATCHES))
     sites: dict[nn.Module, Site] = {}
-    gradients: list[list[torch.Tensor]] = []
+    gradients: list[list[torch.Tensor | None]] = []
     with learner.without_teachers(), learner.running():
         if learner.trained:
             learner.learn(batches, steps)
@@ -132,13 +132,14 @@ def measure_relevance(
                 for place, gradient in taps:
                     site = _site(place, gradient, block.teachers[0])
                     sites[site.adapter] = site.joined(sites[site.adapter]) if site.adapter in sites else site
-            gradients.append([gradient for _, gradient in taps])
-    if not any(gradients):
+            gradients.append([tap.grad for _, tap in tapping.taps])
+    found = [gradient for of_batch in gradients for gradient in of_batch if gradient is not None]
+    if not found:
         raise ValueError(
             "The loss of a batch does not depend on the teachers; compute it from the output of the model, with "
             "gradients, and with the distilled student active."
         )
-    if not all(gradient.isfinite().all() for each in gradients for gradient in each):
+    if not all(gradient.isfinite().all() for gradient in found):
         raise ValueError("The gradients of the task are not finite without any adapter; train in bfloat16 or float32.")
     if distillation.level == "adapter":
         return lambda: _relevance_inside(list(sites.values()))
@@ -171,14 +172,15 @@ def _relevance_inside(sites: Sequence[Site]) -> float:
 class ComparingPass(LayerPass):
     """Pass without any update, which compares the teacher's updates of whole layers with the gradients there."""
 
-    def __init__(self, teacher: str, gradients: Sequence[torch.Tensor], products: Products) -> None:
+    def __init__(self, teacher: str, gradients: Sequence[torch.Tensor | None], products: Products) -> None:
         self.teacher = teacher
         self.gradients = iter(gradients)
         self.products = products
 
     def run_layer(self, place: Place) -> torch.Tensor:
         """Add the products of one layer."""
-        self.products.add(place.updates()[self.teacher], next(self.gradients).float())
+        if (gradient := next(self.gradients)) is not None:  # else the loss does not depend on this layer
+            self.products.add(place.updates()[self.teacher], gradient.float())
         return torch.zeros_like(place.student_output) + place.base
 
 
@@ -189,7 +191,7 @@ def _relevance_of_layers(
     teacher: str,
     loss: Loss,
     batches: Sequence[Any],
-    gradients: Sequence[Sequence[torch.Tensor]],
+    gradients: Sequence[Sequence[torch.Tensor | None]],
 ) -> float:
     """Return the relevance of an adapter of any method: its layers run again on all tokens."""
     products = Products()

@@ -22,7 +22,7 @@ from ..method.nonfinite import find_overflow, start_message
 from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
-from .batches import Batches, Loss, own_loss, read_batches
+from .batches import Batches, Loss, mean_over_examples, own_loss, read_batches
 
 STEPS = 16
 # How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
@@ -143,18 +143,23 @@ def learn_weights(
     weights = dict.fromkeys(KEPT_SHARES, torch.zeros((), dtype=torch.float64))
     without = 0.0
     for number, learner in enumerate(learners):
-        other = judging[1 - number]
+        other, losses = judging[1 - number], {}
         with learner.running():
             if not learner.learn(halves[number], steps // 2):
                 raise learner.nonfinite_error(halves[number])
             for share in KEPT_SHARES:
                 with learner.shrunk(share):
-                    with_teachers[share] += learner.evaluate(other)
+                    losses[share] = learner.losses(other)
                     weights[share] = weights[share] + learner.weights() / len(learners)
         with learner.without_teachers(), learner.running():
             if learner.trained:
                 learner.learn(halves[number], steps // 2)
-            without += learner.evaluate(other)
+            base_losses = learner.losses(other)
+        sizes = torch.tensor([find_batch_size(batch) or 1 for batch in other]).to(base_losses)
+        sizes = torch.where(base_losses.isfinite(), sizes, 0)  # a batch with labels of -100 alone has no mean
+        without += mean_over_examples(base_losses, sizes, reduce)
+        for share in KEPT_SHARES:
+            with_teachers[share] += mean_over_examples(losses[share], sizes, reduce)
     found, places = [], learners[0].places
     for share in KEPT_SHARES:
         rows, gain = weights[share].tolist(), 1 - with_teachers[share] / without if without > 0 else 0.0
@@ -301,14 +306,11 @@ class Learner:
             )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Any]) -> float:
-        """Return the mean loss over the examples of some batches."""
+    def losses(self, batches: Sequence[Any]) -> torch.Tensor:
+        """Return the losses of some batches, (n_batches,)."""
         self._mix_heads()
         losses = torch.stack([self.loss(batch).reshape(()) for batch in batches])
-        losses = losses.to(at_least_float32(losses.dtype))
-        sizes = losses.new_tensor([find_batch_size(batch) or 1 for batch in batches])
-        total, size = self.reduce(torch.stack([losses @ sizes, sizes.sum()]))
-        return (total / size).item()
+        return losses.to(at_least_float32(losses.dtype))
 
     def _mix_heads(self) -> list[torch.Tensor]:
         """Set the student's head to the weighted mean of the teachers' heads, and return it with its graph."""

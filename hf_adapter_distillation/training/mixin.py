@@ -19,9 +19,9 @@ from ..method.distillation import StageSettings, active_block
 from ..method.heads import label_names, text_head
 from ..method.parameters import check_trainable, parameter_table
 from ..method.wrappers import model_with_adapters
+from ..student.blocks import live_block
 from ..student.digests import check_teachers_unchanged
 from ..student.fusions import drop_fusion
-from ..student.preparing import live_block
 from ..student.provenance import teacher_sources
 from ..student.summary import as_table, summary_rows
 from ..student.training_run import TrainingRun, finite_metrics

@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .._compat import forward_arguments, heads_of
+from ..composition import running_setup
 from ..method.predictions import without_dropout
 from ..method.wrappers import accepted_inputs, noting_inputs
-from ..student.preparing import live_block
+from ..student.blocks import live_block
 from .data import Examples, Labelled, draw_examples, halves
 from .preparation import choose, fit_student, select_teachers, weigh
 from .steps import TwoStageTrainer
@@ -181,10 +182,10 @@ class ReadingTrainer(TwoStageTrainer):
 
     @contextmanager
     def _active_student(self) -> Iterator[None]:
-        student, model, active = self.block.student, self.model_with_adapters, AdapterSetup.get_context_adapter_setup()
-        setup, head = active or model.active_adapters, student if student in heads_of(model) else None
+        student, model = self.block.student, self.model_with_adapters
+        setup, head = running_setup(model.adapters_config), student if student in heads_of(model) else None
         is_active = isinstance(setup, Stack) and list(setup) == list(self.block.children)
-        if is_active and active is None and (head is None or model.active_head == head):
+        if is_active and AdapterSetup.get_context() is None and (head is None or model.active_head == head):
             yield
         else:
             with AdapterSetup(Stack(*self.block.children), head_setup=head):

@@ -6,12 +6,13 @@ import numpy
 import pytest
 import torch
 from adapters import Stack
-from tiny_models import TEACHERS, copy_weights, make_batch, make_dataset, make_model, make_student
+from tiny_models import TEACHERS, copy_weights, make_batch, make_dataset, make_model, make_student, noisy
 from torch.utils.data import DataLoader
 from trainings import trainer_for
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 import hf_adapter_distillation as had
+from hf_adapter_distillation.analysis.observe import logger
 from hf_adapter_distillation.analysis.plots import Estimate
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.fusion import fusions_of
@@ -76,6 +77,7 @@ def test_the_attention_of_a_fusion_that_is_not_trained_is_said_to_be(keep_fusion
     model = make_student(make_model(), student_start="random")
     trainer_for(model, trainer_args(keep_fusion=keep_fusion, distillation_start=0.0)).train()
     model.train_adapter("insurance")
+    logger.warning_once.cache_clear()
     had.teacher_attention(model, make_dataset())
     assert ("The fusion of 'insurance' is not trained" in caplog.text) == (not keep_fusion)
 
@@ -281,3 +283,17 @@ def test_an_analysis_in_inference_mode_leaves_the_next_step_alone():
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_a_teacher_that_is_alone_at_a_place_can_be_left_out():
+    model = make_model()
+    for name, config in zip(TEACHERS, ("seq_bn", "seq_bn", "double_seq_bn"), strict=True):
+        model.add_adapter(name, config=config)
+        noisy(model, name)
+    settings = had.DistillationConfig(TEACHERS, student_start="random")
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=settings)
+    model.add_classification_head("insurance")
+    model.train_adapter("insurance")
+    differences = had.leave_one_teacher_out(model, make_dataset(8), batch_size=4)
+    assert set(differences) == set(TEACHERS)
+    assert all(estimate.mean for estimate in differences.values())

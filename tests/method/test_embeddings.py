@@ -104,3 +104,15 @@ def test_whole_layers_have_an_ensemble_too():
 def test_a_model_with_a_head_has_no_embeddings(trainer_args):
     with pytest.raises(ValueError, match="The objective 'similarity' needs embeddings, but a .* has a head; take"):
         trainer_for(make_student(make_model(), objective="similarity"), trainer_args())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_the_cosines(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(1, 64, generator=generator) + 0.3 * torch.randn(16, 64, generator=generator)
+    ensemble = student + 0.02 * torch.randn(16, 64, generator=generator)
+    exact = SimilarityLoss()(student.double(), ensemble.double())
+    with torch.autocast("cpu", dtype):
+        loss = SimilarityLoss()(student, ensemble)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)

@@ -2,12 +2,14 @@
 
 import gc
 
+import adapters
 import pytest
 import torch
 from adapters import AdapterSetup, Stack
 from model_state import changed, configure, snapshot
 from tiny_models import (
     ALL_OBJECTIVES,
+    CONFIGS,
     HEADS,
     TEACHERS,
     distillation_of,
@@ -20,12 +22,13 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from trainings import gradients, trainer_for
+from transformers import AutoModelForSeq2SeqLM
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.logit_losses import CrossTaskLoss
 from hf_adapter_distillation.method.losses import CosineLoss, FeatureLoss, token_weights
-from hf_adapter_distillation.method.training_pass import StudentPass
+from hf_adapter_distillation.method.training_pass import StudentPass, TrainingPass
 
 CARRIERS = ["student", "fused", "mixed", "dual"]
 
@@ -331,3 +334,32 @@ def test_a_step_leaves_nothing_to_the_garbage_collector(reduction_factor):
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+def test_layers_that_both_passes_of_dual_ran_are_matched():
+    """Layerdrop draws the layers of each pass anew; no layer is matched with another one."""
+    model = AutoModelForSeq2SeqLM.from_config(CONFIGS["bart"](encoder_layerdrop=0.5, decoder_layerdrop=0.5))
+    adapters.init(model)
+    model = make_student(model, carrier="dual", student_start="random").train()
+    matched = []
+    match = TrainingPass.match
+
+    def note(self, student, target):
+        matched.append((student.fusion.location, student.call))
+        return match(self, student, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingPass, "match", note)
+        for seed in range(6):
+            torch.manual_seed(seed)
+            output = model(**make_batch(labels="tokens"))
+            assert output.loss.isfinite()
+    assert 0 < len(matched) < 6 * len(fusions_of(model, "insurance"))
+
+
+def test_predictions_need_one_active_head():
+    model = make_student(make_model(), objective="logits")
+    model.active_head = ["insurance", "bank"]
+    message = r"^The objectives of predictions need one active head, not \['insurance', 'bank'\]"
+    with pytest.raises(ValueError, match=message):
+        model.train()(**make_batch())

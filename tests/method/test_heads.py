@@ -79,8 +79,9 @@ def test_objectives_of_predictions_need_common_labels(head, settings, described,
     own = ": LABEL_0, LABEL_1" if "id2label" in settings else ""
     refused(
         trainer_for(model, trainer_args()),
-        f"The objective 'logits' needs teachers with the labels of 'insurance' (classification with 2 labels{own}), but "
-        f"'work' has others ({described}); leave it out, or choose 'features'.",
+        "The objective 'logits' needs teachers with the labels of 'insurance' "
+        f"(classification with 2 labels{own}), but 'work' has others ({described}); leave it out, or choose "
+        "'features'.",
     )
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapters import Stack
+from adapters import AdapterSetup, Stack
 from marks import LONG, needs_compiler
 from model_state import changed, configure, snapshot, take_terms
 from tiny_models import CONFIGS, TEACHERS, distillation_of, make_batch, make_model, make_student, noisy
@@ -558,3 +558,12 @@ def test_two_models_do_not_mix_their_losses():
     again, other = forward_in_stage_2(first)
     assert torch.equal(alone.loss, again.loss)
     assert torch.equal(record.added, other.added)
+
+
+@pytest.mark.parametrize("level", ["adapter", "layer"])
+def test_a_pass_without_adapters_is_the_base_model_in_training_too(level):
+    model, batch = make_student(make_model(), level=level, carrier="fused"), make_batch()
+    with AdapterSetup(None, head_setup="insurance"):
+        in_training, alone = model.train()(**batch).logits, model.eval()(**batch).logits
+    assert torch.equal(in_training, alone)
+    assert distillation_of(model).record is None

@@ -9,6 +9,7 @@ from hf_adapter_distillation.method.logit_losses import (
     divergence,
     log_mixture,
     logit_matching_loss,
+    two_classes,
 )
 from hf_adapter_distillation.method.losses import token_weights
 
@@ -121,3 +122,12 @@ def test_teachers_with_larger_shares_count_more():
     torch.testing.assert_close(log_mixture(teachers, 2.0, shares), soft.log())
     expected = 4 * (soft * (soft.log() - (student / 2).log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(LogitLoss()(student, teachers, None, shares), expected)
+
+
+def test_an_example_without_a_label_is_not_corrected_and_forms_no_pairs():
+    student, teachers = torch.tensor([0.3, -0.5, 0.2]), torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.1, 0.3]])
+    labels = torch.tensor([1, 0, -100])
+    loss = CrossTaskLoss()(student, teachers, labels)
+    corrected = torch.tensor([[1.0, -1.0, -1.0], [1.0, -1.0, 0.3]])
+    expected = LogitLoss(2.0)(two_classes(student), two_classes(corrected))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from adapters import LoRAConfig
 from datasets import Dataset
 from good_and_harmful import good_and_harmful, sequences
 from messages import exactly, one_line
@@ -226,3 +227,48 @@ def test_adapters_of_a_method_without_places_inside_the_layers_are_ranked_by_who
     scores = had.choose_teachers(model, [make_batch()])
     assert len(set(scores.values())) == 3
     assert had.distillation_of(model).level == "layer"
+
+
+def test_a_silent_layer_of_the_first_adapter_does_not_change_the_scores_of_others(tmp_path):
+    """The first of a config stands in for the others while they are scored."""
+    model = make_model()
+    for name in ("x", "other"):
+        model.add_adapter(name, config=LoRAConfig(r=4))
+        noisy(model, name)
+    for loras in model.get_adapter("x")[1].values():
+        for lora in loras:
+            lora.lora_B.data.zero_()
+    scores = []
+    for silent in ("a", "z"):
+        (tmp_path / silent).mkdir()
+        model.save_adapter(str(tmp_path / silent / silent), "x")
+        model.save_adapter(str(tmp_path / silent / "m"), "other")
+        chooser = make_model()
+        settings = had.DistillationConfig(str(tmp_path / silent), teacher_selection=1, student_start="random")
+        chooser.add_adapter("new", config=LoRAConfig(r=4), distill_from=settings)
+        torch.manual_seed(0)
+        chooser.add_classification_head("new")
+        chooser.train_adapter("new")
+        scores.append(had.choose_teachers(chooser, [make_batch(seed=number) for number in range(3)], steps=0))
+    assert scores[0]["m"] == pytest.approx(scores[1]["m"], rel=1e-5)
+    assert scores[0]["a"] == pytest.approx(scores[1]["z"], rel=1e-5)
+
+
+def test_layers_on_which_the_loss_does_not_depend_do_not_count(tmp_path):
+    model = make_model("t5")
+    for name in ("a", "b"):
+        model.add_adapter(name, config="ia3")
+        noisy(model, name)
+        model.save_adapter(str(tmp_path / name), name)
+    model = make_model("t5")
+    settings = had.DistillationConfig(str(tmp_path), teacher_selection=1, student_start="random")
+    model.add_adapter("new", config="ia3", distill_from=settings)
+    model.add_seq2seq_lm_head("new")
+    model.train_adapter("new")
+
+    def loss(batch):
+        return model(**batch).encoder_last_hidden_state.square().mean()
+
+    scores = had.choose_teachers(model, [make_batch(labels="tokens")], loss)
+    assert set(scores) == {"a", "b"}
+    assert all(scores.values())

@@ -84,3 +84,17 @@ def test_a_place_that_has_lost_all_its_teachers_has_no_fusion(level):
         model.train()(**make_batch()).loss.backward()
         assert len(distillation_of(model).take_record().attention) == 1
         model.train_adapter("insurance")
+
+
+def test_a_replaced_head_has_probes_of_its_own():
+    model = make_student(make_model(), student_start="teachers", objective="task_specific")
+    model.add_classification_head("insurance", num_labels=5, overwrite_ok=True)
+    model.train_adapter("insurance")
+    batch = make_batch()
+    batch["labels"] = torch.tensor([0, 1, 4, 3])
+    model.train()(**batch).loss.backward()
+    probes = [fusion.task_specific for fusion in fusions_of(model, "insurance")]
+    assert {probe.classifier.out_features for probe in probes} == {5}
+    before = [id(probe) for probe in probes]
+    model.train_adapter("insurance")
+    assert [id(fusion.task_specific) for fusion in fusions_of(model, "insurance")] == before

@@ -51,3 +51,10 @@ def test_sums_of_several_processes():
         whole.add(features, target, mask)
     old = random(5, 2, seed=2), random(5, seed=3)
     torch.testing.assert_close(fit.solve(*old), whole.solve(*old))
+
+
+def test_a_target_of_zeros_is_explained_whole():
+    fit = UpProjectionFit()
+    fit.add(torch.randn(2, 3, 4), torch.zeros(2, 3, 5), torch.ones(2, 3))
+    *_, unexplained = fit.solve(torch.zeros(5, 4), torch.zeros(5))
+    assert unexplained == 0

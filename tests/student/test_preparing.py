@@ -4,14 +4,17 @@ import warnings
 
 import pytest
 import torch
-from adapters import Fuse, Stack
+from adapters import Fuse, LoRAConfig, Stack
 from model_state import changed, everything, snapshot, trainable
 from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, with_teachers
 from trainings import trainer_for
 
 import hf_adapter_distillation as had
-from hf_adapter_distillation.method.distillation import distillations
+from hf_adapter_distillation.method.distillation import active_block, distillations
+from hf_adapter_distillation.method.fusion import fusions_of
+from hf_adapter_distillation.method.weights import TeacherWeights
 from hf_adapter_distillation.student.digests import value_digest
+from hf_adapter_distillation.student.preparing import start_at_weights
 
 
 @pytest.mark.parametrize("kind", ["flex", "classification", "base"])
@@ -109,27 +112,6 @@ def test_heads_of_other_shapes_are_not_averaged():
     before = snapshot(model.heads["insurance"])
     model.train_adapter("insurance")
     assert all(torch.equal(before[key], weight) for key, weight in model.heads["insurance"].named_parameters())
-
-
-def test_train_adapter_takes_a_list_and_a_block_and_a_plain_stack():
-    model = make_student(make_model())
-    model.train_adapter(["insurance"])
-    assert isinstance(model.active_adapters, had.AdapterDistillation)
-    model.train_adapter(Stack("insurance"))
-    assert type(model.active_adapters) is Stack
-    assert not any("distillation_fusion" in name for name in trainable(model))
-    model.train_adapter(had.AdapterDistillation("insurance", ["bank", "work"]))
-    assert model.active_adapters.teachers == ("bank", "work")
-    assert distillations(model.adapters_config)["insurance"].config.teachers == ["bank", "work"]
-
-
-def test_a_block_written_by_hand_distils_a_plain_adapter():
-    model = with_teachers()
-    model.add_adapter("insurance", config="seq_bn")
-    model.train_adapter(had.AdapterDistillation("insurance", TEACHERS))
-    assert any("distillation_fusion.insurance" in name for name in trainable(model))
-    with pytest.raises(ValueError, match="names 'x', which is not on the model"):
-        model.train_adapter(had.AdapterDistillation("insurance", ["x"]))
 
 
 @pytest.mark.parametrize("has_heads", [False, True])
@@ -246,13 +228,70 @@ def test_a_student_that_was_trained_keeps_its_weights_when_a_teacher_is_deleted(
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.filterwarnings("ignore:Passing list objects for adapter activation:FutureWarning")
-@pytest.mark.parametrize("call", ["train_adapter", "set_active_adapters"])
-def test_a_stack_in_a_list_is_an_error_before_it_is_active(call):
-    """adapters makes a Stack of the list, and runs no Stack inside a Stack."""
-    model = make_student(make_model())
-    before = everything(model)
-    block = had.AdapterDistillation("insurance", TEACHERS)
-    with pytest.raises(ValueError, match=r"stands inside Stack\[Stack\[.*; only a Stack may hold it"):
-        getattr(model, call)([Stack(block)])
-    assert everything(model) == before
+@pytest.mark.parametrize("how", ["replaced", "other teachers"])
+def test_heads_are_trainable_again_after_a_student_that_was_changed(how):
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=TEACHERS)
+    model.train_adapter("insurance")
+    if how == "replaced":
+        model.add_adapter("insurance", distill_from=["bank"], overwrite_ok=True)
+    else:
+        model.train_adapter(had.AdapterDistillation("insurance", ["bank", "travel"]))
+        assert frozen_heads(model)
+    model.delete_adapter("insurance")
+    model.train_adapter("bank")
+    assert frozen_heads(model) == []
+    assert ("insurance" in model.heads) == (how == "replaced"), "the head of a replaced adapter stays for the new one"
+
+
+def frozen_heads(model):
+    return [name for name, parameter in model.heads.named_parameters() if not parameter.requires_grad]
+
+
+@pytest.mark.filterwarnings("ignore:'.*' was a teacher of:UserWarning")
+def test_a_replaced_teacher_takes_its_head_out_of_the_students():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=had.DistillationConfig(TEACHERS, student_start="average"))
+    model.train_adapter("insurance")
+    model.add_adapter("bank", config="seq_bn", overwrite_ok=True)
+    heads = [model.heads[name][1].weight for name in ("travel", "work")]
+    torch.testing.assert_close(model.heads["insurance"][1].weight, torch.stack(heads).mean(dim=0))
+
+
+@pytest.mark.filterwarnings("ignore:'.*' was a teacher of:UserWarning")
+def test_a_cast_does_not_move_a_head_from_its_mean():
+    model = with_teachers()
+    model.add_adapter("insurance", distill_from=had.DistillationConfig(TEACHERS, student_start="average"))
+    model.train_adapter("insurance")
+    model.half()
+    model.delete_adapter("bank")
+    heads = [model.heads[name][1].weight for name in ("travel", "work")]
+    torch.testing.assert_close(model.heads["insurance"][1].weight, torch.stack(heads).mean(dim=0))
+
+
+@pytest.mark.filterwarnings("ignore:'.*' was a teacher of:UserWarning")
+def test_weights_that_the_next_training_keeps_stay_when_a_teacher_is_deleted(trainer_args):
+    model = make_model()
+    for name in TEACHERS:
+        model.add_adapter(name, config=LoRAConfig(r=4))
+        noisy(model, name)
+        model.add_classification_head(name)
+    settings = had.DistillationConfig(TEACHERS, student_start="weighted")
+    model.add_adapter("insurance", config=LoRAConfig(r=12), distill_from=settings)
+    model.train_adapter("insurance")
+    learned = {"bank": 0.9, "travel": 0.4, "work": 0.1}
+    block, distillation = active_block(model), had.distillation_of(model)
+    places = [fusion.location for fusion in fusions_of(model, "insurance")]
+    start_at_weights(model, block, TeacherWeights(dict.fromkeys(places, learned), gain=0.5))
+    distillation.is_weighed = True
+    kept = distillation.config.teachers
+    model.delete_adapter(kept[-1])
+
+    def change(name):
+        lora = model.bert.encoder.layer[0].attention.self.query.loras[name]
+        return (lora.lora_B @ lora.lora_A * lora.scaling).detach()
+
+    left = distillation.config.teachers
+    weights = distillation.weights.at(places[0], left)
+    expected = sum(weights[name] * change(name) for name in left)
+    torch.testing.assert_close(change("insurance"), expected, rtol=1e-4, atol=1e-5)

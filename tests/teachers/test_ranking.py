@@ -14,10 +14,12 @@ from tiny_models import (
     make_model,
     make_student,
     of_head,
+    with_teachers,
     with_teachers_of_their_own_scores,
 )
 from torch.nn.functional import cosine_similarity
 
+import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.teachers.ranking import area_under_curve, fit_platt, rank_teachers
 
@@ -134,3 +136,37 @@ def test_a_single_teacher_without_common_labels_agrees_with_none():
     model.add_classification_head("insurance", num_labels=5)
     model.train_adapter("insurance")
     assert rank_teachers(model, active_block(model), [make_batch(labels=None)]).scores == {"bank": 0.0}
+
+
+def test_padding_of_a_decoder_does_not_count():
+    model = make_student(make_model("t5"), head="seq2seq_lm", student_start="random", teacher_selection=2).double()
+    model.delete_head("bank")  # else the heads are compared
+    batch = make_batch(labels="tokens")
+    longer = {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 9), value=-100)}
+    found = [rank_teachers(model, active_block(model), [inputs]) for inputs in (batch, longer)]
+    assert found[0].what == "cosine"
+    assert found[0].scores == pytest.approx(found[1].scores, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_examples_without_a_label_do_not_count(num_labels):
+    model = with_teachers(make_model())
+    for name in TEACHERS:
+        model.add_classification_head(name, num_labels=num_labels, overwrite_ok=True)
+    model.add_adapter("insurance", distill_from=had.DistillationConfig(TEACHERS, student_start="teachers"))
+    model.train_adapter("insurance")
+    batch, block = make_batch(8), active_block(model)
+    labelled = rank_teachers(model, block, [{name: value[2:] for name, value in batch.items()}])
+    batch["labels"][:2] = -100
+    assert rank_teachers(model, block, [batch]) == labelled
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match="^The teachers cannot be compared: all labels are -100"):
+        rank_teachers(model, block, [batch])
+
+
+def test_a_batch_without_a_labelled_token_does_not_count():
+    model = make_student(make_model(), head="tagging", student_start="random")
+    batch, block = make_batch(labels="tokens"), active_block(model)
+    batch["labels"] = batch["labels"].clamp(max=1)
+    without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert rank_teachers(model, block, [batch, without]) == rank_teachers(model, block, [batch])

@@ -15,6 +15,7 @@ import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
+from hf_adapter_distillation.teachers.batches import mean_over_examples
 from hf_adapter_distillation.teachers.weighing import Learner, learn_weights
 
 LORA = LoRAConfig(r=4, alpha=2, attn_matrices=["q", "v"], output_lora=True)
@@ -148,7 +149,7 @@ def test_gradients_reach_the_scores_through_mixture_and_head(per_layer):
                 values = []
                 for step in (1e-5, -2e-5):
                     flat[number] += step
-                    values.append(learner.evaluate([batch]))
+                    values.append(learner.losses([batch]).item())
                 flat[number] += 1e-5
                 differences.append((values[0] - values[1]) / 2e-5)
             assert gradient.abs().max() > 1e-3
@@ -227,10 +228,10 @@ def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
                 learner.learn(lambda half=halves[number]: half, 8)
                 learner.scores.data *= share
                 learner.log_scales.data *= share
-                losses[share] += learner.evaluate([judge])
+                losses[share] += learner.losses([judge]).item()
                 weights[share] += learner.weights()[0] / 2
             with learner.without_teachers(), learner.running():
-                without += learner.evaluate([judge])
+                without += learner.losses([judge]).item()
     best = 1.0 if losses[1.0] <= 0.95 * without else min(losses, key=losses.get)
     assert best == kept
     learned = learn_weights(model, active_block(model), loss, [lambda: halves[0], lambda: halves[1]], steps=16)
@@ -241,14 +242,31 @@ def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
 
 
 def test_batches_count_by_their_examples():
-    """Also with a loss of shape (1,)."""
-    learner = learner_of(make_student(make_model()))
-    batch, other = make_batch(), make_batch(3, seed=1)
-    one, three = learner.evaluate([batch]), learner.evaluate([other])
-    assert one != pytest.approx(three, rel=1e-3)
-    learner.loss = lambda batch: learner.model(**batch).loss[None]
-    size = len(batch["labels"])
-    assert learner.evaluate([batch, other]) == pytest.approx((size * one + 3 * three) / (size + 3), rel=1e-5)
+    """In the mean over batches of unequal sizes, also with a loss of shape (1,)."""
+    model = good_and_harmful()
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
+    model.train_adapter("insurance")
+    other = batches_of(24, seed=8, size=24)
+    parts = [{name: value[rows] for name, value in other[0].items()} for rows in (slice(0, 5), slice(5, 24))]
+    learners = [learner_of(model, lambda batch: model(**batch).loss[None]) for _ in range(2)]
+    losses = [learner.losses(batches) for learner, batches in zip(learners, (other, parts), strict=True)]
+    assert [len(each) for each in losses] == [1, 2]
+    mean = mean_over_examples(losses[1], torch.tensor([5.0, 19.0]), lambda tensor: tensor)
+    assert mean == pytest.approx(losses[0].item(), rel=1e-5)
+
+
+def test_a_batch_without_a_label_does_not_count():
+    model = good_and_harmful()
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
+    model.train_adapter("insurance")
+    batches = batches_of(64)
+    gain = had.weigh_teachers(model, batches).gain
+    without = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
+    assert model(**without).loss.isnan()
+    weights = had.weigh_teachers(model, [*batches, without])
+    assert weights.mean()["good"] > 0.8
+    assert weights.gain == pytest.approx(gain, abs=0.1)
+    assert gain > 0.3
 
 
 @pytest.mark.parametrize(("steps", "least"), [(4, 0.4), (8, 0.6), (16, 0.8), (40, 0.8)])
