@@ -155,10 +155,14 @@ class DistillationConfig:
             raise _out_of_range("beta", self.beta, "a number from 0 to 1")
         if self.beta and "logits" not in self.objectives:
             raise ValueError(f"beta={self.beta:g} needs the objective 'logits', not {self.objective!r}; leave it out.")
+        if self.temperature != type(self).temperature and not self.output_objectives:
+            what = f"temperature={self.temperature:g} needs an objective of outputs, such as 'logits'"
+            raise ValueError(f"{what}, not {self.objective!r}; leave it out.")
         if self.layer_weights is not None:
             self._check_layer_weights(self.layer_weights)
             self.layer_weights = [_plain_number(weight) for weight in self.layer_weights]
         self.teachers = str(self.teachers) if isinstance(self.teachers, PathLike) else self.teachers
+        self.teacher_selection, self.fusion_rank = map(_plain_number, (self.teacher_selection, self.fusion_rank))
         _check_count("teacher_selection", self.teacher_selection, "all", "'all' or a number of teachers")
         _check_count("fusion_rank", self.fusion_rank, None, "None or a width")
         if not isinstance(self.weights_per_layer, bool):

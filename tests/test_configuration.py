@@ -40,6 +40,10 @@ def test_the_setting_of_the_paper():
         ),
         ({"objective": {"logits": "1"}}, "The weight of objective 'logits'='1' is out of range"),
         ({"temperature": 0.0}, "temperature=0.0 is out of range; it must be a number above 0."),
+        (
+            {"temperature": 5.0},
+            "temperature=5 needs an objective of outputs, such as 'logits', not 'features'; leave it out.",
+        ),
         ({"temperature": True}, "temperature=True is out of range"),
         ({"beta": 1.5, "objective": "logits"}, "beta=1.5 is out of range; it must be a number from 0 to 1."),
         ({"beta": 0.5}, "beta=0.5 needs the objective 'logits', not 'features'; leave it out."),
@@ -84,6 +88,8 @@ def test_numbers_of_numpy_are_kept_as_numbers_of_python():
     config = DistillationConfig(["a"], **settings, beta=half)
     assert json.loads(json.dumps(vars(config)))["layer_weights"] == [1, 0.5]
     assert (config.objective, config.temperature, config.beta) == ({"logits": 0.5, "features": 1}, 0.5, 0.5)
+    config = DistillationConfig(["a"], teacher_selection=one, fusion_rank=np.int32(32))
+    assert [type(number) for number in (config.teacher_selection, config.fusion_rank)] == [int, int]
 
 
 @pytest.mark.parametrize(

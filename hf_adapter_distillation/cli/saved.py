@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ def located_student(source: str) -> dict[str, Any]:
     return read_student(locate_saved(source, [ADAPTER_CONFIG_NAME, PROVENANCE_NAME]), source)
 
 
+def _count(teachers: Sized) -> str:
+    return f"{len(teachers)} teacher{'' if len(teachers) == 1 else 's'}"
+
+
 def inspect(args: Namespace) -> str:
     """Return the provenance of a saved student, as tables or as JSON."""
     saved = located_student(args.source)
@@ -58,7 +62,7 @@ def inspect(args: Namespace) -> str:
         "versions": ", ".join(f"{package} {version}" for package, version in provenance.versions.items()),
     }
     parts = [
-        table([(f"{saved['name']!r}, distilled from {len(rows)} teachers",)]),
+        table([(f"{saved['name']!r}, distilled from {_count(rows)}",)]),
         table(rows, ["teacher", "source", "revision", "digest", "attention"]) if rows else "",
         table((name, _as_text(value)) for name, value in facts.items() if value is not None),
     ]
@@ -87,7 +91,7 @@ def plot(args: Namespace) -> str:
     image = BytesIO()  # keeps an old file if drawing fails
     figure.savefig(image, format=extension)
     Path(args.output).write_bytes(image.getvalue())
-    return f"attention over {len(provenance.teachers)} teachers drawn to {args.output}"
+    return f"attention over {_count(provenance.teachers)} drawn to {args.output}"
 
 
 def push(args: Namespace) -> str:

@@ -53,7 +53,7 @@ def task_of_head(model: ModelAdaptersMixin, name: str, source: str) -> KnownTask
     """Return the task of an adapter's head."""
     if name not in model.heads:
         raise ValueError(
-            f"{source} has no head, so there is nothing to evaluate; save the adapter with its head, or pass --task "
+            f"{source} has no head, so it predicts nothing; save the adapter with its head, or pass --task "
             "retrieval for an adapter of an embedding model."
         )
     head_type, kind = head_config(model, name)["head_type"], kind_of_labels(model, name)

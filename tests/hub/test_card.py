@@ -160,6 +160,15 @@ def test_a_card_says_what_the_run_was(tmp_path, trainer_args):
     assert 'from_pretrained("someone/uncased")' in text
 
 
+@pytest.mark.parametrize("weight", [0, 0.3])
+def test_a_card_says_that_the_teachers_did_not_help(weight, tmp_path, trainer_args):
+    model = trained(trainer_args).model
+    run = distillations(model.adapters_config)["insurance"].run
+    weights = {teacher.name: 0.25 for teacher in run.teachers}
+    run.settings |= {"teacher_weights": weights, "teacher_gain": 0.01, "distillation_weight": weight}
+    assert ("They did not help on held-out labels." in card_of(model, tmp_path)) == (weight == 0)
+
+
 def test_results_are_those_of_the_weights_that_were_kept(trainer_args):
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
