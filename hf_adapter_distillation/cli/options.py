@@ -183,6 +183,10 @@ class PredictArguments(TextArguments):
         check_run(self.batch_size, self.output)
         if self.text is not None and self.dataset is not None:
             raise ValueError("text and dataset exclude each other; leave one of them out.")
+        if self.dataset is None and self.candidates is None:
+            for name, default in {"split": None, "dataset_config": None, "sep": None, "encoding": "utf-8"}.items():
+                if (value := vars(self)[name]) != default:
+                    raise ValueError(f"{name}={value!r} is for --dataset; leave it out.")
         check_task(self.task, self.text_pair_column)
         if self.task == "retrieval" and self.candidates is None:
             raise ValueError("task='retrieval' finds texts among candidates; pass --candidates, a file of them.")

@@ -164,6 +164,8 @@ def test_what_does_not_fit_is_told_before_a_model_is_loaded(here, capsys, monkey
             [*find, "--candidates=faq.csv", "--text_column=score"],
             "text_column='score' is also the name of a result; *",
         ),
+        (["predict", "--adapter=a", "--text=b", "--sep=;"], "sep=';' is for --dataset; leave it out."),
+        (["predict", "--adapter=a", "--encoding=latin-1"], "encoding='latin-1' is for --dataset; leave it out."),
         (["predict", "--adapter=a", "--candidates=b"], "candidates='b' is for --task retrieval; leave it out."),
         (["eval", "--task=tokens", "--adapter=a", "--dataset=b"], "argument --task: invalid choice: 'tokens' *"),
     ]
