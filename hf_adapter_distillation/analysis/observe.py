@@ -266,7 +266,7 @@ def _losses(
 
 def _estimate(values: torch.Tensor, weights: torch.Tensor | None = None) -> Estimate:
     """Return the (weighted) mean of values, (n,), with its standard error."""
-    n, values = len(values), values.double().cpu()
+    n, values = len(values), values.cpu().double()
     weights = torch.ones_like(values) if weights is None else weights
     weights = weights / weights.sum()
     mean = (weights * values).sum()

@@ -33,6 +33,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64; on the CPU if its device has no such numbers, as MPS."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def in_float32(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return tensors in float32, or in float64 if the first is."""
     return [tensor.to(at_least_float32(tensors[0].dtype)) for tensor in tensors]

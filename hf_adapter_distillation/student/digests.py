@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from adapters import ModelAdaptersMixin
 
+from ..method.losses import in_float64
+
 CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,7 +37,7 @@ def value_digest(model: ModelAdaptersMixin, name: str, rounding: torch.dtype | N
     digest = hashlib.sha256()
     for place, tensor in adapter_weights(model, name):
         digest.update(f"{place} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor.to(rounding).double()))
+        digest.update(_bytes(in_float64(tensor.to(rounding))))
     return digest.hexdigest()
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..method.losses import in_float64
+
 # Pull of the solution towards the present weights, relative to the mean square of a feature: it keeps the weights of
 # features that never fire, and makes small data solvable.
 RIDGE = 1e-3
@@ -31,9 +33,9 @@ class UpProjectionFit:
     def add(self, features: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> None:
         """Add tokens: features (batch, seq_len, m), updates (batch, seq_len, hidden), mask (batch, seq_len)."""
         counted = mask > 0
-        z = features[counted].double()  # (n, m)
+        z = in_float64(features[counted])  # (n, m)
         z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)  # (n, m + 1), the last for the bias
-        u = target[counted].double()  # (n, d)
+        u = in_float64(target[counted])  # (n, d)
         self.gram = z.T @ z + self.gram
         self.moment = z.T @ u + self.moment
         self.square = u.square().sum() + self.square
@@ -43,10 +45,10 @@ class UpProjectionFit:
 
         The third result is the unexplained share of the target's squares, a scalar; 0 of a target of zeros.
         """
-        old = torch.cat([weight, bias.unsqueeze(1)], dim=1).T.double()  # (m + 1, d)
+        old = in_float64(torch.cat([weight, bias.unsqueeze(1)], dim=1).T)  # (m + 1, d)
         ridge = RIDGE * self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         gram = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         new = torch.linalg.solve(gram, self.moment + ridge * old)  # (m + 1, d)
         error = self.square - 2 * (new * self.moment).sum() + (new * (self.gram @ new)).sum()
         unexplained = torch.where(self.square > 0, error / self.square, 0)
-        return new[:-1].T.to(weight.dtype), new[-1].to(bias.dtype), unexplained
+        return new[:-1].T.to(weight), new[-1].to(bias), unexplained

@@ -13,6 +13,7 @@ from ..method.distillation import distillation_of
 from ..method.heads import are_alike, states_of_heads
 from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterPlace, adapter_layers, adapters_of
+from ..method.losses import in_float64
 from ..method.nonfinite import find_overflow, start_message
 from ..method.predictions import without_dropout
 from ..method.stacking import ends_in_up_projection
@@ -30,7 +31,7 @@ def _mean(states: Sequence[Mapping[str, torch.Tensor]], shares: Sequence[float])
         return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
 
     def mean(key: str) -> torch.Tensor:
-        values = torch.stack([state[key] for state in states]).double()
+        values = in_float64(torch.stack([state[key] for state in states]))
         return torch.tensordot(values.new_tensor(shares), values, dims=1)
 
     return {key: mean(key) for key in states[0]}
@@ -56,8 +57,10 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA], shares: Sequence[float
     average of B would differ: it is not the average of the products. The ranks may differ.
     """
     scales = [share * teacher.scaling / student.scaling for teacher, share in zip(teachers, shares, strict=True)]
-    up = torch.cat([t.lora_B.double() * scale for t, scale in zip(teachers, scales, strict=True)], dim=1)  # (out, N r)
-    down = torch.cat([t.lora_A.double() for t in teachers])  # (N r, in)
+    up = torch.cat(
+        [in_float64(t.lora_B) * scale for t, scale in zip(teachers, scales, strict=True)], dim=1
+    )  # (out, N r)
+    down = torch.cat([in_float64(t.lora_A) for t in teachers])  # (N r, in)
     up_basis, up_factor = torch.linalg.qr(up)
     down_basis, down_factor = torch.linalg.qr(down.T)
     left, sizes, right = torch.linalg.svd(up_factor @ down_factor.T)

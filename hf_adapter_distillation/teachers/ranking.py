@@ -12,7 +12,7 @@ from .._compat import heads_of
 from ..composition import AdapterDistillation
 from ..method.calls import masks_of
 from ..method.heads import is_binary, is_of_sequences, shares_labels
-from ..method.losses import token_weights
+from ..method.losses import in_float64, token_weights
 from ..method.predictions import of_each_teacher, scores, without_dropout
 
 
@@ -22,7 +22,7 @@ def area_under_curve(scores: torch.Tensor, labels: torch.Tensor) -> float:
     This is the area under the ROC curve, 0.5 where a label is missing. Scores and labels, 0 or 1, are (n_examples,).
     """
     positive, negative = scores[labels == 1].unsqueeze(1), scores[labels == 0]
-    above = (positive > negative).double() + 0.5 * (positive == negative).double()  # (n_positive, n_negative)
+    above = in_float64(positive > negative) + 0.5 * in_float64(positive == negative)  # (n_positive, n_negative)
     return above.mean().item() if above.numel() else 0.5
 
 
@@ -92,7 +92,7 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
             n_negative = max(1, len(labels) - n_positive)
             chance = 0.5 + 2 * sqrt((len(labels) + 1) / (12 * n_positive * n_negative))
         else:
-            values, what = (logits.argmax(dim=-1) == labels).double().mean(dim=1).tolist(), "accuracy"
+            values, what = in_float64(logits.argmax(dim=-1) == labels).mean(dim=1).tolist(), "accuracy"
             guess = labels.bincount().max().item() / len(labels)
             chance = guess + 2 * sqrt(guess * (1 - guess) / len(labels))
     return Ranking(dict(zip(teachers, values, strict=True)), what, chance)
@@ -139,7 +139,7 @@ def fit_platt(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Probabilistic outputs for support vector machines, 1999). The scores are (n_teachers, n_examples), the labels 0 or
     1. The result, (n_teachers, 2) in float64, has a slope near 0 for uninformative scores.
     """
-    scores = scores.detach().double()
+    scores = in_float64(scores.detach())
     positive = labels.to(scores) > 0.5
     n_positive, n_negative = positive.sum(), (~positive).sum()
     targets = torch.where(positive, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2)).expand_as(scores)

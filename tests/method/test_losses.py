@@ -12,6 +12,7 @@ from hf_adapter_distillation.method.losses import (
     CosineLoss,
     FeatureLoss,
     TaskSpecificLoss,
+    in_float64,
     token_weights,
     value_regularization,
 )
@@ -240,3 +241,17 @@ def test_objectives_are_means_over_examples_and_float32_at_least(name):
         half = objective(student.bfloat16(), fused.bfloat16(), weights)
         assert half.dtype == torch.float32
         assert half.item() == pytest.approx(whole.item(), rel=3e-2)
+
+
+def test_numbers_in_float64_lie_on_the_cpu_where_the_device_has_none():
+    class OnMPS(torch.Tensor):
+        device = torch.device("mps")
+        double = property(lambda self: pytest.fail("MPS has no float64"))
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    values = torch.tensor([1.5, 2.0])
+    for tensor in (values, values.as_subclass(OnMPS)):
+        assert in_float64(tensor).dtype == torch.float64
+        assert in_float64(tensor).tolist() == [1.5, 2.0]
