@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import adapters.composition
-from adapters import AdapterConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin, Stack
+from adapters import DEFAULT_ADAPTER_CONFIG, AdapterConfig, ModelAdaptersMixin, ModelWithHeadsAdaptersMixin, Stack
 from adapters.composition import ALLOWED_NESTINGS
 from adapters.hub_mixin import PushAdapterToHubMixin
 from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
@@ -125,10 +125,12 @@ def _add_adapter(
 
     def add_plain() -> None:
         students = distillations(self.adapters_config)
-        if overwrite_ok and students and adapter_name in self.adapters_config:
+        is_there = overwrite_ok and adapter_name in self.adapters_config
+        # adapters refuses a wrong config before it deletes the old adapter: from the base model, which has no heads.
+        if is_there and students and self.supports_adapter(AdapterConfig.load(config) or DEFAULT_ADAPTER_CONFIG):
             if adapter_name in students:
                 students[adapter_name].added_head = False  # the head stays for the new adapter
-            forget_adapter(self, adapter_name)  # adapters deletes it from the base model, which has no heads
+            forget_adapter(self, adapter_name)
         original(self, adapter_name, config, overwrite_ok, set_active)
 
     if distill_from is None:

@@ -57,9 +57,8 @@ def average_lora(student: LoRA, teachers: Sequence[LoRA], shares: Sequence[float
     average of B would differ: it is not the average of the products. The ranks may differ.
     """
     scales = [share * teacher.scaling / student.scaling for teacher, share in zip(teachers, shares, strict=True)]
-    up = torch.cat(
-        [in_float64(t.lora_B) * scale for t, scale in zip(teachers, scales, strict=True)], dim=1
-    )  # (out, N r)
+    ups = [in_float64(teacher.lora_B) * scale for teacher, scale in zip(teachers, scales, strict=True)]
+    up = torch.cat(ups, dim=1)  # (out, N r)
     down = torch.cat([in_float64(t.lora_A) for t in teachers])  # (N r, in)
     up_basis, up_factor = torch.linalg.qr(up)
     down_basis, down_factor = torch.linalg.qr(down.T)

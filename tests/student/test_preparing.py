@@ -248,6 +248,16 @@ def frozen_heads(model):
     return [name for name, parameter in model.heads.named_parameters() if not parameter.requires_grad]
 
 
+@pytest.mark.parametrize("config", ["nonsense", "prompt_tuning"])
+@pytest.mark.parametrize("name", ["insurance", "bank"])
+def test_a_config_that_adapters_refuses_replaces_nothing(name, config):
+    model = make_student(make_model("gpt2"), head="causal_lm")
+    before = everything(model)
+    with pytest.raises(ValueError, match="."):
+        model.add_adapter(name, config=config, overwrite_ok=True)
+    assert everything(model) == before
+
+
 @pytest.mark.filterwarnings("ignore:'.*' was a teacher of:UserWarning")
 def test_a_replaced_teacher_takes_its_head_out_of_the_students():
     model = with_teachers()
