@@ -228,8 +228,8 @@ def _observing(model: ModelAdaptersMixin, passes_fused_on: bool) -> Iterator[Obs
     distillation = distillation_of(model, student)
     if distillation.has_new_fusion and all(fusion.log_weights is None for fusion in fusions_of(model, student)):
         logger.warning_once(  # type: ignore[attr-defined]
-            f"The fusion of {student!r} is not trained: train_adapter has added it since the last training, so its "
-            "attention is even. Train with keep_fusion=True to look at a trained one."
+            f"The fusion of {student!r} is not trained, so it weighs the teachers alike. Train it first, with "
+            "keep_fusion=True."
         )
     with distillation.inspected_by(observing_pass), without_dropout(model), torch.no_grad():
         yield observing_pass

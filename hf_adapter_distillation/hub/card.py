@@ -15,6 +15,7 @@ from ..analysis.plots import plot_teacher_attention
 from ..downloads import is_repo_id, read_config_file
 from ..method.distillation import distillation_of
 from ..method.heads import head_config
+from ..method.weights import MINIMAL_GAIN
 from ..student.provenance import Provenance, provenance_of
 from ..student.training_run import TrainingRun, finite_metrics
 
@@ -140,6 +141,7 @@ def write_card(facts: CardFacts, folder: str | Path, repo_id: str, options: Card
         options=options,
         repo_id=repo_id,
         heat_map=heat_map,
+        minimal_gain=MINIMAL_GAIN,
         evaluation=_evaluation_table(run.evaluation, finite_metrics(options.baseline or {})),
         losses=_loss_table(run.losses),
     ).save(Path(folder) / CARD_NAME)

@@ -148,7 +148,7 @@ class Distillation:
         is_from_pool: Whether the teachers are, or will be, chosen from a pool.
         is_loaded: Whether other weights were loaded over the student since its last `train_adapter`.
         has_run: Whether the teachers have run in a training pass since the student was added, or loaded over.
-        has_new_fusion: Whether `train_adapter` has added a fusion with which no training pass has run yet.
+        has_new_fusion: Whether `train_adapter` has added a fusion by which no training pass has fused teachers yet.
         frozen_heads: The parameters of other heads that its `train_adapter` has frozen, by their names.
         added_head: Whether `train_adapter` added the student's head, which is deleted with the student.
         head_before: The active head before.

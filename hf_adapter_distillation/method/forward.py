@@ -1,6 +1,7 @@
 """A training forward pass from the outside: run the model with a pass, then let its terms ride on the output."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from .losses import token_weights
 from .predictions import calibrated, match_logits, run_teachers, scores, teacher_logits, without_dropout
 from .term_gradient import carry
 from .terms import sum_terms
-from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass
+from .training_pass import TRAINING_PASSES, DualFusedPass, DualStudentPass, TrainingPass, Updates
 from .whole_layers import prepare_reruns
 
 logger = logging.get_logger(__name__)
@@ -166,11 +167,10 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
         raise ValueError(
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
-    fused_updates = {(fused.call, fused.fusion.location): fused.output for fused in fused_pass.updates}
-    for student in student_pass.updates:
-        place = (student.call, student.fusion.location)
+    fused_updates = _by_run(fused_pass.updates)
+    for place, student in _by_run(student_pass.updates).items():
         if place in fused_updates:  # layerdrop may have left it out
-            student_pass.match(student, fused_updates[place])
+            student_pass.match(student, fused_updates[place].output)
     for name in (name for name in output if name.endswith("logits")):
         weights = _logit_weights(student_pass, call.model, name, output[name])
         student_pass.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
@@ -178,6 +178,17 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
     output["loss"] = output["loss"] + fused_output["loss"].detach()  # the gradient is carried
     student_pass.fusions, student_pass.attention = fused_pass.fusions, fused_pass.attention
     return output
+
+
+def _by_run(updates: Iterable[Updates]) -> dict[tuple[int, str, int], Updates]:
+    """Return updates by their call, their place, and how often it ran before, as layers that are shared do."""
+    runs: Counter[tuple[int, str]] = Counter()
+    found = {}
+    for update in updates:
+        place = (update.call, update.fusion.location)
+        found[(update.call, update.fusion.location, runs[place])] = update
+        runs[place] += 1
+    return found
 
 
 def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any], output: Any) -> None:
@@ -188,15 +199,15 @@ def _match_predictions(current: TrainingPass, call: _Call, named: dict[str, Any]
         current.output_losses["similarity"] = _match_similarities(current, call, output)
     if not config.head_objectives:
         return
-    loss = LogitLoss(config.temperature, config.beta)
-    if text_head(model, block.student) is not None:  # for which `logits` is the only such objective
-        current.output_losses["logits"] = _match_answers(current, call, named, output["logits"], loss)
-        return
     if not any(name.endswith("logits") for name in output.keys()):  # noqa: SIM118 - several heads iterate over outputs
         raise ValueError(
             f"The objectives of predictions need one active head, not {model.active_head}; set model.active_head = "
             f"{block.student!r}."
         )
+    loss = LogitLoss(config.temperature, config.beta)
+    if text_head(model, block.student) is not None:  # for which `logits` is the only such objective
+        current.output_losses["logits"] = _match_answers(current, call, named, output["logits"], loss)
+        return
     stored = None if settings.predictions is None else settings.predictions.get(named)
     if stored is None:
         teachers = teacher_logits(model, block, call.run_again)
@@ -271,7 +282,9 @@ def _finish(current: TrainingPass, output: Any, sequences: int) -> Any:
     terms, record = sum_terms(current)
     step.add(record, sequences, settings.sequences)
     if settings.enabled:
-        distillation.has_run, distillation.has_new_fusion = True, False
+        distillation.has_run = True
+        if current.runs_teachers:
+            distillation.has_new_fusion = False
     if not terms.requires_grad:
         return output
     scale = 1.0 if settings.scale is None else settings.scale

@@ -83,7 +83,7 @@ class PassInputs(NamedTuple):
 class LayerPass:
     """One or more forward passes, seen from the layers."""
 
-    # Whether gradients flow through what is done at a place, back to the states that the teachers read. Else they read
+    # Whether the teachers read the states with their graph, so that gradients flow back through them. Else they read
     # detached states.
     keeps_graph = False
     runs_teachers = True
@@ -134,9 +134,9 @@ def current_pass() -> LayerPass | None:
 
 
 def warn_outside_of_passes(student: str, layer: nn.Module) -> None:
-    """Say once that a layer trains a student alone, since the model's `forward` is not called."""
+    """Say once that a layer trains a student alone, since the model does not run, or not in training mode."""
     if layer.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(  # type: ignore[attr-defined]
-            f"{student!r} is not distilled here: its layers run outside of the model's forward, in a part of the "
-            "model or a method such as get_text_features. Call the model itself."
+            f"{student!r} is not distilled here: the model is in evaluation mode, or its layers run outside of its "
+            "forward, as in get_text_features. Call model.train(), and the model itself."
         )

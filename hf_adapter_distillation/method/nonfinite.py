@@ -13,11 +13,11 @@ TAKE_MORE_RANGE = "train in bf16 or float32, leave this teacher out"
 class OverflowPass(LayerPass):
     """Pass that looks for the first layer with teachers whose updates are not finite, though the states they read are.
 
-    It passes the fused output on if the step that failed did so (`joins_student`).
+    It passes the fused output on if the step that failed did so (`passes_fused_on`).
     """
 
-    def __init__(self, joins_student: bool) -> None:
-        self.joins_student = joins_student
+    def __init__(self, passes_fused_on: bool) -> None:
+        self.passes_fused_on = passes_fused_on
         self.overflows: list[str] = []
 
     def run_layer(self, place: Place) -> torch.Tensor | None:
@@ -28,16 +28,16 @@ class OverflowPass(LayerPass):
             if names:
                 teachers = " and ".join(names)
                 self.overflows.append(f"the update of teacher {teachers} is not finite in {place.fusion.location}")
-        return place.base + place.fuse(with_student=True).output if self.joins_student else None
+        return place.base + place.fuse(with_student=True).output if self.passes_fused_on else None
 
 
-def find_overflow(distillation: Distillation, forward_passes: Callable[[], object], joins_student: bool) -> str:
+def find_overflow(distillation: Distillation, forward_passes: Callable[[], object], passes_fused_on: bool) -> str:
     """Name the teachers whose updates are not finite, and the first layer concerned; "" if no update overflows.
 
     Teachers with large weights overflow in float16, whose largest number is 65504. The forward passes run the model
     again on the data that has shown the fault.
     """
-    overflow_pass = OverflowPass(joins_student)
+    overflow_pass = OverflowPass(passes_fused_on)
     with distillation.inspected_by(overflow_pass):
         forward_passes()
     return next(iter(overflow_pass.overflows), "")

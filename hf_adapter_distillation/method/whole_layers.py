@@ -13,7 +13,7 @@ from adapters import AdapterSetup, ModelAdaptersMixin, Stack
 from torch import nn
 from transformers import Cache
 
-from .._compat import AdapterLayerBase, ForwardContext
+from .._compat import AdapterLayerBase, ForwardContext, PrefixTuningPool
 from ..composition import AdapterDistillation, find_block, running_setup
 from .fusion import fusions_at
 from .layer_pass import LayerPass, Place, Rerun, current_pass, warn_outside_of_passes
@@ -132,12 +132,13 @@ def prepare_reruns(
     of ReFT. They are created before the layers run, since gradient checkpointing would miss them when it runs a layer
     again.
     """
-    reruns = {}
-    for name in (None, block.student, *block.teachers):
-        names = [*block.children[:-1], *([] if name is None else [name])]
-        setup = AdapterSetup(Stack(*names) if names else None)
-        in_graph = torch.is_grad_enabled() and name == block.student
-        with setup, without_dropout(model), torch.set_grad_enabled(in_graph):
-            context = new_context()
-        reruns[name] = Rerun(setup, context)
+    reruns, prefixes = {}, [part for part in model.base_model.children() if isinstance(part, PrefixTuningPool)]
+    with without_dropout(nn.ModuleList(prefixes)):
+        for name in (None, block.student, *block.teachers):
+            names = [*block.children[:-1], *([] if name is None else [name])]
+            setup = AdapterSetup(Stack(*names) if names else None)
+            in_graph = torch.is_grad_enabled() and name == block.student
+            with setup, torch.set_grad_enabled(in_graph):
+                context = new_context()
+            reruns[name] = Rerun(setup, context)
     return reruns

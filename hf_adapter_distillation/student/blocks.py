@@ -6,7 +6,7 @@ from adapters import AdapterCompositionBlock, ModelAdaptersMixin, Stack
 
 from ..composition import AdapterDistillation, block_of
 from ..configuration import DistillationConfig
-from ..method.distillation import Distillation, add_distillation, distillation_of, distillations
+from ..method.distillation import Distillation, StageSettings, add_distillation, distillation_of, distillations
 from ..teachers.compatibility import (
     check_devices,
     check_supported,
@@ -85,6 +85,7 @@ def _add_written_block(model: ModelAdaptersMixin, block: AdapterDistillation) ->
     before = distillations(model.adapters_config).get(block.student)
     if before is not None and set(before.config.teachers) == set(block.teachers):  # in another order
         before.config = replace(before.config, teachers=list(block.teachers))
+        before.settings = _without_teachers(before.settings)
         return
     for name in (*block.children, *block.teachers):
         check_supported(repr(name), model.adapters_config.get(name))
@@ -103,16 +104,27 @@ def _add_written_block(model: ModelAdaptersMixin, block: AdapterDistillation) ->
 
 
 def _take_other_teachers(model: ModelAdaptersMixin, student: str, new: Distillation) -> None:
-    """Give a student the teachers of another distillation, and keep what it knows of its start and of the heads.
+    """Give a student the teachers of another distillation.
 
-    A student that is still at the average of its former teachers moves to that of the new ones.
+    What does not depend on the former teachers is kept: the student's start, the heads, and the settings. A student
+    that is still at their average moves to that of the new ones. The adapter that stands in for a pool is deleted.
     """
     before, at_start = distillation_of(model, student), is_at_average(model, student)
     drop_fusion(model, student)
     new.sources |= {name: source for name, source in before.sources.items() if name in new.sources}
     new.start_digests, new.own_start = before.start_digests, before.own_start
     new.frozen_heads, new.added_head, new.head_before = before.frozen_heads, before.added_head, before.head_before
-    new.settings, new.pool = before.settings, before.pool
+    new.settings, new.pool, new.has_run = _without_teachers(before.settings), before.pool, before.has_run
     distillations(model.adapters_config)[student] = new
+    if before.candidates:
+        for stand_in in before.config.teachers:
+            model.delete_adapter(stand_in)
     if at_start:
         start_at_average(model, student)
+
+
+def _without_teachers(settings: StageSettings) -> StageSettings:
+    """Return settings without those of certain teachers."""
+    if settings.calibration is None and settings.predictions is None:
+        return settings
+    return replace(settings, calibration=None, predictions=None)

@@ -89,8 +89,8 @@ def _places(
 ) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
     """Yield the modules that hold the student and a teacher, with their names and the widths of input and update.
 
-    Inside the layers a place is left out where the updates of all its teachers are zero, unless they are everywhere,
-    or the teacher stands in for a pool.
+    Inside the layers a place is left out where the updates of all its teachers are zero. It is kept if they are zero
+    everywhere, or if the teacher only stands in for a pool.
     """
     if distillation.level == "layer":
         for name, layer in whole_layers(model, block.student):

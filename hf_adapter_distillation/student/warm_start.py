@@ -181,7 +181,7 @@ def start_head(
 def is_head_at_average(model: ModelAdaptersMixin, student: str, weights: Mapping[str, float] | None = None) -> bool:
     """Return whether a student's head is still the mean of its teachers' heads, where `start_head` has set it.
 
-    A cast, which rounds all heads, does not move it.
+    Differences by the rounding of its data type do not count, so that a cast does not move it.
     """
     heads = dict(heads_of(model).items())
     teachers = distillation_of(model, student).config.teachers
@@ -284,7 +284,7 @@ def fit_start(
         fit.reduce(reduce)  # before any process can raise: the others would wait for it
     for name, fit in fitting_pass.fits.items():
         if not fit.square.isfinite():
-            overflow = find_overflow(distillation, run, joins_student=False)
+            overflow = find_overflow(distillation, run, passes_fused_on=False)
             cause = overflow or f"the state of the model is not finite in {name}"
             raise FloatingPointError(start_message(student, cause))
     unexplained = []

@@ -15,6 +15,8 @@ from ..method.heads import is_binary, is_of_sequences, shares_labels
 from ..method.losses import in_float64, token_weights
 from ..method.predictions import of_each_teacher, scores, without_dropout
 
+NO_LABELS = "The teachers cannot be compared: all labels are -100; give examples that have labels."
+
 
 def area_under_curve(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """Return the probability that a positive example has a higher score than a negative one; ties count half.
@@ -53,7 +55,7 @@ def own_logits(
     logits = torch.stack([torch.cat(batches) for batches in of_each_teacher(model, block, inputs, "logits")])
     labels = torch.cat([batch["labels"].reshape(-1) for batch in inputs])
     if not (has_label := labels >= 0).any():
-        raise ValueError("The teachers cannot be compared: all labels are -100; give examples that have labels.")
+        raise ValueError(NO_LABELS)
     return logits[:, has_label], labels[has_label]
 
 
@@ -73,7 +75,8 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     `inputs` holds examples of the new task, batch by batch.
 
     Raises:
-        ValueError: If there is neither a common label space nor hidden states in the outputs of the model.
+        ValueError: If no example has a label, or there is neither a common label space nor hidden states in the
+            outputs of the model.
     """
     student, teachers = block.student, block.teachers
     if not predict_labels(model, block, inputs):
@@ -81,7 +84,9 @@ def rank_teachers(model: ModelAdaptersMixin, block: AdapterDistillation, inputs:
     elif not is_of_sequences(model, student):
         losses = torch.stack([torch.stack(batches) for batches in of_each_teacher(model, block, inputs, "loss")])
         sizes = torch.tensor([len(batch["labels"]) for batch in inputs]).to(losses)  # (n_batches,)
-        has_labels = losses.isfinite().any(dim=0)  # a batch with labels of -100 alone has no loss
+        has_labels = losses.isfinite().any(dim=0)  # the mean over no labels is NaN
+        if not has_labels.any():
+            raise ValueError(NO_LABELS)
         losses, sizes = losses[:, has_labels], sizes[has_labels]
         values, what, chance = (-losses @ sizes / sizes.sum()).tolist(), "-loss", float("-inf")
     else:

@@ -111,7 +111,8 @@ def weigh_teachers(
         raise ValueError(f"The teachers of {block.student!r} are not chosen yet; call had.choose_teachers first.")
     per_layer = distillation.config.weights_per_layer if per_layer is None else per_layer
     weights = learn_weights(model, block, loss or own_loss(model), halves, steps=steps, per_layer=per_layer)
-    assert weights is not None, "both halves have batches"
+    if weights is None:
+        raise ValueError(f"The teachers of {block.student!r} cannot be weighed: half of the batches have no labels.")
     return weights
 
 
@@ -127,7 +128,7 @@ def learn_weights(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     loss_scale: float = 1.0,
 ) -> TeacherWeights | None:
-    """Learn the weights as `weigh_teachers` does; None where a half gives no batch, in any process.
+    """Learn the weights as `weigh_teachers` does; None where a half has no batch in a process, or no label in all.
 
     Args:
         halves: Two halves of the labelled batches.
@@ -156,7 +157,9 @@ def learn_weights(
                 learner.learn(halves[number], steps // 2)
             base_losses = learner.losses(other)
         sizes = torch.tensor([find_batch_size(batch) or 1 for batch in other]).to(base_losses)
-        sizes = torch.where(base_losses.isfinite(), sizes, 0)  # a batch with labels of -100 alone has no mean
+        sizes = torch.where(base_losses.isfinite(), sizes, 0)  # not those without labels, whose mean is NaN
+        if reduce(sizes.sum()) == 0:
+            return None
         without += mean_over_examples(base_losses, sizes, reduce)
         for share in KEPT_SHARES:
             with_teachers[share] += mean_over_examples(losses[share], sizes, reduce)
@@ -280,7 +283,7 @@ class Learner:
             for batch in batches():
                 self.loss(batch)
 
-        if overflow := find_overflow(self.distillation, forward_passes, joins_student=False):
+        if overflow := find_overflow(self.distillation, forward_passes, passes_fused_on=False):
             return FloatingPointError(start_message(self.student, overflow))
         return ValueError(
             f"The teachers of {self.student!r} cannot be weighed: no step has finite gradients; check the loss and "

@@ -1,6 +1,7 @@
 """The two-stage training of a distilled student."""
 
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,10 @@ class DistillationMixin(WritingTrainer):
         with shown_to_trainer(model, loss_counts_items(self.model_with_adapters) if gives_inputs else None):
             if others:
                 super().__init__(model, args, *others, **kwargs)
-            else:  # a trainer may have other arguments between these
+            elif "model" in signature(super().__init__).parameters:  # maybe not as the first, or not beside args
                 super().__init__(model=model, args=args, **kwargs)
+            else:
+                super().__init__(model, args=args, **kwargs)
         inner = self.model_with_adapters
         check_trainable(inner, active_block(inner))
         if self._gives_inputs_to_inner:

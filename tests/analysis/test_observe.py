@@ -72,6 +72,14 @@ def test_attention_follows_the_query():
     assert all(row["bank"].mean > 0.999 for row in table.values())
 
 
+def test_steps_without_teachers_do_not_train_the_fusion(caplog):
+    model = make_student(make_model(), objective="logits")
+    model.train()(**make_batch()).loss.backward()
+    logger.warning_once.cache_clear()
+    had.teacher_attention(model, make_dataset())
+    assert "The fusion of 'insurance' is not trained" in caplog.text
+
+
 @pytest.mark.parametrize("keep_fusion", [True, False])
 def test_the_attention_of_a_fusion_that_is_not_trained_is_said_to_be(keep_fusion, trainer_args, caplog):
     model = make_student(make_model(), student_start="random")

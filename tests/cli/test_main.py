@@ -856,7 +856,7 @@ def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
         (1, [*EVAL, "--adapter=me/no"], "'me/no' is no local folder, and the Hub did not give it: *"),
         (2, [*EVAL, "--adapter=outputs"], "outputs holds no adapter_config.json; did you mean outputs/insurance?"),
         (2, [*EVAL, "--adapter=empty"], "empty holds no adapter_config.json; give a folder made by save_adapter."),
-        (2, [*EVAL, "--adapter=adapters/headless"], "adapters/headless has no head, so there is nothing to*"),
+        (2, [*EVAL, "--adapter=adapters/headless"], "adapters/headless has no head, so it predicts nothing; *"),
         (2, [*EVAL, f"--dataset={numbered}"], f"{unknown} of outputs/insurance: 'card', 'train'."),
         (2, [*EVAL, f"--dataset={numbered}", "--adapter=adapters/banking"], "Column * has '2' in row 4, *: '0', '1'."),
         (2, [*EVAL, "--output=no/result.json"], "--output no/result.json: there is no folder no; make it first."),

@@ -161,12 +161,15 @@ def test_a_card_says_what_the_run_was(tmp_path, trainer_args):
 
 
 @pytest.mark.parametrize("weight", [0, 0.3])
-def test_a_card_says_that_the_teachers_did_not_help(weight, tmp_path, trainer_args):
+@pytest.mark.parametrize("gain", [0.01, 0.4])
+def test_a_card_says_whether_the_teachers_did_not_help(gain, weight, tmp_path, trainer_args):
     model = trained(trainer_args).model
     run = distillations(model.adapters_config)["insurance"].run
     weights = {teacher.name: 0.25 for teacher in run.teachers}
-    run.settings |= {"teacher_weights": weights, "teacher_gain": 0.01, "distillation_weight": weight}
-    assert ("They did not help on held-out labels." in card_of(model, tmp_path)) == (weight == 0)
+    run.settings |= {"teacher_weights": weights, "teacher_gain": gain, "distillation_weight": weight}
+    text = card_of(model, tmp_path)
+    assert ("They did not help on held-out labels, so the adapter did not start at them" in text) == (gain < 0.05)
+    assert ("and the distillation had the weight 0." in text) == (gain < 0.05 and weight == 0)
 
 
 def test_results_are_those_of_the_weights_that_were_kept(trainer_args):

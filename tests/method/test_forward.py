@@ -5,7 +5,7 @@ import gc
 import adapters
 import pytest
 import torch
-from adapters import AdapterSetup, Stack
+from adapters import AdapterSetup, AutoAdapterModel, Stack
 from model_state import changed, configure, snapshot
 from tiny_models import (
     ALL_OBJECTIVES,
@@ -22,13 +22,13 @@ from tiny_models import (
 )
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from trainings import gradients, trainer_for
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AlbertConfig, AutoModelForSeq2SeqLM
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.logit_losses import CrossTaskLoss
 from hf_adapter_distillation.method.losses import CosineLoss, FeatureLoss, token_weights
-from hf_adapter_distillation.method.training_pass import StudentPass, TrainingPass
+from hf_adapter_distillation.method.training_pass import DualFusedPass, StudentPass, TrainingPass
 
 CARRIERS = ["student", "fused", "mixed", "dual"]
 
@@ -357,9 +357,32 @@ def test_layers_that_both_passes_of_dual_ran_are_matched():
     assert 0 < len(matched) < 6 * len(fusions_of(model, "insurance"))
 
 
-def test_predictions_need_one_active_head():
-    model = make_student(make_model(), objective="logits")
+@pytest.mark.parametrize(("family", "head"), [("bert", "classification"), ("gpt2", "causal_lm")])
+def test_predictions_need_one_active_head(family, head):
+    model = make_student(make_model(family), head=head, objective="logits")
     model.active_head = ["insurance", "bank"]
     message = r"^The objectives of predictions need one active head, not \['insurance', 'bank'\]"
     with pytest.raises(ValueError, match=message):
-        model.train()(**make_batch())
+        model.train()(**make_batch(labels="classification" if family == "bert" else "tokens"))
+
+
+def test_each_run_of_a_shared_layer_is_matched_with_the_same_run():
+    config = AlbertConfig(
+        vocab_size=60,
+        embedding_size=16,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = make_student(AutoAdapterModel.from_config(config), carrier="dual", student_start="random").train()
+    fused, matched = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        keep, match = DualFusedPass.match, TrainingPass.match
+        patch.setattr(DualFusedPass, "match", lambda self, student, out: fused.append(out) or keep(self, student, out))
+        patch.setattr(
+            TrainingPass, "match", lambda self, student, out: matched.append(out) or match(self, student, out)
+        )
+        model(**make_batch())
+    assert len(fused) == len(matched) == 3
+    assert all(torch.equal(one, other) for one, other in zip(fused, matched, strict=True))

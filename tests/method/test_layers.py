@@ -52,7 +52,8 @@ def test_layers_that_run_outside_of_the_model_say_that_nothing_is_distilled(leve
     def warnings_of(run):
         caplog.clear()
         run()
-        return [r.message for r in caplog.records if r.message.startswith("'insurance' is not distilled here: its la")]
+        beginning = "'insurance' is not distilled here: the model is in evaluation mode"
+        return [record.message for record in caplog.records if record.message.startswith(beginning)]
 
     encoder, embedded = model.bert.encoder, model.bert.embeddings(batch["input_ids"])
     assert not warnings_of(lambda: model.train()(**batch))

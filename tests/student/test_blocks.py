@@ -1,10 +1,13 @@
 """The blocks with which users train or activate a student."""
 
+import warnings
+
 import pytest
 import torch
 from adapters import Stack
 from model_state import everything, trainable
 from tiny_models import TEACHERS, make_model, make_student, with_teachers
+from trainings import trainer_for
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -61,3 +64,36 @@ def test_a_block_with_other_teachers_keeps_a_student_at_its_start(teachers):
     torch.testing.assert_close(up_projection(model, "insurance"), mean)
     heads = [model.heads[name][1].weight for name in sorted(teachers)]
     torch.testing.assert_close(model.heads["insurance"][1].weight, torch.stack(heads).mean(dim=0))
+
+
+def test_a_trained_student_stays_trained_with_other_teachers(trainer_args):
+    model = make_student(make_model())
+    trainer_for(model, trainer_args(max_steps=2)).train()
+    model.train_adapter(had.AdapterDistillation("insurance", ["bank", "travel"]))
+    distillation = had.distillation_of(model)
+    assert distillation.has_run
+    assert distillation.run is None, "its teachers were others"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.delete_adapter("travel")
+
+
+def test_settings_of_the_former_teachers_are_left_out():
+    model = make_student(make_model())
+    distillation = had.distillation_of(model)
+    distillation.settings = had.StageSettings(weight=0.5, calibration=torch.ones(3, 2))
+    model.train_adapter(had.AdapterDistillation("insurance", TEACHERS[::-1]))
+    assert had.distillation_of(model).settings.weight == 0.5
+    assert had.distillation_of(model).settings.calibration is None
+
+
+def test_the_stand_in_of_a_pool_goes_with_the_pool(tmp_path):
+    model = with_teachers()
+    for name in TEACHERS:
+        model.save_adapter(str(tmp_path / f"saved_{name}"), name)
+    settings = had.DistillationConfig(str(tmp_path), teacher_selection=1, student_start="random")
+    model.add_adapter("insurance", config="seq_bn", distill_from=settings)
+    model.train_adapter("insurance")
+    assert len(list(model.adapters_config)) == len(TEACHERS) + 2
+    model.train_adapter(had.AdapterDistillation("insurance", ["bank", "travel"]))
+    assert list(model.adapters_config) == [*TEACHERS, "insurance"]

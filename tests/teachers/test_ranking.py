@@ -170,3 +170,9 @@ def test_a_batch_without_a_labelled_token_does_not_count():
     batch["labels"] = batch["labels"].clamp(max=1)
     without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     assert rank_teachers(model, block, [batch, without]) == rank_teachers(model, block, [batch])
+    with pytest.raises(ValueError, match="^The teachers cannot be compared: all labels are -100"):
+        rank_teachers(model, block, [without])
+    with pytest.raises(
+        ValueError, match="^The teachers of 'insurance' cannot be weighed: half of the batches have no lab"
+    ):
+        had.weigh_teachers(model, [batch, without], steps=2)

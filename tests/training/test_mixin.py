@@ -52,7 +52,15 @@ def test_the_other_base_may_have_arguments_of_its_own_before_and_between(trainer
     class ScaledDistillation(had.DistillationMixin, Scaled):
         pass
 
+    class OfNetwork(Trainer):
+        def __init__(self, network, **kwargs):
+            super().__init__(network, **kwargs)
+
+    class OfNetworkDistillation(had.DistillationMixin, OfNetwork):
+        pass
+
     model, data = make_student(make_model()), make_dataset()
+    assert OfNetworkDistillation(model, trainer_args(), train_dataset=data).model is model
     trainer = ScaledDistillation(factor=0.5, model=model, reference="r", args=trainer_args(), train_dataset=data)
     assert (trainer.factor, trainer.reference) == (0.5, "r")
     trainer.train()
