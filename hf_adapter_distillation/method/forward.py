@@ -168,9 +168,9 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
             "The carrier 'dual' needs the loss of the model's output; pass labels, or choose the carrier 'mixed'."
         )
     fused_updates = _by_run(fused_pass.updates)
-    for place, student in _by_run(student_pass.updates).items():
-        if place in fused_updates:  # layerdrop may have left it out
-            student_pass.match(student, fused_updates[place].output)
+    for run, student in _by_run(student_pass.updates).items():
+        if run in fused_updates:  # layerdrop may have left it out
+            student_pass.match(student, fused_updates[run].output)
     for name in (name for name in output if name.endswith("logits")):
         weights = _logit_weights(student_pass, call.model, name, output[name])
         student_pass.logit_loss += logit_matching_loss(output[name], fused_output[name], weights)
@@ -180,13 +180,13 @@ def _run_both(call: _Call, context: ForwardContext, student_pass: DualStudentPas
     return output
 
 
-def _by_run(updates: Iterable[Updates]) -> dict[tuple[int, str, int], Updates]:
+def _by_run(updates: Iterable[Updates]) -> dict[tuple[tuple[int, str], int], Updates]:
     """Return updates by their call, their place, and how often it ran before, as layers that are shared do."""
     runs: Counter[tuple[int, str]] = Counter()
     found = {}
     for update in updates:
         place = (update.call, update.fusion.location)
-        found[(update.call, update.fusion.location, runs[place])] = update
+        found[place, runs[place]] = update
         runs[place] += 1
     return found
 

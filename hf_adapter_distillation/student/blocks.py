@@ -115,7 +115,7 @@ def _take_other_teachers(model: ModelAdaptersMixin, student: str, new: Distillat
     new.start_digests, new.own_start = before.start_digests, before.own_start
     new.frozen_heads, new.added_head, new.head_before = before.frozen_heads, before.added_head, before.head_before
     new.settings, new.pool, new.has_run = _without_teachers(before.settings), before.pool, before.has_run
-    distillations(model.adapters_config)[student] = new
+    add_distillation(model.adapters_config, student, new)
     if before.candidates:
         for stand_in in before.config.teachers:
             model.delete_adapter(stand_in)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .._compat import ADAPTER_CONFIG_NAME
 from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
-from ..teachers.batches import Batches, Loss, own_loss, read_batches
+from ..teachers.batches import Batches, Loss, check_steps, own_loss, read_batches
 from ..teachers.compatibility import choose_level, warn_of_masked_prefixes
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, remove_adapter
 from ..teachers.pool import Slot, add_stand_in, group_by_config, report_skipped
@@ -56,8 +56,7 @@ def choose_teachers(
     block = active_block(model)
     if not distillation_of(model, block.student).candidates:
         raise ValueError(f"The teachers of {block.student!r} are chosen already; add it again to choose others.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 0.")
+    check_steps(steps, 0)
     read = read_batches(batches, "choose teachers")
     return choose_from_pool(model, block, loss or own_loss(model), [lambda: read], steps=steps)
 

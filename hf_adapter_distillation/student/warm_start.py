@@ -191,9 +191,10 @@ def is_head_at_average(model: ModelAdaptersMixin, student: str, weights: Mapping
     mean = _mean(states, _shares(teachers, weights))
 
     def is_mean(key: str, weight: torch.Tensor) -> bool:
-        size = max(state[key].abs().max().item() for state in states) if weight.is_floating_point() else 0.0
-        rounding = 2 * torch.finfo(weight.dtype).eps * size if size else 0.0
-        return bool(((weight - mean[key]).abs() <= rounding).all())
+        if not weight.is_floating_point():
+            return torch.equal(weight, mean[key])
+        largest = max(state[key].abs().max().item() for state in states)
+        return bool(((weight - mean[key]).abs() <= 2 * torch.finfo(weight.dtype).eps * largest).all())
 
     return all(is_mean(key, weight) for key, weight in heads[student].state_dict().items())
 

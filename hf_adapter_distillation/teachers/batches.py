@@ -25,6 +25,12 @@ def read_batches(batches: Iterable[Any], purpose: str) -> list[Any]:
     return read
 
 
+def check_steps(steps: object, least: int) -> None:
+    """Check a number of steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
+        raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least {least}.")
+
+
 def own_loss(model: ModelAdaptersMixin) -> Loss:
     """Return the model's own loss of a batch, which must be there."""
 

@@ -22,7 +22,7 @@ from ..method.nonfinite import find_overflow, start_message
 from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from ..method.weights import TeacherWeights
-from .batches import Batches, Loss, mean_over_examples, own_loss, read_batches
+from .batches import Batches, Loss, check_steps, mean_over_examples, own_loss, read_batches
 
 STEPS = 16
 # How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
@@ -103,8 +103,7 @@ def weigh_teachers(
         TypeError: If `batches` is one batch.
     """
     block, read = active_block(model), read_batches(batches, "weigh the teachers")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps={steps} is out of range; it must be a number of steps, at least 2.")
+    check_steps(steps, 2)
     halves: list[Batches] = [lambda: read[::2], lambda: read[1::2] or read]
     distillation = distillation_of(model, block.student)
     if distillation.candidates:
