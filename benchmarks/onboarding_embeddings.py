@@ -220,7 +220,7 @@ def _configured(**settings: Any) -> Method:
 
 METHODS = {
     **FROZEN_METHODS,
-    "full fine-tuning": Method(full_fine_tuning, (2e-5, 5e-5, 1e-4)),
+    "full fine-tuning": Method(full_fine_tuning, (1e-5, 2e-5, 5e-5, 1e-4)),
     "plain adapter": Method(plain_adapter, RATES),
     "teachers' average, untrained": Method(partial(teachers_average, trained=False), (0.0,), needs_labels=False),
     "teachers' average": Method(partial(teachers_average, trained=True), RATES),

@@ -64,6 +64,14 @@ def _second_half(faq: Faq) -> list[str]:
     return faq.train[len(faq.train) // 2 :]
 
 
+def _hold_out_validation(tenant: Tenant, loaded: Tenant, number: int) -> None:
+    """Keep validation queries for FAQs without any: the same for all seeds, so that none of them tests a seed."""
+    for faq, same in zip(tenant.faqs, loaded.faqs, strict=True):
+        if not faq.validation:
+            faq.validation = same.train[:number]
+            faq.train = [query for query in faq.train if query not in faq.validation]
+
+
 def shots_of(args: Arguments, tenant: Tenant) -> int:
     """Return the training queries of each FAQ of a new tenant."""
     return max(len(faq.train) for faq in tenant.faqs) if args.shots == "all" else int(args.shots)
@@ -84,8 +92,9 @@ def arrival(args: Arguments, name: str, seed: int) -> Arrival:
     new = tenants.pop(number)
     others = tenants[:number] if args.pool == "streaming" else tenants
     others = others[: args.others] if args.others else others
+    loaded = load_tenants(args.data, TEACHER_SEED)[number]
+    _hold_out_validation(new, loaded, args.search_queries)
     if args.pool == "relatives":
-        loaded = load_tenants(args.data, TEACHER_SEED)[number]
         others = [*others, relative_of(loaded)]
         for faq, same in zip(new.faqs, loaded.faqs, strict=True):
             of_relative = set(_second_half(same))

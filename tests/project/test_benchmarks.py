@@ -469,6 +469,17 @@ def test_a_relative_shares_faqs_and_no_query(distinct):
     assert pools.arrival(args, "post", 1).tenant != pools.arrival(args, "post", 2).tenant
 
 
+@pytest.mark.parametrize("pool", ["unrelated", "relatives"])
+def test_no_seed_is_tested_on_queries_that_chose_a_learning_rate(distinct, pool):
+    args = Arguments(data=distinct, pool=pool, shots="2", search_queries=2)
+    new = [pools.arrival(args, "post", seed).tenant for seed in (streaming_tenants.SEARCH_SEED, 1, 2)]
+    chosen_by, *others = [{query for faq in tenant.faqs for query in faq.validation} for tenant in new]
+    assert len(chosen_by) == 3 * 2
+    assert others == [chosen_by, chosen_by]
+    for tenant in new:
+        assert chosen_by.isdisjoint(query for faq in tenant.faqs for query in (*faq.train, *faq.test))
+
+
 def test_relatives_are_trained_for_the_new_tenants_alone(benchmark, distinct, tmp_path):
     methods = ("--methods", "teachers' average, untrained")
     arguments = ("--data", distinct, "--pool", "relatives", "--tenants", "post", "--search_tenants", "0")
