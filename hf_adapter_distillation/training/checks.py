@@ -87,6 +87,11 @@ def check_combinations(
     if (kind := distributed_type.value) != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(f"accelerate's distributed_type {kind} {NOT_SHARDED}")
     config = distillation.config
+    if "similarity" in config.objectives and args.per_device_train_batch_size < 3:
+        raise ValueError(
+            "The objective 'similarity' compares the texts of a batch, which must be three or more; raise "
+            f"per_device_train_batch_size={args.per_device_train_batch_size}, or choose another objective."
+        )
     if args.torch_compile and (distillation.level == "layer" or config.output_objectives):
         if distillation.level == "layer":
             reason = "where whole layers are fused (level='layer')"

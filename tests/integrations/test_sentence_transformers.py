@@ -8,7 +8,7 @@ import torch
 from adapters import Stack
 from datasets import Dataset
 from embedding_models import PAIRS, SCORED, TEXTS, cross_encoder, embedding_model
-from messages import one_line
+from messages import exactly, one_line
 from model_state import changed, snapshot
 from safetensors.torch import load_file
 from sentence_transformers import losses
@@ -367,6 +367,19 @@ def test_a_cross_encoder_trains_student_head_and_fusion_alone(loss, tiny_encoder
     assert trainer.state.log_history[-2]["distillation_loss"] > 0
 
 
+def test_similarity_is_refused_with_batches_of_two_texts(tiny_encoder, tmp_path):
+    model = embedding_model(tmp_path, tiny_encoder, objective="similarity")
+    message = (
+        "The objective 'similarity' compares the texts of a batch, which must be three or more; raise "
+        "per_device_train_batch_size=2, or choose another objective."
+    )
+    args = arguments(tmp_path, per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match=exactly(message)):
+        SentenceTransformerDistillationTrainer(
+            model, args, train_dataset=PAIRS, loss=losses.MultipleNegativesRankingLoss(model)
+        )
+
+
 def test_similarity_is_refused_with_a_gradient_cache(tiny_encoder, tmp_path):
     model = embedding_model(tmp_path, tiny_encoder, objective={"features": 1, "similarity": 1})
     loss = losses.MatryoshkaLoss(model, losses.CachedMultipleNegativesRankingLoss(model), [16, 8])
@@ -379,7 +392,7 @@ def test_similarity_is_refused_with_a_gradient_cache(tiny_encoder, tmp_path):
 def test_halves_that_a_sampler_refuses_are_weighed_all_the_same(case, tiny_encoder, tmp_path, caplog):
     """Two examples of each label are one in a half; a half without duplicates may fill no batch."""
     model = embedding_model(tmp_path, tiny_encoder, student_start="weighted")
-    few = Dataset.from_dict({"text": PAIRS["anchor"][:8], "label": [0, 0, 1, 1, 2, 2, 3, 3]})
+    few = Dataset.from_dict({"text": PAIRS["anchor"][:8], "label": [0, 0, 0, 0, 1, 1, 2, 2]})
     same = Dataset.from_dict({"anchor": PAIRS["anchor"][:1] * 14 + PAIRS["anchor"][:2], "positive": PAIRS["positive"]})
     if case == "group by label":
         sampler, dataset, loss = BatchSamplers.GROUP_BY_LABEL, few, losses.BatchAllTripletLoss(model)
