@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..downloads import ADAPTER_CONFIG_NAME, read_adapter_config
-from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, typed
+from .training_run import RUN_RESULTS, RUN_SETTINGS, TeacherSource, TrainingRun, start_settings, typed
 
 if TYPE_CHECKING:
     from adapters import ModelAdaptersMixin
@@ -30,7 +30,7 @@ class Provenance:
     Args:
         settings: The fields of `DistillationConfig` without the teachers, and the level that was chosen.
         versions: The versions of the libraries, by package.
-        run: The training, with the same teachers; without settings and results before a training has ended.
+        run: The training, with the same teachers; before a training has ended, only the start of the student.
     """
 
     teachers: Sequence[TeacherSource]
@@ -45,7 +45,8 @@ class Provenance:
         from .digests import teacher_digests  # imports torch
 
         run: TrainingRun = distillation.run or TrainingRun(
-            teacher_sources(distillation, teacher_digests(model, distillation.config.teachers))
+            teacher_sources(distillation, teacher_digests(model, distillation.config.teachers)),
+            start_settings(distillation.weights, distillation.explained),
         )
         settings = {name: value for name, value in asdict(distillation.config).items() if name != "teachers"}
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -113,7 +114,7 @@ def note_loaded(distillation: "Distillation", folder: str | Path | None) -> None
     if saved is None or [teacher.name for teacher in saved.teachers] != teachers:
         distillation.run, distillation.is_loaded, distillation.has_run = None, True, False
     else:
-        distillation.run, distillation.is_loaded = saved.run if saved.run.settings else None, False
+        distillation.run, distillation.is_loaded = saved.run if "steps" in saved.run.settings else None, False
 
 
 def provenance_of(saved: Mapping[str, Any], source: str | Path) -> Provenance:

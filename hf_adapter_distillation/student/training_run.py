@@ -9,6 +9,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import DistillationArgumentsMixin
+from ..method.weights import TeacherWeights
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -124,6 +125,15 @@ class TrainingRun:
         """Return the mean attention to a teacher over the layers; None where it was not measured."""
         weights = [row[teacher] for row in self.attention.values() if teacher in row]
         return sum(weights) / len(weights) if weights else None
+
+
+def start_settings(weights: TeacherWeights | None, explained: float | None) -> dict[str, Any]:
+    """Return what is noted of a student's start: its teachers' weights, and how much of their mean it explains."""
+    settings: dict[str, Any] = {} if explained is None else {"start_explained": round(explained, 4)}
+    if weights is not None:
+        rounded = {name: round(weight, 4) for name, weight in weights.mean().items()}
+        settings |= {"teacher_weights": rounded, "teacher_gain": round(weights.gain, 4)}
+    return settings
 
 
 def finite_metrics(logged: Mapping[str, Any]) -> dict[str, float]:

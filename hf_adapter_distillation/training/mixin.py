@@ -25,7 +25,7 @@ from ..student.digests import check_teachers_unchanged
 from ..student.fusions import drop_fusion
 from ..student.provenance import teacher_sources
 from ..student.summary import as_table, summary_rows
-from ..student.training_run import TrainingRun, finite_metrics
+from ..student.training_run import TrainingRun, finite_metrics, start_settings
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
 from .checks import check_arguments, check_combinations, check_loss
@@ -265,14 +265,10 @@ class DistillationMixin(WritingTrainer):
             "distillation_weight": self.distillation_weight,
             "distillation_share": self.distillation_share,
             "first_distillation_step": self.first_distillation_step,
+            **start_settings(distillation.weights, self._prepared.explained),
         }
-        if self._prepared.explained is not None:
-            derived["start_explained"] = round(self._prepared.explained, 4)
         if distillation.ranking is not None:
             derived["ranking"] = distillation.ranking
-        if (weights := distillation.weights) is not None:
-            rounded = {name: round(weight, 4) for name, weight in weights.mean().items()}
-            derived |= {"teacher_weights": rounded, "teacher_gain": round(weights.gain, 4)}
         sources = teacher_sources(distillation, self._prepared.digests)  # which have just been checked
         distillation.run = TrainingRun.of(args, state, self.train_dataset, sources, derived)
         if args.push_to_hub or args.analysis:

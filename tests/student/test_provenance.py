@@ -65,6 +65,20 @@ def test_provenance_of_a_trained_student(trainer_args, tmp_path):
     assert "distillation" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
 
 
+def test_a_student_before_its_first_step_has_its_teachers_weights_in_its_provenance(trainer_args, tmp_path):
+    model = make_student(make_model(), student_start="weighted")
+    trainer = trainer_for(model, trainer_args())
+    trainer.fit_start()
+    weights = trainer.distillation.weights
+    model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    run = read_provenance(tmp_path / "insurance").run
+    assert run.settings["teacher_weights"] == pytest.approx(weights.mean(), abs=1e-4)
+    assert run.settings["teacher_gain"] == pytest.approx(weights.gain, abs=1e-4)
+    assert {teacher.name for teacher in run.teachers} == set(trainer.block.teachers)
+    model.load_adapter(str(tmp_path / "insurance"))
+    assert distillation_of(model).run is None, "it has no training"
+
+
 def test_a_provenance_holds_arguments_that_were_numbers_of_numpy(trainer_args, tmp_path):
     numbers = {"learning_rate": 1e-2, "distillation_weight": 0.5, "fusion_regularization": 0.5}
     given = {"seed": np.int64(3)} | {name: np.float32(number) for name, number in numbers.items()}
