@@ -43,3 +43,9 @@ def _trained():
             model.train_adapter(name)
             AdapterTrainer(model, args, train_dataset=sequences(512, seed, shuffled=name == "shuffled")).train()
     return model
+
+
+def batches_of(n, seed=7, size=16):
+    """Labelled batches of the task."""
+    data = sequences(n, seed).with_format("torch")
+    return [data[i : i + size] for i in range(0, n, size)]

@@ -27,7 +27,7 @@ from ..method.layer_pass import LayerPass, Place
 from ..method.layers import AdapterInput, AdapterPlace, adapter_update
 from ..method.predictions import without_dropout
 from .batches import Batches, Loss
-from .weighing import Learner
+from .learner import Learner
 
 BATCHES = 16  # of which the gradients are taken
 TOKENS = 128  # of each place, all batches together: those with the largest gradients
@@ -99,6 +99,7 @@ def measure_relevance(
     batches: Batches,
     *,
     steps: int,
+    accumulation: int = 1,
     beside: Sequence[nn.Parameter] = (),
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     loss_scale: float = 1.0,
@@ -114,7 +115,7 @@ def measure_relevance(
     Raises:
         ValueError: If the loss does not depend on the places, or its gradients are not finite.
     """
-    learner = Learner(model, block, loss, False, beside, reduce, loss_scale)
+    learner = Learner(model, block, loss, False, accumulation, beside, reduce, loss_scale)
     distillation, read = distillation_of(model, block.student), list(islice(batches(), BATCHES))
     sites: dict[nn.Module, Site] = {}
     gradients: list[list[torch.Tensor | None]] = []

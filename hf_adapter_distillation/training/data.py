@@ -117,6 +117,7 @@ class Labelled(NamedTuple):
     halves: Sequence[Callable[[], Iterable[dict[str, Any]]]]  # new passes over the batches of this process
     loss: Callable[[dict[str, Any]], torch.Tensor]  # of a batch, with its gradient
     steps: int  # in which the teachers are weighed
+    accumulation: int  # the batches of a step
     beside: Sequence[nn.Parameter]  # what is trained outside the model with adapters
 
 

@@ -108,6 +108,7 @@ def _learning(labelled: Labelled, accelerator: Accelerator) -> dict[str, Any]:
     """Return how a choice or weights are learned from the labels."""
     return {
         "steps": labelled.steps,
+        "accumulation": labelled.accumulation,
         "beside": labelled.beside,
         "reduce": partial(accelerator.reduce, reduction="mean"),
         "loss_scale": 1.0 if accelerator.scaler is None else FLOAT16_SCALE,
@@ -210,8 +211,8 @@ def weigh(
             weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
     if weights is None:
         logger.warning(
-            f"The teachers of {block.student!r} get equal weights: too few training examples, or a stream or a loader "
-            "of your own, which is not read twice. Pass DistillationConfig(student_start='teachers') to silence this."
+            f"The teachers of {block.student!r} get equal weights: too few training examples, a stream or a loader of "
+            "your own, or no loss above 0. Pass DistillationConfig(student_start='teachers') to silence this."
         )
         return block
     start_at_weights(model, block, weights)

@@ -79,6 +79,7 @@ class ReadingTrainer(TwoStageTrainer):
             [partial(_first_batches, loader, number) for loader, number in zip(loaders, least, strict=True)],
             self._task_loss,
             self.args.weighing_steps,
+            self.args.gradient_accumulation_steps,
             [parameter for key, parameter in beside.items() if key not in outside],
         )
 

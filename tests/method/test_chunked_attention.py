@@ -14,7 +14,7 @@ from hf_adapter_distillation.method import layers
 from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
 from hf_adapter_distillation.method.stacking import split_group
-from hf_adapter_distillation.teachers.weighing import Learner
+from hf_adapter_distillation.teachers.learner import Learner
 
 CONFIGS = {
     "a": "seq_bn[reduction_factor=1]",
@@ -148,7 +148,7 @@ def held_by_the_graph(n_teachers, weighing):
         return tensor
 
     batch = make_batch(16)
-    learner = Learner(model, active_block(model), lambda batch: model(**batch).loss, False, [], lambda t: t, 1.0)
+    learner = Learner(model, active_block(model), lambda batch: model(**batch).loss, False, 1, [], lambda t: t, 1.0)
     with (
         learner.running() if weighing else nullcontext(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -1,171 +1,21 @@
-"""Weights of the teachers: their mixture against plain references in float64, and what it finds and leaves alone."""
+"""Weights of the teachers: what the weighing finds, and what it leaves alone."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
-from adapters import AdapterSetup, DoubleSeqBnConfig, LoRAConfig, SeqBnConfig, Stack
-from good_and_harmful import good_and_harmful, sequences
+from good_and_harmful import batches_of, good_and_harmful
 from messages import exactly
 from model_state import everything
-from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy, with_teachers_of_their_own_scores
+from tiny_models import TEACHERS, make_batch, make_model, make_student, noisy
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import active_block
 from hf_adapter_distillation.method.fusion import fusions_of
-from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.teachers.batches import mean_over_examples
-from hf_adapter_distillation.teachers.weighing import Learner, learn_weights
-
-LORA = LoRAConfig(r=4, alpha=2, attn_matrices=["q", "v"], output_lora=True)
-KINDS = {  # the configs of three teachers, and that of the student
-    "bottlenecks": (["double_seq_bn"] * 3, "double_seq_bn"),
-    "lora": ([LORA] * 3, LORA),
-    "in several chunks": (["seq_bn[reduction_factor=1]"] * 3, "seq_bn"),
-    "mixed widths": (["seq_bn[reduction_factor=4]", "seq_bn[reduction_factor=8]", "seq_bn"], "seq_bn"),
-    "a layer left out": ([SeqBnConfig(leave_out=[0]), "seq_bn", SeqBnConfig(leave_out=[0])], "seq_bn"),
-    "not stacked": ([DoubleSeqBnConfig(use_gating=True), "double_seq_bn", "double_seq_bn"], "double_seq_bn"),
-    "whole layers": (["prefix_tuning"] * 3, "prefix_tuning"),
-}
-
-
-def model_with(configs, student_config, kind="base"):
-    model = make_model(kind=kind, dtype=torch.float64)
-    for name, config in zip(TEACHERS, configs, strict=True):
-        model.add_adapter(name, config=config)
-        noisy(model, name)
-    settings = had.DistillationConfig(TEACHERS, student_start="random")
-    model.add_adapter("insurance", config=student_config, distill_from=settings)
-    noisy(model, "insurance")
-    model.double().train_adapter("insurance")
-    return model
-
-
-def learner_of(model, loss=None, per_layer=False, beside=()):
-    """A learner with random scores and scales, and its loss."""
-    loss = loss or (lambda batch: model(**batch)["loss"])
-    learner = Learner(model, active_block(model), loss, per_layer, beside, lambda tensor: tensor, 1.0)
-    torch.manual_seed(3)
-    learner.scores.data.normal_()
-    learner.log_scales.data.normal_()
-    return learner
-
-
-def states(model, batch):
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["last_hidden_state"]
-
-
-def loss_of(states):
-    return (states * torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states).sin()).sum()
-
-
-def shares(row, names):
-    """The weights at a place that has some of the teachers, from their scores, the null teacher's, and the scale."""
-    scores = torch.stack([*(row[TEACHERS.index(name)] for name in names), row[-2]])
-    return dict(zip(names, (row[-1].exp() * scores.exp() / scores.exp().sum())[:-1], strict=True))
-
-
-def mixed_states(model, rows, batch):
-    """The last states with hooks that put the weighted sum of the updates in the student's place."""
-    hooks = []
-    for number, (_, layer) in enumerate(adapter_layers(model, "insurance")):
-        modules = layer.adapter_modules
-        weights = shares(rows[number % len(rows)], [name for name in TEACHERS if name in modules])
-
-        def mix(module, inputs, kwargs, output, modules=modules, weights=weights):
-            is_lora = "residual_input" not in kwargs
-            h = inputs[1] if is_lora else inputs[0]
-            residual = 0.0 if is_lora else kwargs["residual_input"]
-            update = sum(weight * adapter_update(modules[name], h, residual) for name, weight in weights.items())
-            return residual + update, *output[1:]
-
-        hooks.append(modules["insurance"].register_forward_hook(mix, with_kwargs=True))
-    with AdapterSetup(Stack("insurance")):
-        result = states(model, batch)
-    for hook in hooks:
-        hook.remove()
-    return result
-
-
-def mixed_states_of_whole_layers(model, rows, batch):
-    """The last states, layer by layer: each run in a model whose layer gets the states, and with each teacher."""
-    layers, h = model.encoder.layer, None
-    for number, layer in enumerate(layers):
-
-        def run(teacher, layer=layer, h=h):
-            seen = []
-            hooks = [layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))]
-            if h is not None:
-                hooks.append(layer.register_forward_pre_hook(lambda module, inputs: (h, *inputs[1:])))
-            with AdapterSetup(Stack(teacher) if teacher else None):
-                states(model, batch)
-            for hook in hooks:
-                hook.remove()
-            return seen[0]
-
-        base, weights = run(None), shares(rows[number % len(rows)], TEACHERS)
-        h = base + sum(weight * (run(name) - base) for name, weight in weights.items())
-    return h
-
-
-@pytest.mark.parametrize("per_layer", [False, True], ids=["one weight", "per layer"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_mixture_equals_a_plain_sum(kind, per_layer):
-    model, batch = model_with(*KINDS[kind]), make_batch()
-    seen = []
-    learner = learner_of(model, lambda batch: loss_of(seen.append(states(model, batch)) or seen[-1]), per_layer)
-    rows = torch.cat([learner.scores, learner.log_scales], dim=1).detach().requires_grad_()
-    assert len(rows) == (len(learner.places) if per_layer else 1)
-    with learner.running():
-        learner._backward(batch)
-        gradient = torch.cat([learner.scores.grad, learner.log_scales.grad], dim=1)
-    plain = mixed_states_of_whole_layers if kind == "whole layers" else mixed_states
-    expected = plain(model.eval(), rows, batch)
-    torch.testing.assert_close(seen[0], expected, rtol=1e-10, atol=1e-10)
-    (expected_gradient,) = torch.autograd.grad(loss_of(expected), rows)
-    assert expected_gradient.abs().max() > 1e-3
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-10)
-    with learner.running(), learner.without_teachers(), torch.no_grad():
-        without = states(model, batch)
-    with AdapterSetup(None):
-        torch.testing.assert_close(without, states(model, batch), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_gradients_reach_the_scores_through_mixture_and_head(per_layer):
-    """Against central differences of the loss, with the teachers' heads mixed."""
-    model = with_teachers_of_their_own_scores(make_student(make_model(dtype=torch.float64)).double()).double()
-    batch = make_batch()
-    learner = learner_of(model, per_layer=per_layer)
-    assert len(learner.heads) == len(learner.head) == 4
-    assert not learner.trained
-    with learner.running():
-        learner._backward(batch)
-        for parameter in (learner.scores, learner.log_scales):
-            gradient, parameter.grad = parameter.grad, None
-            flat, differences = parameter.data.view(-1), []
-            for number in range(len(flat)):
-                values = []
-                for step in (1e-5, -2e-5):
-                    flat[number] += step
-                    values.append(learner.losses([batch]).item())
-                flat[number] += 1e-5
-                differences.append((values[0] - values[1]) / 2e-5)
-            assert gradient.abs().max() > 1e-3
-            torch.testing.assert_close(gradient.flatten(), torch.tensor(differences).double(), rtol=1e-5, atol=1e-8)
-    with learner.running():
-        learner._mix_heads()
-        (row,) = learner.scores.mean(dim=0, keepdim=True).detach()
-        for key, value in model.heads["insurance"].state_dict().items():
-            of_teachers = torch.stack([model.heads[name].state_dict()[key] for name in TEACHERS])
-            expected = sum(w * v for w, v in zip(row[:-1].softmax(0), of_teachers, strict=True))
-            torch.testing.assert_close(value, expected)
-
-
-def batches_of(n, seed=7, size=16):
-    data = sequences(n, seed).with_format("torch")
-    return [data[i : i + size] for i in range(0, n, size)]
+from hf_adapter_distillation.method.layers import adapter_layers
+from hf_adapter_distillation.teachers.learner import Learner
+from hf_adapter_distillation.teachers.weighing import learn_weights
 
 
 def weigh(teachers, **kwargs):
@@ -222,7 +72,7 @@ def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
     for share in (0.0, 0.5, 1.0):
         losses[share], weights[share], without = 0.0, 0.0, 0.0
         for number in range(2):
-            learner = Learner(model, active_block(model), loss, False, (), lambda tensor: tensor, 1.0)
+            learner = Learner(model, active_block(model), loss, False, 1, (), lambda tensor: tensor, 1.0)
             judge = {name: torch.cat([batch[name] for batch in halves[1 - number]]) for name in halves[0][0]}
             with learner.running():
                 learner.learn(lambda half=halves[number]: half, 8)
@@ -241,20 +91,6 @@ def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
         assert list(learned.mean().values()) == pytest.approx([1 / 4] * 3)
 
 
-def test_batches_count_by_their_examples():
-    """In the mean over batches of unequal sizes, also with a loss of shape (1,)."""
-    model = good_and_harmful()
-    model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
-    model.train_adapter("insurance")
-    other = batches_of(24, seed=8, size=24)
-    parts = [{name: value[rows] for name, value in other[0].items()} for rows in (slice(0, 5), slice(5, 24))]
-    learners = [learner_of(model, lambda batch: model(**batch).loss[None]) for _ in range(2)]
-    losses = [learner.losses(batches) for learner, batches in zip(learners, (other, parts), strict=True)]
-    assert [len(each) for each in losses] == [1, 2]
-    mean = mean_over_examples(losses[1], torch.tensor([5.0, 19.0]), lambda tensor: tensor)
-    assert mean == pytest.approx(losses[0].item(), rel=1e-5)
-
-
 def test_a_batch_without_a_label_does_not_count():
     model = good_and_harmful()
     model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
@@ -269,11 +105,40 @@ def test_a_batch_without_a_label_does_not_count():
     assert gain > 0.3
 
 
+@pytest.mark.parametrize("offset", [-1.0, -10.0])
+def test_a_loss_that_is_not_above_zero_has_no_share_to_gain(offset):
+    model = good_and_harmful()
+    model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
+    model.train_adapter("insurance")
+    message = (
+        "The teachers of 'insurance' cannot be weighed: half of the batches have no labels, or the loss without "
+        "teachers, of which the gain is a share, is not above 0."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        had.weigh_teachers(model, batches_of(32), lambda batch: model(**batch).loss + offset)
+
+
 @pytest.mark.parametrize(("steps", "least"), [(4, 0.4), (8, 0.6), (16, 0.8), (40, 0.8)])
 def test_few_steps_go_nearly_as_far_as_many(steps, least):
     weights = weigh(["shuffled", "good", "random"], steps=steps)
     assert weights.mean()["good"] > least
     assert weights.gain > 0.2
+
+
+def test_the_head_of_a_new_task_is_learned_beside_the_weights():
+    """Far enough for the teacher of the task to show, whatever the head's start; else all losses stay near chance."""
+    for seed in range(3):
+        found = []
+        for teachers in (["shuffled", "good", "random"], ["shuffled", "random"]):
+            model = good_and_harmful()
+            torch.manual_seed(seed)
+            model.add_adapter("insurance", config="double_seq_bn", distill_from=teachers)
+            model.add_classification_head("insurance", num_labels=2, layers=1)
+            model.train_adapter("insurance")
+            found.append(had.weigh_teachers(model, batches_of(128), steps=64))
+        assert found[0].mean()["good"] > 0.7
+        assert found[0].gain > 0.03
+        assert found[0].gain > found[1].gain
 
 
 def test_teachers_that_know_nothing_gain_nothing():
