@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     DebertaConfig,
     DistilBertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
@@ -43,6 +44,10 @@ CONFIGS = {
     "llama": lambda **kw: LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, **kw,
+    ),
+    "gemma3": lambda **kw: Gemma3TextConfig(  # without a class with flexible heads
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=37, pad_token_id=0, bos_token_id=1, eos_token_id=2, **kw,
     ),
     "t5": lambda **kw: T5Config(
         vocab_size=VOCABULARY, d_model=32, num_layers=2, num_decoder_layers=2, num_heads=4, d_ff=37, d_kv=8,

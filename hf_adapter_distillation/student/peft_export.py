@@ -14,7 +14,7 @@ from adapters import AdapterConfig, LoRAConfig, ModelAdaptersMixin
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .._compat import ADAPTER_CONFIG_NAME, LoRAMergedLinear
+from .._compat import ADAPTER_CONFIG_NAME, LoRAMergedLinear, forward_arguments
 from ..downloads import read_adapter_config, suggestion
 from ..method.distillation import distillations
 from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, is_peft, projections_of
@@ -147,7 +147,8 @@ def _exported(model: ModelAdaptersMixin, name: str) -> dict[str, Exported]:
 def _peft_config(plain: PreTrainedModel, lora: Mapping[str, Exported]) -> dict[str, Any]:
     """Return the config of PEFT for the LoRA of some projections of a plain model."""
     model_class, names = type(plain), [name for name, _ in plain.named_modules()]
-    takes_text = plain.main_input_name == "input_ids"
+    # PEFT's class of a task passes both to the model, even if one is None.
+    takes_text = plain.main_input_name == "input_ids" and "inputs_embeds" in forward_arguments(plain)
     task = next((task for end, task in TASKS.items() if model_class.__name__.endswith(end) and takes_text), None)
     (rank, alpha), _ = Counter((each.rank, each.alpha) for each in lora.values()).most_common(1)[0]
     ranks, alphas = {}, {}

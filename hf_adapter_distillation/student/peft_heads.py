@@ -46,7 +46,9 @@ def plain_with_head(model: ModelAdaptersMixin, adapter: str, with_head: bool) ->
         ValueError: If no class of transformers has the head.
     """
     if not isinstance(model, ModelWithFlexibleHeadsAdaptersMixin):
-        own = _static_head(model, on_meta(original_class(model), model.config))
+        plain = on_meta(original_class(model), model.config)
+        plain.base_model_prefix = model.base_model_prefix  # some classes name a module that they lack, as of Gemma 3
+        own = _static_head(model, plain)
         if with_head or not own.modules:
             return own
         if model.get_output_embeddings() is not None:

@@ -12,10 +12,11 @@ from adapters import AutoAdapterModel, LoRAConfig
 from messages import exactly, one_line
 from model_state import snapshot
 from sentence_transformers import SentenceTransformer
-from tiny_models import CONFIGS, STATIC, make_batch, make_dataset, make_model, make_student, noisy
+from tiny_models import CONFIGS, STATIC, VOCABULARY, make_batch, make_dataset, make_model, make_student, noisy
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    CLIPConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     set_seed,
@@ -61,6 +62,8 @@ CASES = {  # family, kind of model, LoRA, flexible head
     "gpt2-merged": ("gpt2", "base", LoRAConfig(attn_matrices=["k", "v"], r=2), None),
     "gpt2-classes": ("gpt2", "classification", LoRAConfig(attn_matrices=["v"], output_lora=True), None),
     "llama": ("llama", "causal_lm", FULL, None),
+    "gemma3": ("gemma3", "causal_lm", FULL, None),
+    "gemma3-classes": ("gemma3", "classification", FULL, None),
     "deberta": ("deberta", "classification", FULL, None),
     "modernbert": ("modernbert", "classification", FULL, None),
     "t5": ("t5", "seq2seq_lm", FULL, None),
@@ -186,6 +189,8 @@ def test_the_config_says_what_peft_asks_for(read):
         "llama-flex": ["lm_head"],
         "gpt2-flex": None,
         "llama": None,
+        "gemma3": None,
+        "gemma3-classes": ["score"],
         "t5": None,
         "bert-masked": ["cls.predictions.transform"],
         "roberta-masked": ["lm_head.dense", "lm_head.layer_norm"],
@@ -220,6 +225,25 @@ def test_an_encoder_decoder_model_is_its_own_base(tmp_path):
     load_saved_adapter(model, tmp_path / "peft", "again")
     for own, again in zip(adapters_of(model, "bank"), adapters_of(model, "again"), strict=True):
         torch.testing.assert_close(again.lora_B @ again.lora_A, own.lora_B @ own.lora_A)
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "CLIPTextModel"])
+def test_a_model_without_an_argument_of_peft_has_no_task(kind, tmp_path):
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    text = size | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config=size | {"image_size": 16, "patch_size": 8}, projection_dim=16)
+    model_class = getattr(transformers, kind)
+    base = model_class(config if kind == "CLIPModel" else config.text_config)
+    base.save_pretrained(tmp_path / "base")
+    adapters.init(base)
+    base.add_adapter("bank", config="lora")
+    noisy(base, "bank")
+    base.set_active_adapters("bank")
+    had.save_adapter_as_peft(base, "bank", tmp_path / "peft")
+    batch = make_batch(labels=None) | ({"pixel_values": torch.randn(4, 3, 16, 16)} if kind == "CLIPModel" else {})
+    read = peft.PeftModel.from_pretrained(model_class.from_pretrained(tmp_path / "base"), tmp_path / "peft")
+    with torch.no_grad():  # in float32: CLIP masks with the smallest number, which is no float in float64
+        torch.testing.assert_close(read.eval()(**batch)[0], base.eval()(**batch)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_output_embeddings_that_peft_trained_are_exported(tmp_path):
