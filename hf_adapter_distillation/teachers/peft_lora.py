@@ -5,7 +5,7 @@ transformers. Adapters wraps the projections in place, so the path below the bas
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ HARMLESS = {
 }  # fmt: skip
 # Values of `init_lora_weights` in lower case; the other starts change the weights of the base model.
 HARMLESS_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # in a path
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r)
 
@@ -92,7 +93,8 @@ def convert_peft_lora(
             config.
 
     Raises:
-        ValueError: If it is no plain LoRA, or has a module that is no projection with LoRA in adapters' model.
+        ValueError: If it is no plain LoRA, has a module that is no projection with LoRA in adapters' model, or lacks
+            one that its config names.
     """
     _check_plain(saved, label)
     projections, scalings = projections_of(model), {}
@@ -109,6 +111,7 @@ def convert_peft_lora(
         module = projections[path]
         parts[path] = _split(down, up) if isinstance(module, LoRAMergedLinear) else {module.attn_key or "": (down, up)}
     scaling = next(filter(None, scalings.values()), 0.0)
+    _check_whole(projections, parts.keys(), saved, label)
     config = _config(model, parts, scaling, _dropout(saved, label))
     factors = {}
     for path, of_path in parts.items():
@@ -186,7 +189,13 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
 
 
 def _no_projection(model: ModelAdaptersMixin, saved_path: str, label: str) -> ValueError:
-    names = sorted({path.rpartition(".")[2] for path in projections_of(model)})
+    paths = projections_of(model)
+    if any(LAYER_NUMBER.sub("n", f".{saved_path}").endswith(LAYER_NUMBER.sub("n", f".{path}")) for path in paths):
+        return ValueError(
+            f"{label} has LoRA in {saved_path}, a layer that this {model.config.model_type} lacks; use one trained on "
+            "the same base model."
+        )
+    names = sorted({path.rpartition(".")[2] for path in paths})
     return ValueError(
         f"{label} has LoRA in {saved_path}, which is no projection that takes LoRA in adapters' "
         f"{model.config.model_type}; use a LoRA in {', '.join(names)} alone."
@@ -210,6 +219,28 @@ def _checked_path(
         size = f"a projection {saved_path} of another size"
         raise ValueError(f"{label} was made for {size}; use one trained on the same base model.")
     return path
+
+
+def _check_whole(projections: Iterable[str], found: Collection[str], saved: dict, label: str) -> None:
+    """Refuse a LoRA without a projection that its config names, of which PEFT only warns."""
+    targets, layers = saved.get("target_modules"), saved.get("layers_to_transform")
+    if not isinstance(targets, Collection) or isinstance(targets, str):
+        return
+    if layers not in (None, []) or saved.get("exclude_modules"):
+        return
+    parts = {_part(path) for path in found}  # a LoRA of the encoder of a T5 alone, or of one tower of a CLIP, is whole
+    for path in projections:
+        is_named = any(f".{path}".endswith(f".{end}") or f".{end}".endswith(f".{path}") for end in targets)
+        if is_named and path not in found and _part(path) in parts:
+            raise ValueError(
+                f"{label} has no LoRA in {path}, which its target_modules name; use a whole one that was trained on "
+                "the same base model."
+            )
+
+
+def _part(path: str) -> str:
+    """Return the list of layers that holds a projection, such as `encoder.layer`."""
+    return LAYER_NUMBER.split(path, maxsplit=1)[0]
 
 
 def _rank_and_scaling(saved: dict, saved_path: str, label: str) -> tuple[int, float]:

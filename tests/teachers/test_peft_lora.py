@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    T5EncoderModel,
     set_seed,
 )
 
@@ -34,15 +35,17 @@ CLASSES = {
 }
 
 
-def base(family, task):
+def base(family, task, **sizes):
     set_seed(0)
-    return CLASSES[task].from_config(CONFIGS[family]()).eval()
+    config = CONFIGS[family]()
+    config.update(sizes)
+    return CLASSES[task].from_config(config).eval()
 
 
-def saved_by_peft(folder, family="bert", task="SEQ_CLS", **config):
+def saved_by_peft(folder, family="bert", task="SEQ_CLS", sizes=(), **config):
     """A LoRA with random weights that PEFT saved, and PEFT's model with it."""
     config = peft.LoraConfig(task_type=task, **config)
-    model = peft.get_peft_model(base(family, task), config).eval()
+    model = peft.get_peft_model(base(family, task, **dict(sizes)), config).eval()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter)
@@ -234,6 +237,8 @@ def damaged(folder, what):
         save_file({"base_model.model.classifier.weight": torch.zeros(1)}, path)
     elif what == "half":
         save_file({k: v for k, v in load_file(path).items() if "layer.1.attention.self.query.lora_B" not in k}, path)
+    elif what == "no value":
+        save_file({k: v for k, v in load_file(path).items() if "layer.1.attention.self.value" not in k}, path)
     elif what == "wide":
         save_file({k: torch.zeros(8, 64) if "lora_A" in k else v for k, v in load_file(path).items()}, path)
     config_path.write_text(json.dumps(config | what if isinstance(what, dict) else config))
@@ -262,6 +267,10 @@ def damaged(folder, what):
         ("empty", "has no LoRA weights in "),
         ("pickle", "adapter_model.bin is a pickle of an older PEFT; save it again."),
         ("half", "lacks bert.encoder.layer.1.attention.self.query.lora_B.weight; save it again."),
+        (
+            "no value",
+            "has no LoRA in encoder.layer.1.attention.self.value, which its target_modules name; use a whole one that",
+        ),
         ({"lora_dropout": 2}, "has lora_dropout=2; it must be a number from 0 to below 1."),
         ({"lora_dropout": "a"}, "has lora_dropout='a'; it must be a number from 0 to below 1."),
         ("wide", "was made for a projection bert.encoder.layer.0.attention.self.query of another size"),
@@ -283,6 +292,44 @@ def test_a_module_that_takes_no_lora_here_is_named(tmp_path):
     saved_by_peft(tmp_path / "bank", target_modules=["attention.output.dense"])
     with pytest.raises(ValueError, match="has LoRA in bert.encoder.layer.0.attention.output.dense, which is no proj"):
         make_model().add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "of_lora", "of_model", "message"),
+    [
+        ("llama", "CAUSAL_LM", {"num_hidden_layers": 2}, {"num_hidden_layers": 4},
+         "has no LoRA in layers.2.self_attn.q_proj, which its target_modules name; use a whole one that was trained"),
+        ("llama", "CAUSAL_LM", {"num_hidden_layers": 2}, {"num_hidden_layers": 1},
+         "has LoRA in model.layers.1.self_attn.q_proj, a layer that this llama lacks; use one trained on the same"),
+        ("bart", "SEQ_2_SEQ_LM", {"decoder_layers": 1}, {},
+         "has no LoRA in decoder.layers.1.self_attn.v_proj, which its target_modules name; use a whole one that was"),
+    ],
+)  # fmt: skip
+def test_a_lora_of_a_base_with_another_number_of_layers_is_named(family, task, of_lora, of_model, message, tmp_path):
+    saved_by_peft(tmp_path / "bank", family, task, of_lora, target_modules=["q_proj", "v_proj"])
+    model = base(family, task, **of_model)
+    adapters.init(model)
+    with pytest.raises(ValueError, match=one_line(part=message)):
+        model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    assert not list(model.adapters_config)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layers_to_transform": 0}, {"exclude_modules": ["layer.1.attention.self.query"]}]
+)
+def test_a_lora_that_its_config_limits_to_some_projections_is_whole(settings, tmp_path):
+    saved_by_peft(tmp_path / "bank", target_modules=["query", "value"], **settings)
+    model = make_model()
+    model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    assert "bank" in model.adapters_config
+
+
+def test_a_lora_of_the_encoder_alone_is_whole(tmp_path):
+    model = peft.get_peft_model(T5EncoderModel(CONFIGS["t5"]()), peft.LoraConfig(target_modules=["q", "v"]))
+    model.save_pretrained(str(tmp_path / "bank"))
+    model = make_model("t5")
+    model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    assert {key.partition(".")[0] for key, _ in adapter_layers(model, "bank")} == {"encoder"}
 
 
 def test_a_student_of_another_method_is_fused_with_it_by_layers(tmp_path):
