@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS
 from ..downloads import hub_reason, read_adapter_config
 from ..method.heads import number_of_labels
-from ..student.peft_export import PEFT_FILES, save_adapter_as_peft
+from ..student.peft_export import PEFT_FILES, check_folder, save_adapter_as_peft
 from ..student.provenance import PROVENANCE_NAME, provenance_of
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
 from ..teachers.loading import check_formats
@@ -224,13 +224,17 @@ def push_student(
     `format="peft"` pushes the files of `save_adapter_as_peft`.
 
     Raises:
-        ValueError: If `repo_id` is not a valid name, or the student has no form in the format.
+        ValueError: If `repo_id` is not a valid name, the student has no form in the format, or `local_path` holds an
+            adapter in the other one.
         OSError: If the Hub cannot be reached or refuses. The repository then holds what it held before, or the whole
             push if the Hub's answer was lost; the same push again does no harm.
     """
     folders = {"adapters": student_folder, "peft": peft_folder}
     if format not in folders:
         raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(map(repr, folders))}.")
+    local = Path(local_path) if local_path is not None and Path(local_path).is_dir() else None
+    if local is not None:
+        _check_local(local, format)
     options = PushOptions(
         commit_message=commit_message,
         commit_description=commit_description,
@@ -242,12 +246,20 @@ def push_student(
     repo_id = check_push(student, repo_id, token)
     card = CardOptions(datasets_tag=datasets_tag, **(adapter_card_kwargs or {}))
     with folders[format](model, student, repo_id, card) as folder:
-        if local_path is not None and Path(local_path).is_dir():
-            if (Path(local_path) / CARD_NAME).exists() and not overwrite_adapter_card:
+        if local is not None:
+            if (local / CARD_NAME).exists() and not overwrite_adapter_card:
                 (folder / CARD_NAME).unlink()
             for path in folder.iterdir():
-                copyfile(path, Path(local_path) / path.name)
+                copyfile(path, local / path.name)
         return _push(folder, student, repo_id, options)
+
+
+def _check_local(folder: Path, format: str) -> None:
+    """Refuse a folder with an adapter in the other format, which the files of a push would spoil."""
+    if format == "peft":
+        check_folder(folder)
+    elif (folder / ADAPTER_CONFIG_NAME).is_file() and is_peft(read_adapter_config(folder)):
+        raise ValueError(f"{folder} holds an adapter of PEFT; give another folder.")
 
 
 def push_saved(

@@ -83,7 +83,7 @@ def write_as_peft(
 ) -> None:
     """Save a LoRA as PEFT does, with a provenance in the form of `Provenance.to_dict`."""
     folder, config = Path(save_directory), _lora_config(model, adapter_name)
-    _check_folder(folder)
+    check_folder(folder)
     plain, modules, head = plain_with_head(model, adapter_name, with_head)
     base_path = next(name for name, module in plain.named_modules() if module is plain.base_model)
     lora = {f"{base_path}.{path}".lstrip("."): each for path, each in _exported(model, adapter_name).items()}
@@ -183,8 +183,8 @@ def _common_ends(paths: Collection[str], names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be replaced whole, or holds an adapter in another form."""
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` if a folder cannot be replaced whole, or holds an adapter that save_adapter wrote."""
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"{folder} is a link to {folder.readlink()}, which is not there; give a folder.")
     if folder.exists() and not folder.is_dir():

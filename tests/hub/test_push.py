@@ -216,6 +216,23 @@ def test_a_local_path_gets_the_files_and_keeps_its_card(hub, tmp_path):
     assert (tmp_path / "README.md").read_bytes() == generated
 
 
+def test_a_local_path_with_an_adapter_in_the_other_format_is_not_spoiled(hub, tmp_path):
+    model = make_student(make_model(kind="base"), config="lora")
+    model.save_adapter(str(tmp_path / "stock"), "insurance")
+    had.save_adapter_as_peft(model, "insurance", tmp_path / "peft")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for format_, folder, held in (
+        ("peft", tmp_path / "stock", "an adapter that save_adapter wrote"),
+        ("adapters", tmp_path / "peft", "an adapter of PEFT"),
+    ):
+        message = f"{folder} holds {held}; give another folder."
+        refused(ValueError, message, push, model, local_path=str(folder), format=format_)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert not hub.repos
+    push(model, local_path=str(tmp_path / "peft"), format="peft")
+    assert (tmp_path / "peft" / "README.md").is_file()
+
+
 def test_plain_adapters_are_pushed_by_adapters(hub):
     model = make_student(make_model())
     model.push_adapter_to_hub("me/bank", "bank")
