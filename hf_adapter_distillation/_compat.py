@@ -15,9 +15,10 @@ from adapters.head_utils import STATIC_TO_FLEX_HEAD_MAP
 from adapters.loading import AdapterLoader
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
-from adapters.methods.lora import LoRA, LoRALinear, LoRAMergedLinear, LoRAState
+from adapters.methods.lora import LoRA, LoRALinear, LoRAMergedLinear, LoRAState, Vera
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from adapters.methods.prefix_tuning import PrefixTuningPool
+from adapters.methods.reft import ReftModule
 from adapters.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from adapters.utils import HEAD_CONFIG_NAME, HEAD_WEIGHTS_NAME, SAFE_HEAD_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from packaging.version import Version

@@ -1,19 +1,34 @@
 """Checks of a trainer's settings, before any time is spent."""
 
 from importlib.util import find_spec
+from typing import TypeGuard
 
+import torch
 from accelerate import DistributedType
 from adapters import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+from torch import nn
 
-from .._compat import forward_arguments
+from .._compat import (
+    Adapter,
+    AdapterLayerBase,
+    LoRA,
+    LoRALinear,
+    LoRAMergedLinear,
+    ReftModule,
+    Vera,
+    forward_arguments,
+)
 from ..analysis.plots import MISSING
+from ..composition import AdapterDistillation
 from ..configuration import DistillationArgumentsMixin, DistillationConfig
 from ..method.distillation import Distillation
+from ..method.parameters import parameter_roles
 
 NOT_SHARDED = (
     "is not supported: what is trained is too small to be worth sharding. Leave it out; to shard the frozen base "
     "model, call hf_adapter_distillation.training.sharding.shard_base_model before the trainer is made."
 )
+MULTIPLYING = (LoRA, Vera, Adapter, ReftModule)  # the modules of others, such as IA3, may have another data type
 
 
 def check_arguments(args: DistillationArgumentsMixin) -> None:
@@ -72,6 +87,38 @@ def check_loss(
                 f"The objective {objective!r} needs a head and its labels in the model with adapters, but the loss of "
                 f"this training is computed outside of {kind}; choose 'features' or 'cosine'."
             )
+
+
+def check_data_types(model: ModelAdaptersMixin, block: AdapterDistillation, mixed_precision: str) -> None:
+    """Check that torch can multiply the student's matrices with the hidden states of the base model.
+
+    These have the data type of a projection with LoRA, and else the one of the base model, if it has a single one.
+    Weights in 4 or 8 bits are left out.
+
+    Raises:
+        ValueError: If their data types differ, and no autocast makes them equal.
+    """
+    if mixed_precision != "no" or torch.is_autocast_enabled(model.device.type):
+        return
+    roles = parameter_roles(model, block)
+    of_base = {weight.dtype for name, weight in model.named_parameters() if roles[name] == "base model"}
+    for layer in model.base_model.modules():
+        module = layer.adapter_modules[block.student] if _holds(layer, block.student) else None
+        if not isinstance(module, MULTIPLYING):
+            continue
+        wanted, *others = {layer.weight.dtype} if isinstance(layer, LoRALinear | LoRAMergedLinear) else of_base
+        dtypes = [weight.dtype for weight in module.parameters()]
+        if wanted in dtypes or others or not wanted.is_floating_point:
+            continue
+        own, other = (str(dtype).removeprefix("torch.") for dtype in (dtypes[0], wanted))
+        raise ValueError(
+            f"Student {block.student!r} is in {own} and the base model in {other}, which torch cannot multiply; call "
+            f"model.to(torch.{other}) after add_adapter{', or pass bf16=True' if wanted != torch.float64 else ''}."
+        )
+
+
+def _holds(layer: nn.Module, adapter: str) -> TypeGuard[AdapterLayerBase]:
+    return isinstance(layer, AdapterLayerBase) and adapter in layer.adapter_modules
 
 
 def check_combinations(

@@ -28,7 +28,7 @@ from ..student.summary import as_table, summary_rows
 from ..student.training_run import TrainingRun, finite_metrics, start_settings
 from . import checkpoint as checkpoints
 from .callbacks import SigtermCallback, StageCallback
-from .checks import check_arguments, check_combinations, check_loss
+from .checks import check_arguments, check_combinations, check_data_types, check_loss
 from .construction import shown_to_trainer
 from .data import UnlabelledBatches, keeping_random_state, number_of_examples
 from .loss_log import LoggedTerms
@@ -170,6 +170,7 @@ class DistillationMixin(WritingTrainer):
         """Take a block as the one to train, after a check that its settings suit the training."""
         self.block, inner = block, self.model_with_adapters
         config, is_wrapped = self.distillation.config, inner is not self.model
+        check_data_types(inner, block, self.accelerator.mixed_precision)
         check_loss(inner, config, has_other_loss=self._loss_is_outside, is_wrapped=is_wrapped)
         check_combinations(
             self.args,
