@@ -225,6 +225,9 @@ def _save_pretrained(original: Callable, self: ModelAdaptersMixin, save_director
 def _push_adapter_to_hub(
     original: Callable, self: ModelAdaptersMixin, repo_id: str, adapter_name: str, *args: Any, **kwargs: Any
 ) -> str:
+    if adapter_name not in self.adapters_config:  # adapters would create the repository first
+        names = ", ".join(map(repr, self.adapters_config)) or "none"
+        raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {names}.")
     distillation = distillations(self.adapters_config).get(adapter_name)
     if distillation is not None and not distillation.is_loaded:
         from .hub.push import push_student  # imports datasets and the Trainer of transformers
@@ -235,9 +238,6 @@ def _push_adapter_to_hub(
             f"format takes a student of this model, and {adapter_name!r} was loaded or is not distilled; save it by "
             "save_adapter_as_peft and upload the folder."
         )
-    if adapter_name not in self.adapters_config:  # adapters would create the repository first
-        names = ", ".join(map(repr, self.adapters_config)) or "none"
-        raise ValueError(f"There is no adapter {adapter_name!r} to push; adapters on the model: {names}.")
     return original(self, repo_id, adapter_name, *args, **kwargs)
 
 

@@ -65,9 +65,15 @@ def save_adapter_as_peft(
             of the language model.
 
     Raises:
+        TypeError: If it is no model with adapters.
         ValueError: If the adapter is not a plain LoRA, the plain model has no such head, or the folder holds something
             else.
     """
+    if not isinstance(model, ModelAdaptersMixin):
+        raise TypeError(
+            f"save_adapter_as_peft takes a model with adapters, not a {type(model).__name__}; call adapters.init, or "
+            "save_pretrained of a PeftModel."
+        )
     distillation = distillations(model.adapters_config).get(adapter_name)
     has_provenance = distillation is not None and not distillation.is_loaded
     provenance = Provenance.of(model, distillation).to_dict() if distillation and has_provenance else None
@@ -103,13 +109,20 @@ def write_as_peft(
 
 def check_lora_config(label: str, config: AdapterConfig) -> None:
     """Raise `ValueError` if an adapter of a config has no form in PEFT; `label` is the adapter in messages."""
-    kind = type(config).__name__
-    if type(config) is LoRAConfig and config.composition_mode == "add" and config.vera_d is config.vera_b is None:
-        if not config.use_dora and not config.use_gating:
+    kind = f"a {type(config).__name__}"
+    if isinstance(config, LoRAConfig):
+        kinds = {
+            "a scaling LoRA (IA3)": config.composition_mode == "scale",
+            "VeRA": {config.vera_d, config.vera_b} != {None},
+            "a LoRA with gates": config.use_gating,
+            "a DoRA, whose norm PEFT computes in another way": config.use_dora,
+        }
+        found = [kind for kind, is_kind in kinds.items() if is_kind]
+        if not found and type(config) is LoRAConfig:
             return
-        kind = "LoRA with gates" if config.use_gating else "DoRA, whose norm PEFT computes in another way"
+        kind = next(iter(found), kind)
     raise ValueError(
-        f"{label} is a {kind}, which has no form in PEFT; only a plain LoRA is exported (save_adapter saves it)."
+        f"{label} is {kind}, which has no form in PEFT; only a plain LoRA is exported (save_adapter saves it)."
     )
 
 

@@ -37,13 +37,15 @@ def from_peft(peft_model: "PeftModel") -> ModelAdaptersMixin:
 
     Raises:
         TypeError: If it is no `PeftModel`, or wraps something else than a model of transformers.
-        ValueError: If adapters does not know the model, an adapter cannot be converted, adapters have different heads
-            or are merged into the base model. The `PeftModel` is then unchanged.
+        ValueError: If there is no adapter, adapters does not know the model, an adapter cannot be converted, adapters
+            have different heads or are merged into the base model. The `PeftModel` is then unchanged.
     """
     from peft import PeftModel  # optional, and there where a PeftModel is
 
     if not isinstance(peft_model, PeftModel):
         raise TypeError(f"from_peft takes a PeftModel, not a {type(peft_model).__name__}.")
+    if not peft_model.peft_config:
+        raise ValueError("The PeftModel has no adapter, since all were deleted; load one by its load_adapter.")
     base: Any = peft_model.get_base_model()
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"The PeftModel wraps a {type(base).__name__}, which is no model of transformers.")
@@ -86,8 +88,8 @@ def _converted(peft_model: "PeftModel", base: PreTrainedModel) -> dict[str, Any]
         if config.peft_type != "LORA":
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(
-                f"{label} is a PEFT adapter of type {kind}; from_peft takes LORA alone, distill_from converts others "
-                "from the folder that save_pretrained writes."
+                f"{label} is a PEFT adapter of type {kind}; from_peft takes LORA alone, and distill_from takes LOHA, "
+                "LOKR, VERA and others that PEFT converts to LoRA, from the folder that save_pretrained writes."
             )
         saved = config.to_dict()
         weights = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)

@@ -287,6 +287,7 @@ def test_nothing_is_asked_of_the_hub_for_what_cannot_be_pushed(hub, monkeypatch)
     with hub.quiet():
         message = "There is no adapter 'nope' to push; adapters on the model: 'bank', 'travel', 'work', 'insurance'."
         refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "nope")
+        refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "nope", format="peft")
         with pytest.raises(ValueError, match="Repo id must use alphanumeric chars"):
             push(model, "a b")
         with pytest.raises(TypeError, match="unexpected keyword argument 'licence'"):

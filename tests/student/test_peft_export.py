@@ -285,9 +285,11 @@ NO_FORM = "has no form in PEFT; only a plain LoRA is exported (save_adapter save
         ("seq_bn", f"Adapter 'bank' is a SeqBnConfig, which {NO_FORM}"),
         ("mam", f"Adapter 'bank' is a MAMConfig, which {NO_FORM}"),
         ("prefix_tuning", f"Adapter 'bank' is a PrefixTuningConfig, which {NO_FORM}"),
-        ("ia3", f"Adapter 'bank' is a IA3Config, which {NO_FORM}"),
+        ("ia3", f"Adapter 'bank' is a scaling LoRA (IA3), which {NO_FORM}"),
+        (LoRAConfig(composition_mode="scale", r=1), f"Adapter 'bank' is a scaling LoRA (IA3), which {NO_FORM}"),
+        ("vera", f"Adapter 'bank' is VeRA, which {NO_FORM}"),
         (LoRAConfig(use_gating=True), f"Adapter 'bank' is a LoRA with gates, which {NO_FORM}"),
-        (LoRAConfig(vera_d=0.1, vera_b=0.0), f"Adapter 'bank' is a LoRAConfig, which {NO_FORM}"),
+        (LoRAConfig(vera_d=0.1, vera_b=0.0), f"Adapter 'bank' is VeRA, which {NO_FORM}"),
         (
             LoRAConfig(use_dora=True),
             f"Adapter 'bank' is a DoRA, whose norm PEFT computes in another way, which {NO_FORM}",
@@ -299,6 +301,18 @@ def test_an_adapter_without_a_form_in_peft_is_named(config, message, tmp_path):
     model.add_adapter("bank", config=config)
     with pytest.raises(ValueError, match=exactly(message)):
         had.save_adapter_as_peft(model, "bank", tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrap", [lambda base: base, lambda base: peft.get_peft_model(base, peft.LoraConfig())])
+def test_a_model_without_adapters_is_named(wrap, tmp_path):
+    model = wrap(PLAIN["base"].from_config(CONFIGS["bert"]()))
+    message = (
+        f"save_adapter_as_peft takes a model with adapters, not a {type(model).__name__}; call adapters.init, or "
+        "save_pretrained of a PeftModel."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        had.save_adapter_as_peft(model, "default", tmp_path / "peft")
     assert not list(tmp_path.iterdir())
 
 

@@ -146,3 +146,24 @@ def test_a_model_of_peft_is_taken_once():
     had.from_peft(given)
     with pytest.raises(ValueError, match=one_line(start="The PeftModel wraps a model with adapters, as")):
         had.from_peft(given)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter bank was active")
+def test_a_model_of_peft_whose_adapters_were_deleted_is_named():
+    given = peft_model(target_modules=["query"])
+    for name in ("bank", "travel"):
+        given.delete_adapter(name)
+    message = "The PeftModel has no adapter, since all were deleted; load one by its load_adapter."
+    with pytest.raises(ValueError, match=exactly(message)):
+        had.from_peft(given)
+
+
+def test_prompt_tuning_is_named_with_the_methods_that_can_be_taken():
+    base = STATIC["classification"].from_config(CONFIGS["bert"]())
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")
+    message = (
+        "Adapter 'default' is a PEFT adapter of type PROMPT_TUNING; from_peft takes LORA alone, and distill_from "
+        "takes LOHA, LOKR, VERA and others that PEFT converts to LoRA, from the folder that save_pretrained writes."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        had.from_peft(peft.get_peft_model(base, config))
