@@ -53,9 +53,15 @@ def lora_by_peft(
         Frobenius norm of the difference of all updates of weights, relative to the norm of the updates.
 
     Raises:
-        ValueError: If PEFT is missing or too old, or cannot convert or load the adapter.
+        ValueError: If PEFT is missing or too old, or cannot convert or load the adapter, or the base model is in few
+            bits.
     """
     kind = str(saved["peft_type"])
+    if not all(weight.is_floating_point() for weight in model.base_model.parameters()):
+        raise ValueError(
+            f"{label} is a PEFT adapter of type {kind}, which is not converted on a base model in 4 or 8 bits; "
+            "convert it on the base model in full precision, save it by save_adapter_as_peft, and distil from that."
+        )
     check_peft(f"{label} is a PEFT adapter of type {kind}")
     import peft  # optional
 

@@ -120,6 +120,21 @@ def test_a_base_without_a_pooler_is_converted(tmp_path):
     assert "bank" in student_of(tmp_path / "bank", "roberta").adapters_config
 
 
+def test_a_base_in_few_bits_is_named_before_anything_is_changed(tmp_path):
+    saved_by_peft(tmp_path / "bank", kind="base", **LOHA)
+    model = base("bert", "base")
+    adapters.init(model)
+    projection = model.encoder.layer[0].attention.self.query
+    projection.weight = torch.nn.Parameter(projection.weight.detach().to(torch.int8), requires_grad=False)
+    message = (
+        "is a PEFT adapter of type LOHA, which is not converted on a base model in 4 or 8 bits; convert it on the "
+        "base model in full precision, save it by save_adapter_as_peft, and distil from that."
+    )
+    with pytest.raises(ValueError, match=one_line(part=message)):
+        model.add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
+    assert not list(model.adapters_config)
+
+
 def damaged(folder, what):
     path = folder / "adapter_model.safetensors"
     weights = load_file(path)
