@@ -54,9 +54,10 @@ def save_adapter_as_peft(
     """Save a LoRA, distilled or not, as PEFT does, for programs that know PEFT and not adapters.
 
     The folder gets `adapter_model.safetensors` and `adapter_config.json`, and for a distilled student its provenance
-    in `distillation.json`. `PeftModel.from_pretrained` of PEFT, and `load_adapter` of transformers and of Sentence
-    Transformers, read it on the plain model. The files are written elsewhere and then moved, so nothing is left of a
-    failed save.
+    in `distillation.json`; a student that was saved and loaded into another model has none there, so use
+    `adapter-distill export` for a saved student. `PeftModel.from_pretrained` of PEFT, and `load_adapter` of
+    transformers and of Sentence Transformers, read it on the plain model. The files are written elsewhere and then
+    moved, so nothing is left of a failed save.
 
     Args:
         with_head: Save the head of the adapter in `modules_to_save`, for the class of transformers that has the same
