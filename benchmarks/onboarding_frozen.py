@@ -171,7 +171,7 @@ FROZEN_METHODS = {
     "frozen encoder": Method(frozen_encoder, (0.0,), needs_labels=False),
     "frozen centroid": Method(frozen_centroid, (0.0,)),
     "nearest neighbour": Method(nearest_neighbour, (0.0,)),
-    "logistic regression": Method(logistic_regression, (1.0, 10.0, 100.0, 1000.0)),
+    "logistic regression": Method(logistic_regression, (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)),
     "linear map": Method(linear_map, (1e-4, 3e-4, 1e-3, 3e-3)),
     "SetFit": Method(setfit, (1e-5, 2e-5, 5e-5, 1e-4)),
 }
