@@ -120,10 +120,11 @@ class TwoStageTrainer(StudentPushingTrainer):
         step, first, scale = self.state.global_step, self.first_distillation_step, self._terms_factor
         scaler = self.accelerator.scaler  # of float16, by which accelerate multiplies the loss
         left = 1 - (step - first) / max(1, self.state.max_steps - 1 - first)  # of stage 2, from 1 to 0
-        counts = self.distillation_weight > 0 or not self._weight_falls  # else the teachers do not help
+        # Else the other carriers would pass on fused outputs that the student does not learn.
+        counts = self.distillation_weight > 0 or not self._weight_falls
         self.distillation.begin_step()
         self.distillation.settings = StageSettings(
-            enabled=self._runs_teachers(step) and counts,
+            enabled=self._runs_teachers(step) and (counts or self.distillation.config.carrier == "student"),
             weight=self.distillation_weight * (left if self._weight_falls else 1.0),
             regularization=self.args.fusion_regularization,
             scale=scale if scaler is None else scaler.scale(torch.tensor(scale, device=self.accelerator.device)),

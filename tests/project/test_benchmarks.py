@@ -331,7 +331,7 @@ def benchmark(monkeypatch, tmp_path, capsys, tiny_encoder):
 
     def main(*arguments):
         output = tmp_path / "lines.jsonl"
-        short = "--shots 1 --steps 2 --batch_size 2 --n_wrong 1 --test_queries 1 --search_queries 1 --seeds 1"
+        short = "--shots 1 --steps 2 --batch_size 3 --n_wrong 1 --test_queries 1 --search_queries 1 --seeds 1"
         teachers = f"--teacher_queries 2 --teacher_epochs 1 --teachers_dir {tmp_path / 'teachers'}"
         command = f"{short} {teachers} --data {data} --model {tiny_encoder} --output {output}".split()
         command += ["--architecture", "cross-encoder"]
