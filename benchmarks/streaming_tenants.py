@@ -8,6 +8,7 @@ finished run is one JSON line of the output; the same command goes on where it s
     python benchmarks/streaming_tenants.py --data path/to/clinc150 --shots 0 --seeds 1
     python benchmarks/streaming_tenants.py --methods "plain adapter" "AdapterDistillation" --device cuda --bf16
     python benchmarks/streaming_tenants.py --architecture cross-encoder --data path/to/clinc150
+    python benchmarks/streaming_tenants.py --architecture classifier --data path/to/clinc150 --pool relatives
     python benchmarks/streaming_tenants.py --architecture language-model --data path/to/clinc150 --others 3
     python benchmarks/streaming_tenants.py --architecture assistant --data path/to/clinc150 --others 3
     python benchmarks/report.py streaming_tenants benchmarks/results/embeddings_relatives_3.jsonl
@@ -25,6 +26,7 @@ from statistics import fmean
 from typing import Any
 
 import assistant_runs
+import classifier_runs
 import cross_encoder_runs
 import embedding_runs
 import language_model_runs
@@ -39,6 +41,7 @@ from inputs import open_folder  # isort: skip
 RUNS = {
     "embeddings": embedding_runs,
     "cross-encoder": cross_encoder_runs,
+    "classifier": classifier_runs,
     "language-model": language_model_runs,
     "assistant": assistant_runs,
 }

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from inputs import check_at_least, check_device, check_rates, check_seed  # noqa: E402
 
 LANGUAGE_MODELS = ("language-model", "assistant")
-ARCHITECTURES = ("embeddings", "cross-encoder", *LANGUAGE_MODELS)
+ARCHITECTURES = ("embeddings", "cross-encoder", "classifier", *LANGUAGE_MODELS)
 POOLS = ("unrelated", "relatives", "streaming", "random")
 FIRST_KEY = '{"method": '  # how a line begins
 
@@ -67,6 +67,9 @@ class Arguments:
             raise ValueError(
                 f"--architecture {self.architecture} knows no --device, --bf16 or --latency; leave it out."
             )
+        if self.architecture == "classifier" and (self.latency or self.shots == "0"):
+            unknown = "--latency" if self.latency else "--shots 0"
+            raise ValueError(f"--architecture classifier knows no {unknown}; leave it out.")
         check_device(self.device)
         self.teachers_dir = self.teachers_dir or f"outputs/teachers_{self.architecture}"
         self.output = self.output or f"outputs/{self.architecture}_{self.pool}_{self.shots}.jsonl"

@@ -20,6 +20,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import adapter_memory  # noqa: E402
+import classifier_runs  # noqa: E402
 import embedding_runs  # noqa: E402
 import inference  # noqa: E402
 import measure  # noqa: E402
@@ -396,6 +397,39 @@ def test_every_method_onboards_a_tenant_of_an_embedding_model(benchmark):
     assert [row.split(" | ")[0].removeprefix("| ") for row in table[2:]] == [line["method"] for line in lines]
 
 
+@pytest.mark.parametrize("pool", ["relatives", "random"])
+def test_every_method_onboards_a_tenant_of_a_classifier(pool, benchmark, distinct):
+    setting = ("--architecture", "classifier", "--pool", pool, "--data", distinct)
+    lines, _ = benchmark(*setting, "--tenants", "post", "--search_tenants", "0", "--steps", "4")
+    methods = classifier_runs.METHODS
+    assert [line["method"] for line in lines] == [name for name in methods if name != "SetFit" or find_spec("setfit")]
+    for line in lines:
+        assert (line["tenant"], line["seed"], line["teachers"]) == ("post", 1, 3 if pool == "relatives" else 2)
+        assert all(0 <= line[key] <= 1 for key in ("auc", "accuracy_at_1", "mrr"))
+        assert min(line["seconds"], line["cpu_seconds"]) > 0
+        assert ("weights" in line) == (line["method"] == "AdapterDistillation")
+    sizes = {line["method"]: line["MB"] for line in lines}
+    assert sizes["full fine-tuning"] > sizes["AdapterFusion"] > sizes["plain adapter"]
+    assert sizes["AdapterDistillation"] == pytest.approx(sizes["plain adapter"], rel=0.3)
+
+
+def test_a_classifier_has_an_example_more_than_queries_and_a_class_for_each_faq(benchmark, monkeypatch):
+    seen = []
+    fit = classifier_runs.Onboarding.fit
+    monkeypatch.setattr(
+        classifier_runs.Onboarding, "fit", lambda run, *args, **kw: (seen.append(run), fit(run, *args, **kw))
+    )
+    benchmark(
+        "--architecture", "classifier", "--tenants", "post", "--search_tenants", "0", "--methods", "plain adapter"
+    )
+    *teachers, run = seen
+    assert [len(teacher.labelled) for teacher in teachers] == [6, 6, 6]
+    assert run.labelled["label"][:] == [0, 0, 1, 1]
+    assert run.labelled["query"][0] == "what is my card"
+    assert run.model.heads["new"].config["label2id"] == {"what is my card": 0, "what is the weather": 1}
+    assert run.logits(["how is the card"]).shape == (1, 2)
+
+
 def test_without_labels_only_the_methods_that_need_none_run(benchmark):
     lines, _ = benchmark(*EMBEDDINGS, "--tenants", "post", "--shots", "0", "--search_tenants", "0")
     free = [name for name, method in embedding_runs.METHODS.items() if not method.needs_labels]
@@ -416,9 +450,16 @@ def test_methods_search_their_rates_and_variants_take_them(benchmark):
     assert f"Learning rates: linear map {rates['linear map']:g}, multi-task adapter" in out
 
 
-@pytest.mark.parametrize("architecture", ["cross-encoder", "embeddings"])
-def test_a_rerun_goes_on_where_the_first_stopped(architecture, benchmark, tmp_path, monkeypatch):
-    methods = ["--methods", "plain adapter", "teachers' average, untrained", "--search_tenants", "0"]
+@pytest.mark.parametrize(
+    ("architecture", "fast"),
+    [
+        ("cross-encoder", "teachers' average, untrained"),
+        ("embeddings", "teachers' average, untrained"),
+        ("classifier", "frozen centroid"),
+    ],
+)
+def test_a_rerun_goes_on_where_the_first_stopped(architecture, fast, benchmark, tmp_path, monkeypatch):
+    methods = ["--methods", "plain adapter", fast, "--search_tenants", "0"]
     methods += ["--architecture", architecture]
     first, _ = benchmark(*methods, "--tenants", "bank")
     assert [(line["method"], line["tenant"]) for line in first] == [(m, "bank") for m in methods[1:3]]
@@ -580,6 +621,11 @@ def test_each_method_takes_its_best_learning_rate():
         (["--shots", "0", "--methods", "plain adapter"], "--methods 'plain adapter' needs labelled queries"),
         ([*EMBEDDINGS, "--methods", "SetFit"], "--methods 'SetFit' needs its package; install it with pip install"),
         ([*EMBEDDINGS, "--architecture", "fast"], "--architecture fast is unknown; choose of embeddings"),
+        (["--architecture", "classifier", "--latency"], "--architecture classifier knows no --latency; leave it out"),
+        (
+            ["--architecture", "classifier", "--shots", "0"],
+            "--architecture classifier knows no --shots 0; leave it out",
+        ),
         (["--pool", "friends"], "--pool friends is unknown; choose of unrelated, relatives, streaming, random"),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--processes", "0"], "--processes 0 is out of range"),
