@@ -61,13 +61,23 @@ def predicts_next(model: ModelAdaptersMixin, name: str) -> bool:
 
 
 def are_alike(heads: Sequence[nn.Module | None]) -> bool:
-    """Return whether heads are of one class and form, so that they have a mean."""
+    """Return whether heads are of one class and form and predict the same labels, so that they have a mean.
+
+    Heads whose labels have no names of their own ("LABEL_0") count as of the same labels.
+    """
 
     def form(head: nn.Module) -> tuple[type, dict[str, torch.Size]]:
         return type(head), {key: value.shape for key, value in head.state_dict().items()}
 
-    forms = [form(head) for head in heads if head is not None]
-    return len(forms) == len(heads) and all(of_head == forms[0] for of_head in forms)
+    present = [head for head in heads if head is not None]
+    forms, names = [form(head) for head in present], [name for head in present if (name := _names_of_labels(head))]
+    are_same = all(of_head == forms[0] for of_head in forms) and all(of_head == names[0] for of_head in names)
+    return len(present) == len(heads) and are_same
+
+
+def _names_of_labels(head: nn.Module) -> set[str]:
+    labels = map(str, (vars(head)["config"] or {}).get("label2id") or ())
+    return {name for name in labels if not name.startswith("LABEL_")}
 
 
 def states_of_heads(student: nn.Module, teachers: Sequence[nn.Module]) -> list[dict[str, torch.Tensor]]:

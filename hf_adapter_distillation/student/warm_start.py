@@ -154,7 +154,7 @@ def is_at_average(model: ModelAdaptersMixin, student: str) -> bool:
 def start_head(
     model: ModelWithFlexibleHeadsAdaptersMixin, student: str, weights: Mapping[str, float] | None = None
 ) -> None:
-    """Set the student's head to the mean of its teachers' heads, where their shapes agree; add it if missing.
+    """Set the student's head to the mean of its teachers' heads, where these are alike; add it if missing.
 
     A student that was trained or loaded since it was added keeps its head.
     """

@@ -8,7 +8,13 @@ from messages import exactly
 from tiny_models import distillation_of, make_batch, make_model, make_student, of_head
 from trainings import trainer_for
 
-from hf_adapter_distillation.method.heads import kind_of_labels, predicts_next, shifts_labels, states_of_heads
+from hf_adapter_distillation.method.heads import (
+    are_alike,
+    kind_of_labels,
+    predicts_next,
+    shifts_labels,
+    states_of_heads,
+)
 
 
 def refused(trainer, message):
@@ -59,6 +65,26 @@ def test_rows_of_labels_are_put_in_the_order_of_the_student(head, of_teacher, or
     (state,) = states_of_heads(model.heads["insurance"], [bank])
     for key, value in bank.state_dict().items():
         assert torch.equal(state[key], value[order] if key.startswith("4.") else value)
+
+
+@pytest.mark.parametrize(
+    ("of_teacher", "alike"),
+    [
+        (LABELS, True),
+        ({0: "perhaps", 1: "yes", 2: "no"}, True),
+        ({0: "perhaps", 1: "yes", 2: "other"}, False),
+        ({0: "rail", 1: "bus", 2: "tram"}, False),
+        ({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, True),
+        (None, True),
+    ],
+)
+def test_heads_with_other_labels_are_not_alike(of_teacher, alike):
+    model = make_model()
+    for name, labels in (("bank", of_teacher), ("insurance", LABELS)):
+        model.add_classification_head(name, num_labels=3, id2label=labels)
+    assert are_alike([model.heads["insurance"], model.heads["bank"]]) == alike
+    assert are_alike([model.heads["bank"], model.heads["insurance"]]) == alike
+    assert not are_alike([model.heads["insurance"], None])
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,22 @@ def test_a_weighted_student_starts_at_the_weighted_update(scale, trainer_args, m
     assert fusion.weights() == pytest.approx(kept)
 
 
+def test_a_head_for_other_labels_keeps_its_start(trainer_args, monkeypatch):
+    model = make_model()
+    for name, labels in (("bank", "ab"), ("travel", "cd"), ("work", "ef"), ("insurance", "gh")):
+        distill_from = TEACHERS if name == "insurance" else None
+        model.add_adapter(name, config="seq_bn", distill_from=distill_from)
+        model.add_classification_head(name, id2label=dict(enumerate(labels)))
+    own = {key: value.clone() for key, value in model.heads["insurance"].state_dict().items()}
+    model.train_adapter("insurance")
+    weights = given_weights(model, {"bank": 0.9, "travel": 0.0, "work": 0.0})
+    trainer = weighted_trainer(model, trainer_args(), monkeypatch, weights)
+    trainer.fit_start()
+    assert trainer.block.teachers == ("bank",)
+    for key, value in model.heads["insurance"].state_dict().items():
+        assert torch.equal(value, own[key])
+
+
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_weighted_lora_starts_at_the_weighted_weight_change(scale, trainer_args, monkeypatch):
     """At each place with its own weights, and of the teachers that it has, whatever the order of their projections."""

@@ -183,6 +183,17 @@ def classes(n_rows, **settings):
     return learner, batches_of(24, size=n_rows)
 
 
+@pytest.mark.parametrize(("labels", "n_trained"), [("ab", 0), ("cd", 4)])
+def test_a_head_for_other_labels_than_the_teachers_is_learned(labels, n_trained):
+    model = make_model()
+    for name in (*TEACHERS, "insurance"):
+        model.add_adapter(name, config="seq_bn", distill_from=TEACHERS if name == "insurance" else None)
+        names = labels if name == "insurance" else "ab"
+        model.add_classification_head(name, id2label=dict(enumerate(names)))
+    model.train_adapter("insurance")
+    assert len(learner_of(model).trained) == n_trained
+
+
 def test_a_step_of_several_batches_equals_one_of_a_large_batch():
     learned = []
     for n_rows, accumulation in ((8, 1), (2, 4), (1, 8)):
