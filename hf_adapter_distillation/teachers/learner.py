@@ -1,4 +1,4 @@
-"""What a few labels teach before the first step: weights of the teachers, and a head of the student."""
+"""What a few labels teach before the first step: weights of the teachers, and what has to be learned along."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from ..method.nonfinite import find_overflow, start_message
 from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from .batches import Batches, Loss
+from .class_head import ClassHead
 
 # How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
 # between two weights. The rate has a limit, since the signs of very few gradients are mostly noise.
@@ -63,7 +64,10 @@ class WeighingPass(LayerPass):
 
 
 class Learner:
-    """Weights that are learned, and what is trained along: a head, or the loss's own parameters."""
+    """Weights that are learned, and what is trained along: a new head, or the loss's own parameters.
+
+    A new head for classes is not trained. It is fitted before the first step, and again before losses are compared.
+    """
 
     def __init__(
         self,
@@ -95,7 +99,14 @@ class Learner:
         self.heads = [torch.stack([state[name] for state in states]) for name in names] if alike else []
         roles = parameter_roles(model, block)
         static = [p for name, p in model.named_parameters() if p.requires_grad and roles[name] == "head"]
-        self.trained = [*([] if self.heads else self.head), *static, *beside]
+        self.new_head, self.beside = [*([] if self.heads else self.head), *static], list(beside)
+        self.class_head = ClassHead.of(model, block.student, self.new_head)
+        self.learned_from: Batches | None = None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Return what is trained along."""
+        return [*([] if self.class_head else self.new_head), *self.beside]
 
     def weights(self) -> torch.Tensor:
         """Return the weights, (n_places or 1, n_teachers + 1), detached."""
@@ -125,8 +136,9 @@ class Learner:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run the model with the weights, and put back all that was trained along, and all gradients."""
-        values = [(parameter, parameter.detach().clone()) for parameter in (*self.head, *self.trained)]
-        with_gradients = [p for p in (*self.model.parameters(), *self.trained) if p.requires_grad]
+        learned = (*self.head, *self.new_head, *self.beside)
+        values = [(parameter, parameter.detach().clone()) for parameter in learned]
+        with_gradients = [p for p in (*self.model.parameters(), *learned) if p.requires_grad]
         gradients = [(parameter, parameter.grad) for parameter in with_gradients]
         for parameter in with_gradients:
             parameter.grad = None
@@ -143,8 +155,12 @@ class Learner:
         """Train for some steps, over the batches again and again; fewer steps are larger ones, up to a limit.
 
         Returns:
-            Whether any step had finite gradients; the others change nothing.
+            Whether any step had finite gradients; the others change nothing. True where nothing is trained.
         """
+        self.learned_from = batches
+        self._fit_head()
+        if self.pass_.scores is None and not self.trained:
+            return True
         rate = min(MAXIMAL_RATE, 2 * SCORE_RANGE / (steps + 1))  # falls to 0: half of it on average
         ranges = {self.scores: SCORE_RANGE, self.log_scales: SCALE_RANGE}
         ranges |= {parameter: _head_range(parameter) for parameter in self.trained}
@@ -209,10 +225,18 @@ class Learner:
 
     @torch.no_grad()
     def losses(self, batches: Sequence[Any]) -> torch.Tensor:
-        """Return the losses of some batches, (n_batches,)."""
+        """Return the losses of some batches, (n_batches,), with a new head fitted to the present weights."""
         self._mix_heads()
+        self._fit_head()
         losses = torch.stack([self.loss(batch).reshape(()) for batch in batches])
         return losses.to(at_least_float32(losses.dtype))
+
+    def _fit_head(self) -> None:
+        """Fit a new head for classes to the states that it gets now; one that cannot be fitted is trained."""
+        if self.class_head is None or self.learned_from is None:
+            return
+        if not self.class_head.fit(self.loss, self.learned_from(), self.reduce):
+            self.class_head = None
 
     def _mix_heads(self) -> list[torch.Tensor]:
         """Set the student's head to the weighted mean of the teachers' heads, and return it with its graph."""

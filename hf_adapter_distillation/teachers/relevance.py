@@ -119,6 +119,7 @@ def measure_relevance(
     distillation, read = distillation_of(model, block.student), list(islice(batches(), BATCHES))
     sites: dict[nn.Module, Site] = {}
     gradients: list[list[torch.Tensor | None]] = []
+    learner.class_head = None  # fitted to the examples of which the gradients are taken, it would leave none
     with learner.without_teachers(), learner.running():
         if learner.trained:
             learner.learn(batches, steps)

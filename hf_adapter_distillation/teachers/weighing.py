@@ -32,7 +32,8 @@ def weigh_teachers(
     """Learn one weight for each teacher of the active student from a few labelled batches, in place of the student.
 
     In each layer the weighted sum of the teachers' updates stands for the student's update, and the task loss trains
-    the weights and their scale, the only parameters (beside a head that the teachers do not have, which is put back).
+    the weights and their scale, the only parameters. A head that the teachers do not have is fitted
+    where it predicts classes, else learned along, and put back.
     One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
     If they do not help, the best of these weights, equal weights and those halfway between is returned.
     Nothing on the model changes. `DistillationTrainer` does this for `student_start="weighted"`.
@@ -113,8 +114,7 @@ def learn_weights(
                     losses[share] = learner.losses(other)
                     weights[share] = weights[share] + learner.weights() / len(learners)
         with learner.without_teachers(), learner.running():
-            if learner.trained:
-                learner.learn(halves[number], steps // 2)
+            learner.learn(halves[number], steps // 2)
             base_losses = learner.losses(other)
         sizes = torch.tensor([find_batch_size(batch) or 1 for batch in other]).to(base_losses)
         sizes = torch.where(base_losses.isfinite(), sizes, 0)  # not those without labels, whose mean is NaN

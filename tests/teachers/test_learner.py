@@ -172,26 +172,29 @@ def test_batches_count_by_their_examples():
 
 
 def classes(n_rows, **settings):
-    """Batches of `n_rows` in float64, and a learner whose student has a head of its own."""
+    """Batches of `n_rows` in float64, and a learner whose student has a head of its own, which cannot be fitted."""
     model = good_and_harmful()
     torch.manual_seed(5)
     model.add_adapter("insurance", config="double_seq_bn", distill_from=["shuffled", "good", "random"])
     model.add_classification_head("insurance", num_labels=2, layers=1)
     model.double().train_adapter("insurance")
     learner = learner_of(model, lambda batch: model(**batch).loss, **settings)
+    learner.class_head = None
     assert len(learner.trained) == 2
     return learner, batches_of(24, size=n_rows)
 
 
-@pytest.mark.parametrize(("labels", "n_trained"), [("ab", 0), ("cd", 4)])
-def test_a_head_for_other_labels_than_the_teachers_is_learned(labels, n_trained):
+@pytest.mark.parametrize(("labels", "n_new"), [("ab", 0), ("cd", 4)])
+def test_a_head_for_other_labels_than_the_teachers_is_new(labels, n_new):
     model = make_model()
     for name in (*TEACHERS, "insurance"):
         model.add_adapter(name, config="seq_bn", distill_from=TEACHERS if name == "insurance" else None)
         names = labels if name == "insurance" else "ab"
         model.add_classification_head(name, id2label=dict(enumerate(names)))
     model.train_adapter("insurance")
-    assert len(learner_of(model).trained) == n_trained
+    learner = learner_of(model)
+    assert len(learner.new_head) == n_new
+    assert (learner.class_head is not None) == (n_new > 0)
 
 
 def test_a_step_of_several_batches_equals_one_of_a_large_batch():
@@ -232,7 +235,7 @@ def test_the_weights_of_a_wide_head_move_less():
     learner, batches = classes(8)
     wide = torch.nn.Parameter(torch.zeros(2, 4 * 384, dtype=torch.float64))
     narrow = torch.nn.Parameter(torch.zeros(2, 4, dtype=torch.float64))
-    learner.trained += [wide, narrow]
+    learner.beside += [wide, narrow]
     inner = learner.loss
     learner.loss = lambda batch: inner(batch) + wide.sum() + narrow.sum()
     before = [parameter.detach().clone() for parameter in (wide, narrow)]

@@ -125,8 +125,8 @@ def test_few_steps_go_nearly_as_far_as_many(steps, least):
     assert weights.gain > 0.2
 
 
-def test_the_head_of_a_new_task_is_learned_beside_the_weights():
-    """Far enough for the teacher of the task to show, whatever the head's start; else all losses stay near chance."""
+def test_the_head_of_a_new_task_is_fitted_beside_the_weights():
+    """So that the teacher of the task shows, whatever the head's start; one on base states is nearly as good."""
     for seed in range(3):
         found = []
         for teachers in (["shuffled", "good", "random"], ["shuffled", "random"]):
@@ -137,8 +137,7 @@ def test_the_head_of_a_new_task_is_learned_beside_the_weights():
             model.train_adapter("insurance")
             found.append(had.weigh_teachers(model, batches_of(128), steps=64))
         assert found[0].mean()["good"] > 0.7
-        assert found[0].gain > 0.03
-        assert found[0].gain > found[1].gain
+        assert found[0].gain > max(0.01, found[1].gain)
 
 
 def test_teachers_that_know_nothing_gain_nothing():
@@ -216,24 +215,38 @@ def make_silent(model):
 
 
 @pytest.mark.parametrize("kind", ["flex", "classification"])
-def test_a_new_head_is_trained_along(kind):
-    """Of a flex model, and the static head of a model that has one for all."""
+def test_a_new_head_is_fitted_or_trained_along(kind):
+    """Of a flex model, and the static head of a model that has one for all; fitted where the batches have labels."""
     model = make_student(make_model(kind=kind))
     if kind == "flex":
         model.delete_head("insurance")
         model.add_classification_head("insurance", num_labels=2, layers=1)
         model.train_adapter("insurance")
     head = model.heads["insurance"] if kind == "flex" else model.classifier
-    start, seen = head.state_dict()["weight" if kind != "flex" else "1.weight"].clone(), []
+    key = "weight" if kind != "flex" else "1.weight"
+    start, batches = head.state_dict()[key].clone(), [make_batch(), make_batch(seed=1)]
 
-    def loss(batch):
-        seen.append(head.state_dict()["weight" if kind != "flex" else "1.weight"].clone())
-        return model(**batch).loss
+    def heads_seen(batches, labels):
+        seen = []
 
-    had.weigh_teachers(model, [make_batch(), make_batch(seed=1)], loss, steps=4)
+        def loss(batch):
+            seen.append(head.state_dict()[key].clone())
+            return model(**{"labels": labels, **batch}).loss
+
+        had.weigh_teachers(model, batches, loss, steps=4)
+        assert torch.equal(head.state_dict()[key], start), "put back"
+        return [(weight - start).abs().max().item() for weight in seen]
+
     # Of each half: two steps and three evaluations with the teachers, and two steps and one without.
-    assert len(seen) == 16
-    assert [torch.equal(weight, start) for weight in seen] == ([True] + [False] * 4 + [True] + [False] * 2) * 2
+    unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    moved = heads_seen(unlabelled, batches[0]["labels"])
+    moved = [far for number, far in enumerate(moved) if number not in (0, 9)]  # it was tried to fit it
+    assert len(moved) == 16
+    assert [far == 0 for far in moved] == ([True] + [False] * 4 + [True] + [False] * 2) * 2
+    # A fit and two steps, a fit before each of the three evaluations, and two fits and an evaluation without teachers.
+    moved = heads_seen(batches, None)
+    assert len(moved) == 24
+    assert [far == 0 for far in moved] == ([True] + [False] * 8 + [True] + [False] * 2) * 2
 
 
 def test_bad_batches_and_losses():
