@@ -6,13 +6,12 @@ is held back (Hastie et al., The Elements of Statistical Learning, 4.2 and 7.10)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import log
 from typing import Any, NamedTuple
 
 import torch
 from adapters import ModelAdaptersMixin
 from torch import nn
-from torch.nn.functional import cross_entropy, linear, one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from ..method.heads import kind_of_labels, label_names, number_of_labels
 from ..method.losses import in_float64
@@ -20,7 +19,6 @@ from .batches import Loss
 
 RIDGES = [10.0**power for power in range(-3, 4)]  # relative to the mean eigenvalue
 SHARPNESS = [2.0**power for power in range(8)]  # the factor of the predictions, which are near 0 and 1
-INFORMED = 0.9  # of the loss of a head that says nothing: a head below it has learned something
 MAXIMAL_ROWS = 1024  # examples, or tokens
 
 
@@ -34,7 +32,6 @@ class ClassHead:
 
     def __init__(self, layer: nn.Linear, label_name: str) -> None:
         self.layer, self.label_name = layer, label_name
-        self.own = [parameter.detach().clone() for parameter in layer.parameters()]
 
     @classmethod
     def of(cls, model: ModelAdaptersMixin, student: str, parameters: Sequence[nn.Parameter]) -> "ClassHead | None":
@@ -55,9 +52,7 @@ class ClassHead:
 
     @torch.no_grad()
     def fit(self, loss: Loss, batches: Iterable[Any], reduce: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-        """Fit the layer to the states that it gets now; own weights that say more are kept.
-
-        Each process fits a layer of its own, to its examples.
+        """Fit the layer to the states that it gets now. Each process fits a layer of its own, to its examples.
 
         Args:
             loss: The task loss of a batch, which runs the model.
@@ -72,13 +67,9 @@ class ClassHead:
         if reduce(torch.tensor(float(found is not None), device=self.layer.weight.device)) < 1:
             return False
         assert found is not None
-        states, labels = found
-        fitted = fit_ridge(states, labels, self.layer.out_features)
-        of_own = cross_entropy(linear(states, *(in_float64(each) for each in self.own)), labels).item()
-        own_is_better = of_own < min(INFORMED * log(self.layer.out_features), fitted.loss)
-        values = self.own if own_is_better else [fitted.weight, fitted.bias]
-        for parameter, value in zip(self.layer.parameters(), values, strict=True):
-            parameter.copy_(value)
+        fitted = fit_ridge(*found, self.layer.out_features)
+        self.layer.weight.copy_(fitted.weight)
+        self.layer.bias.copy_(fitted.bias)
         return True
 
     def _rows(self, loss: Loss, batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
