@@ -171,7 +171,7 @@ def adapter_distillation(
     return run.save
 
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def _configured(**settings: Any) -> Method:

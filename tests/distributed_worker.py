@@ -43,6 +43,9 @@ SETTINGS = {
     "a start fitted on 19 examples": {"examples": 19, "max_steps": 2, "distillation_start": 0.0, "start": "teachers"},
     "a share of the steps": {"distillation_share": 0.5, "distillation_start": 0.0},
     "weighed teachers": {"start": "weighted", "weighing_steps": 4, "max_steps": 2, "distillation_start": 0.0},
+    "weighed teachers, a head of its own": {
+        "start": "weighted", "weighing_steps": 4, "max_steps": 2, "distillation_start": 0.0, "own_head": True
+    },
     "a start fitted on 3 examples": {"examples": 3, "max_steps": 0, "start": "teachers"},
     "static head": {"kind": "classification", "label_smoothing_factor": 0.1},
     "lora": {"config": "lora", "start": "average"},
@@ -73,13 +76,17 @@ if find_spec("trl"):
 def trainer_of(
     folder, examples=16, family="bert", kind="flex", labels="classification", config="seq_bn", carrier="student",
     level="auto", start="random", dtype=torch.float64, callbacks=(), compute_loss_func=None,
-    gradient_accumulation_steps=1, objective="features", teacher_selection="all", unlabelled=0, **kwargs,
+    gradient_accumulation_steps=1, objective="features", teacher_selection="all", unlabelled=0,
+    own_head=False, **kwargs,
 ):  # fmt: skip
     head = "tagging" if labels == "tags" else "classification"
     model = make_student(
         make_model(family, kind, dtype=dtype), head=head, config=config, carrier=carrier, level=level,
         student_start=start, objective=objective, teacher_selection=teacher_selection,
     ).to(dtype)  # fmt: skip
+    if own_head:
+        model.add_classification_head("insurance", num_labels=2, layers=1, overwrite_ok=True)
+        model.to(dtype).train_adapter("insurance")
     dataset = make_dataset(examples, labels.split()[-1])
     if labels == "tags":
         dataset = dataset.map(lambda row: {"labels": [token % 2 for token in row["input_ids"]]})

@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from ..method.heads import kind_of_labels, label_names, number_of_labels
-from ..method.losses import in_float64
 from .batches import Loss
 
-RIDGES = [10.0**power for power in range(-3, 4)]  # relative to the mean eigenvalue
+RIDGES = [10.0**power for power in range(-3, 4)]  # relative to the mean square of a state
 SHARPNESS = [2.0**power for power in range(8)]  # the factor of the predictions, which are near 0 and 1
 MAXIMAL_ROWS = 1024  # examples, or tokens
+
+Gather = Callable[[Any], list[Any]]  # what each process has
 
 
 class ClassHead:
@@ -51,29 +52,31 @@ class ClassHead:
         return cls(layers[-1], label_names(model, student)[0]) if layers else None
 
     @torch.no_grad()
-    def fit(self, loss: Loss, batches: Iterable[Any], reduce: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-        """Fit the layer to the states that it gets now. Each process fits a layer of its own, to its examples.
+    def fit(self, loss: Loss, batches: Iterable[Any], gather: Gather) -> bool:
+        """Fit the layer to the states that it gets now, in all processes.
 
         Args:
             loss: The task loss of a batch, which runs the model.
             batches: Labelled batches.
-            reduce: Averages a tensor over the processes.
+            gather: Returns what all processes have given.
 
         Returns:
-            Whether the batches have labels that fit to the states, and all states are finite, in all processes; else
-            nothing has changed.
+            Whether the batches have labels that fit to the states, and all states are finite; else nothing has
+            changed.
         """
-        found = self._rows(loss, batches)
-        if reduce(torch.tensor(float(found is not None), device=self.layer.weight.device)) < 1:
+        found = gather(self._rows(loss, batches))
+        if any(rows is None for rows in found):
             return False
-        assert found is not None
-        fitted = fit_ridge(*found, self.layer.out_features)
+        states, labels = (torch.cat(parts)[:MAXIMAL_ROWS] for parts in zip(*found, strict=True))
+        if not len(states) or not states.isfinite().all():
+            return False
+        fitted = fit_ridge(states, labels, self.layer.out_features)
         self.layer.weight.copy_(fitted.weight)
         self.layer.bias.copy_(fitted.bias)
         return True
 
     def _rows(self, loss: Loss, batches: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return states before the layer, (n, d), in float64, and their classes, (n,); None if there are none."""
+        """Return states before the layer, (n, d), in float64 on the CPU, and their classes, (n,); None without."""
         seen: list[torch.Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
         rows: list[tuple[torch.Tensor, torch.Tensor] | None] = []
@@ -85,10 +88,10 @@ class ClassHead:
         finally:
             handle.remove()
         found = [row for row in rows if row is not None]
-        if len(found) < len(rows) or not any(len(labels) for _, labels in found):
+        if not found or len(found) < len(rows):
             return None
         states, labels = (torch.cat(parts)[:MAXIMAL_ROWS] for parts in zip(*found, strict=True))
-        return (states, labels.to(states.device)) if states.isfinite().all() else None
+        return states, labels
 
     def _rows_of(self, batch: Any, seen: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the states and classes of a batch whose loss has run the layer once, with a state for each label."""
@@ -97,8 +100,9 @@ class ClassHead:
             return None
         if seen[0].shape[:-1] != labels.shape:
             return None
+        labels = labels.cpu().long()
         counts = (labels >= 0) & (labels < self.layer.out_features)
-        return in_float64(seen[0][counts.to(seen[0].device)]), labels[counts]
+        return seen[0].detach().cpu().double()[counts], labels[counts]
 
 
 class Ridge(NamedTuple):
@@ -128,21 +132,17 @@ def fit_ridge(states: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Rid
     n = len(states)
     center, targets = states.mean(dim=0), one_hot(labels, n_classes).to(states)
     prior = targets.mean(dim=0)
-    states, targets = states - center, targets - prior
-    eigenvalues, vectors = torch.linalg.eigh(states @ states.T)  # (n,), (n, n)
-    eigenvalues = eigenvalues.clamp(min=0)
-    mean = eigenvalues.mean().clamp(min=1e-12)
-    best: tuple[float, float, float] | None = None
+    targets = targets - prior
+    left, sizes, right = torch.linalg.svd(states - center, full_matrices=False)  # (n, k), (k,), (k, d)
+    mean = (sizes.square().sum() / n).clamp(min=1e-12)
+    tried = []
     for ridge in RIDGES:
-        kept = eigenvalues / (eigenvalues + ridge * mean)
-        predicted = vectors @ (kept[:, None] * (vectors.T @ targets))  # (n, n_classes)
-        own = (vectors.square() @ kept + 1 / n).clamp(max=1 - 1e-6)[:, None]  # what an example adds to its prediction
+        kept = sizes.square() / (sizes.square() + ridge * mean)
+        predicted = left @ (kept[:, None] * (left.T @ targets))  # (n, n_classes)
+        own = (left.square() @ kept + 1 / n).clamp(max=1 - 1e-6)[:, None]  # what an example adds to its prediction
         left_out = (predicted - own * targets) / (1 - own)
         for sharpness in SHARPNESS:
-            loss = cross_entropy(sharpness * (left_out + prior), labels).item()
-            best = min(best or (loss, ridge, sharpness), (loss, ridge, sharpness))
-    assert best is not None
-    loss, ridge, sharpness = best
-    solved = vectors @ ((vectors.T @ targets) / (eigenvalues + ridge * mean)[:, None])  # (n, n_classes)
-    weight = sharpness * solved.T @ states
+            tried.append((cross_entropy(sharpness * (left_out + prior), labels).item(), ridge, sharpness))
+    loss, ridge, sharpness = min(tried)
+    weight = sharpness * (targets.T @ left * (sizes / (sizes.square() + ridge * mean))) @ right
     return Ridge(weight, sharpness * prior - weight @ center, loss)

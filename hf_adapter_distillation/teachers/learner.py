@@ -20,7 +20,7 @@ from ..method.nonfinite import find_overflow, start_message
 from ..method.parameters import parameter_roles
 from ..method.predictions import without_dropout
 from .batches import Batches, Loss
-from .class_head import ClassHead
+from .class_head import ClassHead, Gather
 
 # How far Adam can move a score, since a step moves it by the learning rate at most: to a ratio of exp(2 * 2.25) = 90
 # between two weights. The rate has a limit, since the signs of very few gradients are mostly noise.
@@ -79,9 +79,10 @@ class Learner:
         beside: Sequence[nn.Parameter],
         reduce: Callable[[torch.Tensor], torch.Tensor],
         loss_scale: float,
+        gather: Gather = lambda part: [part],
     ) -> None:
         self.model, self.loss, self.reduce, self.loss_scale = model, loss, reduce, loss_scale
-        self.accumulation = accumulation
+        self.accumulation, self.gather = accumulation, gather
         self.student, self.distillation = block.student, distillation_of(model, block.student)
         fusions = fusions_of(model, block.student)
         self.places = {fusion.location: number if per_layer else 0 for number, fusion in enumerate(fusions)}
@@ -235,7 +236,7 @@ class Learner:
         """Fit a new head for classes to the states that it gets now; one that cannot be fitted is trained."""
         if self.class_head is None or self.learned_from is None:
             return
-        if not self.class_head.fit(self.loss, self.learned_from(), self.reduce):
+        if not self.class_head.fit(self.loss, self.learned_from(), self.gather):
             self.class_head = None
 
     def _mix_heads(self) -> list[torch.Tensor]:

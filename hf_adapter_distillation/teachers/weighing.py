@@ -13,6 +13,7 @@ from ..composition import AdapterDistillation
 from ..method.distillation import active_block, distillation_of
 from ..method.weights import TeacherWeights
 from .batches import Batches, Loss, check_steps, mean_over_examples, own_loss, read_batches
+from .class_head import Gather
 from .learner import Learner
 
 STEPS = 16
@@ -84,6 +85,7 @@ def learn_weights(
     beside: Sequence[nn.Parameter] = (),
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     loss_scale: float = 1.0,
+    gather: Gather = lambda part: [part],
 ) -> TeacherWeights | None:
     """Learn the weights as `weigh_teachers` does.
 
@@ -96,8 +98,10 @@ def learn_weights(
         beside: Parameters outside the model that the loss trains.
         reduce: Averages a tensor over the processes, which hold different examples.
         loss_scale: The factor of the loss in backward passes, which keeps gradients in float16 above zero.
+        gather: Returns a list of what each process has given.
     """
-    learners = [Learner(model, block, loss, per_layer, accumulation, beside, reduce, loss_scale) for _ in halves]
+    settings = (per_layer, accumulation, beside, reduce, loss_scale, gather)
+    learners = [Learner(model, block, loss, *settings) for _ in halves]
     judging = [list(half()) for half in halves]  # a new pass may put other examples together
     if reduce(torch.tensor(float(all(judging)), device=learners[0].scores.device)) < 1:
         return None
@@ -125,9 +129,13 @@ def learn_weights(
             with_teachers[share] += mean_over_examples(losses[share], sizes, reduce)
     if without <= 0:
         return None
-    found, places = [], learners[0].places
-    for share in KEPT_SHARES:
-        rows, gain = weights[share].tolist(), 1 - with_teachers[share] / without
-        by_place = {name: dict(zip(block.teachers, rows[row][:-1], strict=True)) for name, row in places.items()}
-        found.append(TeacherWeights(by_place, gain if isfinite(gain) else 0.0))
+    gains, places = {share: 1 - with_teachers[share] / without for share in KEPT_SHARES}, learners[0].places
+    found = [_found(weights[share], gains[share], places, block.teachers) for share in KEPT_SHARES]
     return found[0] if found[0].help else max(found, key=lambda each: each.gain)
+
+
+def _found(weights: torch.Tensor, gain: float, places: dict[str, int], teachers: Sequence[str]) -> TeacherWeights:
+    """Return weights, (n_places or 1, n_teachers + 1), by the names of places and teachers."""
+    rows = weights.tolist()
+    by_place = {name: dict(zip(teachers, rows[row][:-1], strict=True)) for name, row in places.items()}
+    return TeacherWeights(by_place, gain if isfinite(gain) else 0.0)

@@ -207,7 +207,8 @@ def weigh(
     with keeping_random_state():  # the order of the training data stays the same
         labelled, weights = examples.labelled(), None
         if labelled is not None:
-            learning = {"per_layer": distillation.config.weights_per_layer, **_learning(labelled, accelerator)}
+            learning = {"gather": lambda part: gather_object([part]), **_learning(labelled, accelerator)}
+            learning["per_layer"] = distillation.config.weights_per_layer
             weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
     if weights is None:
         logger.warning(
@@ -320,8 +321,7 @@ def _predictions(
     for number, inputs in enumerate(batches):
         if number % accelerator.num_processes != accelerator.process_index:
             continue
-        one_by_one = of_each_teacher(model, block, [inputs], "logits")
-        logits = torch.stack([one[0] for one in one_by_one], dim=1)  # (B, N, n_labels), or more
+        logits = torch.stack([one[0] for one in of_each_teacher(model, block, [inputs], "logits")], dim=1)
         can_be_stored = logits.dim() == 3 and logits[0].nbytes * len(dataset) <= MAX_BYTES
         if not can_be_stored:
             break

@@ -68,7 +68,7 @@ def head_of(model):
 
 
 def fit(model, batches, loss=None):
-    return head_of(model).fit(loss or (lambda batch: model(**batch).loss), batches, lambda tensor: tensor)
+    return head_of(model).fit(loss or (lambda batch: model(**batch).loss), batches, lambda part: [part])
 
 
 def batches_for(labels, seeds=(0, 1, 2)):
@@ -166,8 +166,12 @@ def test_a_model_that_runs_twice_for_a_loss_is_not_fitted():
     assert not fit(model, batches, lambda batch: model(**batch).loss + model(**batch).loss)
 
 
-def test_all_processes_fit_or_none():
-    model, batches = model_with(num_labels=3), batches_for([0, 1, 2, 1], seeds=[0])
+def test_all_processes_fit_together_or_none():
+    model, batches = model_with(num_labels=3), batches_for([0, 1, 2, 1])
+    assert fit(model, batches)
+    weight = head_of(model).layer.weight.detach().clone()
+    other = head_of(model)._rows(lambda batch: model(**batch).loss, batches[1:])
     loss = lambda batch: model(**batch).loss  # noqa: E731
-    assert head_of(model).fit(loss, batches, lambda tensor: tensor)
-    assert not head_of(model).fit(loss, batches, lambda tensor: tensor / 2), "another process has no labels"
+    assert head_of(model).fit(loss, batches[:1], lambda part: [part, other])
+    torch.testing.assert_close(head_of(model).layer.weight, weight)
+    assert not head_of(model).fit(loss, batches[:1], lambda part: [part, None])

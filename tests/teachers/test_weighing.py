@@ -72,7 +72,9 @@ def test_weights_that_the_other_half_does_not_confirm_are_shrunk(flipped, kept):
     for share in (0.0, 0.5, 1.0):
         losses[share], weights[share], without = 0.0, 0.0, 0.0
         for number in range(2):
-            learner = Learner(model, active_block(model), loss, False, 1, (), lambda tensor: tensor, 1.0)
+            learner = Learner(
+                model, active_block(model), loss, False, 1, (), lambda tensor: tensor, 1.0, lambda part: [part]
+            )
             judge = {name: torch.cat([batch[name] for batch in halves[1 - number]]) for name in halves[0][0]}
             with learner.running():
                 learner.learn(lambda half=halves[number]: half, 8)
