@@ -33,11 +33,11 @@ def weigh_teachers(
     """Learn one weight for each teacher of the active student from a few labelled batches, in place of the student.
 
     In each layer the weighted sum of the teachers' updates stands for the student's update, and the task loss trains
-    the weights and their scale, the only parameters. A head that the teachers do not have is fitted
-    where it predicts classes, else learned along, and put back.
-    One half of the batches learns weights that the other half judges, and the reverse; the result is the mean of both.
-    If they do not help, the best of these weights, equal weights and those halfway between is returned.
-    Nothing on the model changes. `DistillationTrainer` does this for `student_start="weighted"`.
+    the weights and their scale, the only parameters. A head that the teachers do not have is fitted where it predicts
+    classes, else learned along, and put back. One half of the batches learns weights that the other half judges, and
+    the reverse; the result is the mean of both. If they do not help, the best of these weights, equal weights and
+    those halfway between is returned. Nothing on the model changes. `DistillationTrainer` does this for
+    `student_start="weighted"`.
 
     After LoraHub (https://arxiv.org/abs/2307.13269) and learned merging (https://arxiv.org/abs/2402.15414), which
     learn weights of LoRAs from few examples; the null teacher, the mixture of updates, and the judgement by the other
