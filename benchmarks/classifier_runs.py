@@ -21,11 +21,10 @@ from onboarding_frozen import FROZEN_METHODS
 from pools import (
     NEW,
     TEACHER_SEED,
-    adapter_parameters,
     arrival,
     keep_teacher,
     learned_weights,
-    randomize,
+    load_teachers,
     shots_of,
     teacher_tenant,
 )
@@ -206,8 +205,7 @@ def load(args: Arguments, tenant: Tenant, teachers: list[str], n_queries: int, *
     logging.getLogger("adapters").setLevel(logging.ERROR)
     path = args.model or packaged_model()
     model = AutoAdapterModel.from_pretrained(path)
-    for name in teachers:
-        model.load_adapter(str(Path(args.teachers_dir) / name), load_as=name, set_active=False)
+    load_teachers(args, model, teachers, options["seed"])
     settings = {"report_to": [], "save_strategy": "no", "dataloader_pin_memory": False, "label_names": ["labels"]}
     return Onboarding(
         model=model.to(args.device),
@@ -259,9 +257,6 @@ def run_job(args: Arguments, job: Job) -> dict[str, Any]:
         learning_rate=job.learning_rate,
         per_device_train_batch_size=args.batch_size,
     )
-    if args.pool == "random":
-        for name in came.teachers:
-            randomize(adapter_parameters(run.model, name), f"{name} {job.seed}")
     began, cpu_began = time.perf_counter(), time.process_time()
     save = METHODS[job.method].onboard(run)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began

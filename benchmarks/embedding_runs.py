@@ -16,11 +16,10 @@ from pools import (
     NEW,
     TEACHER_SEED,
     Arrival,
-    adapter_parameters,
     arrival,
     keep_teacher,
     learned_weights,
-    randomize,
+    load_teachers,
     shots_of,
     teacher_tenant,
 )
@@ -132,13 +131,8 @@ def measured(
 def onboarding(args: Arguments, job: Job, came: Arrival) -> Onboarding:
     """Return a run of a method, with all teachers on the model of this process."""
     platform, frozen = platform_of(args)
-    for name in came.teachers:
-        if name not in platform.model.adapters_config:
-            platform.model.load_adapter(str(Path(args.teachers_dir) / name), load_as=name, set_active=False)
+    load_teachers(args, platform.model, came.teachers, job.seed)
     platform.model.to(args.device)
-    if args.pool == "random":
-        for name in came.teachers:
-            randomize(adapter_parameters(platform.model, name), f"{name} {job.seed}")
     shots = shots_of(args, came.tenant)
     return Onboarding(
         platform=platform,

@@ -168,6 +168,15 @@ def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
     return [parameter for place in places for module in place.values() for parameter in module.parameters()]
 
 
+def load_teachers(args: Arguments, model: Any, names: Sequence[str], seed: int) -> None:
+    """Load the adapters of teachers that are not on a model yet; those of the pool `random` get the seed's weights."""
+    for name in names:
+        if name not in model.adapters_config:
+            model.load_adapter(str(Path(args.teachers_dir) / name), load_as=name, set_active=False)
+        if args.pool == "random":
+            randomize(adapter_parameters(model, name), f"{name} {seed}")
+
+
 def learned_weights(weights: had.TeacherWeights | None) -> dict[str, Any]:
     """Return the mean weight of each teacher and their gain, if they were learned for a student."""
     return {} if weights is None else {"weights": weights.mean(), "gain": weights.gain}

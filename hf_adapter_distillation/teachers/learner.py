@@ -159,9 +159,9 @@ class Learner:
             Whether any step had finite gradients; the others change nothing. True where nothing is trained.
         """
         self.learned_from = batches
-        self._fit_head()
         if self.pass_.scores is None and not self.trained:
             return True
+        self._fit_head()
         rate = min(MAXIMAL_RATE, 2 * SCORE_RANGE / (steps + 1))  # falls to 0: half of it on average
         ranges = {self.scores: SCORE_RANGE, self.log_scales: SCALE_RANGE}
         ranges |= {parameter: _head_range(parameter) for parameter in self.trained}

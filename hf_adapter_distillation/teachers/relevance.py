@@ -121,8 +121,7 @@ def measure_relevance(
     gradients: list[list[torch.Tensor | None]] = []
     learner.class_head = None  # fitted to the examples of which the gradients are taken, it would leave none
     with learner.without_teachers(), learner.running():
-        if learner.trained:
-            learner.learn(batches, steps)
+        learner.learn(batches, steps)
         for batch in read:
             tapping = TappingPass()
             with distillation.inspected_by(tapping):

@@ -322,7 +322,7 @@ def _predictions(
         if number % accelerator.num_processes != accelerator.process_index:
             continue
         logits = torch.stack([one[0] for one in of_each_teacher(model, block, [inputs], "logits")], dim=1)
-        can_be_stored = logits.dim() == 3 and logits[0].nbytes * len(dataset) <= MAX_BYTES
+        can_be_stored = logits.dim() == 3 and logits[0].nbytes * len(dataset) <= MAX_BYTES  # (B, N, n_labels)
         if not can_be_stored:
             break
         parts.append((example_keys(inputs), logits.cpu()))

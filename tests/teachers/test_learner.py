@@ -39,17 +39,7 @@ def model_with(configs, student_config, kind="base"):
 def learner_of(model, loss=None, per_layer=False, accumulation=1, beside=()):
     """A learner with random scores and scales, and its loss."""
     loss = loss or (lambda batch: model(**batch)["loss"])
-    learner = Learner(
-        model,
-        active_block(model),
-        loss,
-        per_layer,
-        accumulation,
-        beside,
-        lambda tensor: tensor,
-        1.0,
-        lambda part: [part],
-    )
+    learner = Learner(model, active_block(model), loss, per_layer, accumulation, beside, lambda tensor: tensor, 1.0)
     torch.manual_seed(3)
     learner.scores.data.normal_()
     learner.log_scales.data.normal_()
