@@ -62,10 +62,14 @@ def arithmetic(config: PretrainedConfig, batch: int, seq_len: int, n_teachers: i
 
 
 def stage2_step(results: dict[str, Any]) -> str:
-    """Return a row per shape and number of teachers: times, then memory, relative to the plain adapter's step."""
+    """Return a row per shape and number of teachers: times, then memory, relative to the plain adapter's step.
+
+    The arithmetic is that of bottlenecks, so a table of LoRA has none.
+    """
     from measure import SHAPES
 
     arguments = results["arguments"]
+    is_counted = not arguments.get("config", "").startswith("lora")
     methods = list(dict.fromkeys(row["method"] for row in results["rows"] if row["method"] != "plain"))
     held = [method for method in methods if method != "per teacher"]
     measured: dict[tuple[str, int], dict[str, Any]] = {}
@@ -73,11 +77,13 @@ def stage2_step(results: dict[str, Any]) -> str:
         measured.setdefault((row["shape"], row["teachers"]), {})[row["method"]] = row
     rows = []
     for (shape, n), by_method in measured.items():
-        limit = arithmetic(SHAPES[shape](), arguments["batch"], arguments["seq_len"], n, arguments["reduction_factor"])
+        batch, seq_len, factor = (arguments[name] for name in ("batch", "seq_len", "reduction_factor"))
+        limit = [f"{arithmetic(SHAPES[shape](), batch, seq_len, n, factor):.2f}"] * is_counted
         times = [f"{by_method[m]['time_ratio']:.2f}" if m in by_method else "–" for m in methods]
         peaks = [f"{by_method[m]['peak_ratio']:.2f}" if m in by_method else "–" for m in held]
-        rows.append([shape, n, f"{by_method['plain']['ms']:.0f}", *times, f"{limit:.2f}", *peaks])
-    header = ["shape", "N", "plain, ms", *methods, "arithmetic", *(f"memory: {method}" for method in held)]
+        rows.append([shape, n, f"{by_method['plain']['ms']:.0f}", *times, *limit, *peaks])
+    counted = ["arithmetic"] * is_counted
+    header = ["shape", "N", "plain, ms", *methods, *counted, *(f"memory: {method}" for method in held)]
     return markdown(header, rows)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .chunked_attention import Chunk, ChunkedAttention
 from .losses import TaskSpecificLoss, at_least_float32
-from .stacking import StackedAdapters, projected_products
+from .stacking import StackedAdapters, combined, projected_products
 
 MINIMAL_WEIGHT = 1e-6  # whose logarithm is finite in half precision
 
@@ -157,20 +157,18 @@ class TeacherFusion(nn.Module):
     def _scaled(self, fused_update: torch.Tensor) -> torch.Tensor:
         return fused_update if self.scale == 1 else self.scale * fused_update
 
-    def fuse_stacked(
+    def attend_stacked(
         self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Compute the same from the bottleneck features, without the update of any single adapter.
+    ) -> torch.Tensor:
+        r"""Compute the attention, (batch, seq_len, n_teachers), from the bottleneck features, with its graph.
 
         With the up-projection W and bias b of an adapter, the update is u = W z + b and (but for the query's bias)
 
         .. math::
-            q \cdot K u = (h^\top Q^\top K W) z + h^\top Q^\top K b, \quad
-            \sum_n a_n V u_n = V \sum_n (W_n (a_n z_n) + a_n b_n)
+            q \cdot K u = (h^\top Q^\top K W) z + h^\top Q^\top K b
 
         Products of more than two matrices are computed in the cheapest order, forward and backward: for many tokens
-        with the up-projections, or each other, first, for many teachers with the hidden states. No tensor has the size
-        of the teachers' updates, (batch, seq_len, n_teachers, hidden).
+        with the up-projections, or each other, first, for many teachers with the hidden states.
 
         Args:
             hidden_states: The input of the layer's adapters, (batch, seq_len, hidden).
@@ -178,11 +176,9 @@ class TeacherFusion(nn.Module):
             features: The features of each stack, (batch, seq_len, n, m).
         """
         width, rank = sum(stacked.up.shape[1] for stacked in stacks), len(self.key.weight)
-        tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
         # Multiply-adds, as those of `_query_costs`.
         keys_first = width * (5 * rank + hidden_states.requires_grad * tokens) < min(self._query_costs(hidden_states))
-        values_first = self.value is not None and width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size
-
         projections: list[tuple[torch.Tensor, torch.Tensor | None]] = [(stacked.up, None) for stacked in stacks]
         if keys_first:
             projected_query, query = hidden_states, self.query  # (B, T, d)
@@ -195,18 +191,50 @@ class TeacherFusion(nn.Module):
             for projection, z in zip(projections, features, strict=True)
         ]
         names = [name for stacked in stacks for name in stacked.names]
-        attention = _softmax(torch.cat(scores, dim=-1), self.log_weights_of(names))  # (B, T, N)
+        return _softmax(torch.cat(scores, dim=-1), self.log_weights_of(names))  # (B, T, N)
 
-        parts = attention.split([len(stacked.names) for stacked in stacks], dim=-1)
-        if self.value is not None and values_first:
-            stacks = [stacked._replace(up=self.value.weight @ stacked.up) for stacked in stacks]
-        updates = [
-            stacked.weighted_update(part.to(z.dtype), z)  # (B, T, d)
-            for stacked, part, z in zip(stacks, parts, features, strict=True)
-        ]
-        fused_update = sum(updates[1:], updates[0])
-        fused = self._scaled(fused_update) if values_first else self.apply_value(fused_update)
-        return fused, attention.detach()
+    def combine_stacked(
+        self, attention: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return by what `columns_of` are multiplied in the fused update, with the scale.
+
+        The attention is (batch, seq_len, n_teachers), the result (batch, seq_len, k).
+        """
+        parts = self._scaled(attention).split([len(stacked.names) for stacked in stacks], dim=-1)
+        return torch.cat([combined(part.to(z.dtype), z) for part, z in zip(parts, features, strict=True)], dim=-1)
+
+    def columns_of(self, stacks: Sequence[StackedAdapters]) -> torch.Tensor:
+        """Return the up-projections of all stacks side by side, with the value, (output, k)."""
+        columns = _joined(stacks)
+        return columns if self.value is None else self.value.weight @ columns
+
+    def columns_are_cheaper(self, width: int, tokens: int) -> bool:
+        """Return whether the products of the columns with each other cost at most half of all updates (`Span`).
+
+        The costs are multiply-adds, forward and backward, divided by the number of columns, which is the width. The
+        other half pays for the student's features, which are computed once more.
+        """
+        output_size = self.key.weight.shape[1]
+        return width * (output_size + 2 * tokens) <= tokens * output_size
+
+    def fuse_stacked(
+        self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""Compute the same from the bottleneck features, without the update of any single adapter.
+
+        .. math::
+            \sum_n a_n V u_n = V \sum_n (W_n (a_n z_n) + a_n b_n)
+
+        No tensor has the size of the teachers' updates, (batch, seq_len, n_teachers, hidden). The arguments are those
+        of `attend_stacked`; what is returned is that of `forward`.
+        """
+        attention = self.attend_stacked(hidden_states, stacks, features)
+        combination = self.combine_stacked(attention, stacks, features)  # (B, T, k)
+        tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
+        width = combination.shape[-1]
+        if self.value is None or width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size:  # multiply-adds
+            return linear(combination, self.columns_of(stacks)), attention.detach()
+        return self.value(linear(combination, _joined(stacks))), attention.detach()
 
     def fuse_chunks(
         self,
@@ -229,6 +257,11 @@ class TeacherFusion(nn.Module):
         log_weights = self.log_weights_of([name for chunk in chunks for name in chunk])
         fused_update, attention = ChunkedAttention.apply(query, log_weights, chunks, dtype, *inputs)
         return self.apply_value(fused_update), attention
+
+
+def _joined(stacks: Sequence[StackedAdapters]) -> torch.Tensor:
+    """Return the up-projections of all stacks side by side, (output, k); a single one is not copied."""
+    return stacks[0].up if len(stacks) == 1 else torch.cat([stacked.up for stacked in stacks], dim=-1)
 
 
 def _softmax(scores: torch.Tensor, log_weights: torch.Tensor | None) -> torch.Tensor:

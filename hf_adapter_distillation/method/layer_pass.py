@@ -19,6 +19,7 @@ from .._compat import ForwardContext
 from ..composition import AdapterDistillation
 from .fusion import TeacherFusion
 from .losses import at_least_float32, token_weights
+from .span import Span
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,13 @@ class Place:
         updates = self.updates()
         weights = weigh(tuple(updates)).to(self.query_states)  # (n,)
         return torch.einsum("n,nbtd->btd", weights, torch.stack(list(updates.values())))
+
+    def span(self) -> Span | None:
+        """Return the student's and the fused update as combinations of few columns, or None where that is not cheaper.
+
+        The combinations have their graph, the student's also that of the states that it reads.
+        """
+        return None
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Run the teachers, and fuse their updates, and the student's with them if wanted."""

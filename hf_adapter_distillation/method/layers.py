@@ -25,12 +25,15 @@ from .chunked_attention import Chunk
 from .fusion import fusions_at
 from .layer_pass import Fused, Place, Weigh, current_pass, warn_outside_of_passes
 from .losses import at_least_float32
+from .span import Span
 from .stacking import (
     can_be_stacked,
+    combined,
     ends_in_up_projection,
     group_alike,
     input_kind,
     mix_stacked,
+    number_of_columns,
     split_group,
     stack,
     stack_frozen,
@@ -155,6 +158,7 @@ class AdapterPlace(Place):
         self.block = block
         self.state = state  # before the student, from which adapters of another kind take their input
         self.student = layer.adapter_modules[block.student]
+        self.student_states_read = student_input.hidden_states  # (B, T, d), in any pass with its graph
         student_output = _student_output(self.student, student_input, student_state)  # (B, T, d)
         self.student_input = student_input if in_graph else student_input.detach()
         super().__init__(
@@ -213,6 +217,31 @@ class AdapterPlace(Place):
                 mix_chunk = partial(checkpoint, mix_chunk, use_reentrant=False, preserve_rng_state=False)
             mixed = mixed + mix_chunk(self._input_of(chunk), torch.stack([of_names[name] for name in chunk]))
         return mixed.to(dtype)
+
+    def span(self) -> Span | None:
+        """Combine the up-projections of stacked adapters, where they are narrow beside the update.
+
+        A value matrix is trained, so that the backward pass would need more products: with one it is never cheaper.
+        """
+        if self.fusion.value is not None or not can_be_stacked(self.student):
+            return None
+        groups = group_alike(self._adapters(False), self.layer.adapters_config)
+        tokens = self.query_states[..., 0].numel()
+        if not groups or not self.fusion.columns_are_cheaper(sum(map(number_of_columns, groups)), tokens):
+            return None
+        stacks = [stack_frozen(group, self._dtype) for group in groups]
+        own = stack({self.block.student: self.student})
+        features = [stacked.features(self._input_of(stacked.names)) for stacked in stacks]
+        attention = self.fusion.attend_stacked(self.query_states, stacks, features)
+        own_features = own.features(self.student_states_read)
+        return Span(
+            names=tuple(name for stacked in stacks for name in stacked.names),
+            attention=attention.detach(),
+            student_columns=own.up,
+            student=combined(torch.ones_like(own_features[..., 0]), own_features),
+            columns=self.fusion.columns_of(stacks),
+            fused=self.fusion.combine_stacked(attention, stacks, features),
+        )
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""

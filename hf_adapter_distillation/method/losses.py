@@ -58,7 +58,7 @@ def _mean_square(weights: torch.Tensor, output: torch.Tensor, target: torch.Tens
     return (weights * difference.square().mean(dim=-1)).sum(dim=1)
 
 
-def _variance(output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def variance_of(output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the variance of an output over the tokens and dimensions of each sequence, (batch,), without gradient."""
     # It is the mean of the tokens' variances and the variance of their means.
     output, weights = in_float32(output.detach(), weights)
@@ -96,7 +96,7 @@ class FeatureLoss(nn.Module):
     @staticmethod
     def of_sequences(student_output: torch.Tensor, fused_output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute the loss of each sequence, (batch,), whose mean `forward` returns."""
-        variance = _variance(fused_output, weights)
+        variance = variance_of(fused_output, weights)
         return _mean_square(weights, student_output, fused_output) / variance.clamp(min=MINIMAL_VARIANCE)
 
     @staticmethod
@@ -107,9 +107,9 @@ class FeatureLoss(nn.Module):
         outputs = (student_output.detach(), fused_output.detach())
         return LayerMatch(
             _mean_square(weights, student_output, fused_output),
-            _variance(fused_output, weights),
+            variance_of(fused_output, weights),
             torch.maximum(*(_mean_square(weights, output) for output in outputs)),
-            _variance(hidden_states, weights),
+            variance_of(hidden_states, weights),
         )
 
 

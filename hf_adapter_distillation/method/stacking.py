@@ -50,10 +50,15 @@ class StackedAdapters(NamedTuple):
 
         The weights are (batch, seq_len, n), the features (batch, seq_len, n, m).
         """
-        n, m = features.shape[-2:]
-        matrix, biases = self.up.split([n * m, n], dim=-1)  # (d, n * m), (d, n)
-        weighted = (weights.unsqueeze(-1) * features).flatten(-2)  # (B, T, n * m)
-        return nn.functional.linear(weighted, matrix) + nn.functional.linear(weights, biases)
+        return nn.functional.linear(combined(weights, features), self.up)
+
+
+def combined(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Return by what the columns of `StackedAdapters.up` are multiplied in the weighted sum of the updates.
+
+    The weights are (batch, seq_len, n), the features (batch, seq_len, n, m), the result (batch, seq_len, n * m + n).
+    """
+    return torch.cat([(weights.unsqueeze(-1) * features).flatten(-2), weights], dim=-1)
 
 
 def projected_products(
@@ -142,20 +147,29 @@ def stack(adapters: Mapping[str, Adapter | LoRA], dtype: torch.dtype | None = No
     By default the copy has the data type of the weights.
     """
     ends = [_ends(adapter) for adapter in adapters.values()]
-    scales = [s.unsqueeze(-1) if isinstance(s, torch.Tensor) else s for s in (m.scaling for m in adapters.values())]
+    scales = [adapter.scaling for adapter in adapters.values()]
     zeros = ends[0].up.new_zeros(len(ends[0].up))
     up_biases = [zeros if end.up_bias is None else end.up_bias for end in ends]
     parts = [*(end.up for end in ends), *(bias.unsqueeze(-1) for bias in up_biases)]  # (d, m) and (d, 1)
-    if any(isinstance(scale, torch.Tensor) or scale != 1 for scale in scales):
-        parts = [part * scale for part, scale in zip(parts, [*scales, *scales], strict=True)]
+    if any(isinstance(scale, torch.Tensor) or scale != scales[0] for scale in scales):
+        factors = [scale.unsqueeze(-1) if isinstance(scale, torch.Tensor) else scale for scale in scales]
+        up = torch.cat([part * factor for part, factor in zip(parts, [*factors, *factors], strict=True)], dim=1)
+    else:
+        up = torch.cat(parts, dim=1)
+        up = up if scales[0] == 1 else up * scales[0]
     down_biases = [end.down_bias for end in ends if end.down_bias is not None]
     return StackedAdapters(
         names=tuple(adapters),
         down_weight=torch.cat([end.down for end in ends]).to(dtype),
         down_bias=torch.cat(down_biases).to(dtype) if down_biases else None,
-        up=torch.cat(parts, dim=1).to(dtype),
+        up=up.to(dtype),
         activation=ends[0].activation,
     )
+
+
+def number_of_columns(adapters: Mapping[str, Adapter | LoRA]) -> int:
+    """Return the number of columns of `StackedAdapters.up` for adapters of one width."""
+    return len(adapters) * (len(_ends(next(iter(adapters.values()))).down) + 1)
 
 
 def stacked_bytes(adapters: dict[str, Adapter | LoRA]) -> int:

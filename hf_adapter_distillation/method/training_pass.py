@@ -61,10 +61,13 @@ class TrainingPass(LayerPass):
     def fuse(self, place: Place, with_student: bool = False) -> torch.Tensor:
         """Return the fused output of a place, (B, T, d), and keep the mean attention over non-padding tokens."""
         fused = place.fuse(with_student)
-        _, batch_weights = self.token_weights(place.fusion, fused.output)
-        attention = torch.einsum("bt,btn->n", batch_weights, fused.attention.to(batch_weights.dtype))  # (n,)
-        self.attention.setdefault(place.fusion.location, []).append((len(fused.output), fused.names, attention))
+        self._note_attention(place.fusion, fused.names, fused.attention)
         return fused.output
+
+    def _note_attention(self, fusion: TeacherFusion, names: tuple[str, ...], attention: torch.Tensor) -> None:
+        _, batch_weights = self.token_weights(fusion, attention)
+        mean = torch.einsum("bt,btn->n", batch_weights, attention.to(batch_weights.dtype))  # (n,)
+        self.attention.setdefault(fusion.location, []).append((len(attention), names, mean))
 
     def updates_of(self, place: Place, output: torch.Tensor) -> Updates:
         """Return the student's or the fused update of a place."""
@@ -98,7 +101,15 @@ class StudentPass(TrainingPass):
 
     def run_layer(self, place: Place) -> None:
         """Match the student with the fused teachers, both of which the distillation loss trains."""
-        self.match(self.updates_of(place, place.student_output), self.fuse(place))
+        matches_features_alone = set(self.distillation.config.layer_objectives) == {"features"}
+        span = place.span() if matches_features_alone else None
+        if span is None:
+            self.match(self.updates_of(place, place.student_output), self.fuse(place))
+            return
+        self._note_attention(place.fusion, span.names, span.attention)
+        weights, _ = self.token_weights(place.fusion, span.attention)
+        matches: dict[str, LayerMatch | torch.Tensor] = {"features": span.match(weights, place.query_states)}
+        self.layers.append(LayerTerms(len(self.calls), len(weights), place.fusion.layer_weight, matches))
 
 
 class FusedPass(TrainingPass):

@@ -14,6 +14,7 @@ from hf_adapter_distillation.method.fusion import TeacherFusion, fusions_of
 from hf_adapter_distillation.method.layer_pass import logger
 from hf_adapter_distillation.method.layers import FusedLayer, adapter_layers, adapters_of, compose_distillation
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
+from hf_adapter_distillation.method.span import Span
 from hf_adapter_distillation.method.stacking import StackedAdapters
 
 
@@ -220,7 +221,13 @@ def test_a_teacher_of_another_kind_prepares_its_own_input(monkeypatch):
         return compose_distillation(layer, block, state, lvl)
 
     monkeypatch.setattr("hf_adapter_distillation.registration.compose_distillation", spy)
-    monkeypatch.setattr(StackedAdapters, "features", lambda *args: seen.append(args[1]) or features(*args))
+
+    def features_of(stacked, hidden_states):
+        if stacked.names == ("bank",):
+            seen.append(hidden_states)
+        return features(stacked, hidden_states)
+
+    monkeypatch.setattr(StackedAdapters, "features", features_of)
     forward_in_stage_2(model)
     assert len(seen) == 2
     for state, hidden_states in zip(states[1::2], seen, strict=True):  # the output blocks
@@ -522,6 +529,55 @@ def test_gradient_checkpointing_changes_nothing(carrier):
     assert results[0][1].keys() == results[1][1].keys()
     for name, grad in results[0][1].items():
         torch.testing.assert_close(grad, results[1][1][name], rtol=1e-10, atol=1e-12)
+
+
+CONFIGS_IN_SPAN = ["seq_bn", "par_bn", "double_seq_bn", "lora[r=2,alpha=6,dropout=0.3,intermediate_lora=True]"]
+
+
+def student_in_span(config, cheaper, monkeypatch):
+    """A student with noisy weights, and whether its updates are combinations of columns, whatever that costs."""
+    monkeypatch.setattr(TeacherFusion, "columns_are_cheaper", lambda *args: cheaper)
+    model = make_student(make_model(dtype=torch.float64), config=config, student_start="random", fusion_rank=3)
+    noisy(model, "insurance")
+    return model.double()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("config", CONFIGS_IN_SPAN)
+def test_updates_as_combinations_of_columns_equal_the_updates(config, checkpointing, monkeypatch):
+    """Losses, gradients and attention of the whole model, with learned weights that sum to more than 1."""
+    results, spans = [], []
+    match = Span.match
+    monkeypatch.setattr(Span, "match", lambda *args: spans.append(args) or match(*args))
+    for cheaper in (True, False):
+        spans.clear()
+        model = student_in_span(config, cheaper, monkeypatch)
+        for fusion in fusions_of(model, "insurance"):
+            fusion.set_weights({"bank": 0.9, "travel": 0.3, "work": 0.2})
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        output, record = forward_in_stage_2(model, weight=0.7)
+        output.loss.backward()
+        assert len(spans) == cheaper * len(fusions_of(model, "insurance")) * (1 + checkpointing)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        attention = {location: dict(zip(*row, strict=True)) for location, row in record.attention.items()}
+        results.append((output.loss, record.added, record.layer_losses, attention, gradients))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
+    assert any("distillation_fusion" in name and gradient.any() for name, gradient in results[0][-1].items())
+
+
+@pytest.mark.parametrize("cheaper", [True, False])
+def test_no_tensor_of_the_size_of_an_update_is_kept_for_combinations(cheaper, monkeypatch):
+    """The backward pass of a projection with 37 outputs has no more such tensors than a plain student's."""
+    model = student_in_span("lora[r=2,intermediate_lora=True,selfattn_lora=False]", cheaper, monkeypatch)
+    kept = []
+    for enabled in (True, False):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=shapes: s.append(t.shape) or t, lambda t: t):
+            forward_in_stage_2(model, enabled=enabled)
+        kept.append(sum(shape[-1:] == (37,) and len(shape) == 3 for shape in shapes))
+    assert (kept[0] > kept[1]) == (not cheaper)
 
 
 def test_language_adapter_below_the_student_is_frozen_and_runs():

@@ -7,7 +7,14 @@ from tiny_models import make_batch, make_model, make_student, noisy
 
 from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.layers import adapter_layers, adapter_update
-from hf_adapter_distillation.method.stacking import can_be_stacked, group_alike, stack, stack_frozen, stacked_bytes
+from hf_adapter_distillation.method.stacking import (
+    can_be_stacked,
+    group_alike,
+    number_of_columns,
+    stack,
+    stack_frozen,
+    stacked_bytes,
+)
 
 
 def adapters_of(model, names):
@@ -24,21 +31,23 @@ def model_with(**configs):
 
 
 @pytest.mark.parametrize(
-    "config",
+    "configs",
     [
-        "seq_bn",
-        "double_seq_bn",
-        "seq_bn[reduction_factor=32]",
-        "seq_bn[scaling=0.5]",
-        "seq_bn[scaling='learned']",
-        "seq_bn[scaling='channel']",
-        "seq_bn[non_linearity='leakyrelu']",
-        "par_bn",
-        "scaled_par_bn",
+        ["seq_bn"] * 3,
+        ["double_seq_bn"] * 3,
+        ["seq_bn[reduction_factor=32]"] * 3,
+        ["seq_bn[scaling=0.5]"] * 3,
+        ["seq_bn[scaling='learned']"] * 3,
+        ["seq_bn[scaling='channel']"] * 3,
+        ["seq_bn", "seq_bn[scaling=3.0]", "seq_bn[scaling='channel']"],
+        ["seq_bn[non_linearity='leakyrelu']"] * 3,
+        ["par_bn"] * 3,
+        ["scaled_par_bn"] * 3,
     ],
+    ids=", ".join,
 )
-def test_stacked_adapters_put_out_what_the_adapters_do(config):
-    model = model_with(a=config, b=config, c=config)
+def test_stacked_adapters_put_out_what_the_adapters_do(configs):
+    model = model_with(**dict(zip("abc", configs, strict=True)))
     adapters = adapters_of(model, ["a", "b", "c"])
     stacked = stack(adapters)
     hidden_states = torch.randn(2, 3, 32, dtype=torch.float64)
@@ -46,6 +55,7 @@ def test_stacked_adapters_put_out_what_the_adapters_do(config):
     n, m = z.shape[-2:]
     assert z.shape == (2, 3, 3, adapters["a"].down_sample)
     assert stacked.names == ("a", "b", "c")
+    assert stacked.up.shape[1] == number_of_columns(adapters)
     for i, adapter in enumerate(adapters.values()):
         update = z[:, :, i] @ stacked.up[:, i * m : (i + 1) * m].T + stacked.up[:, n * m + i]
         torch.testing.assert_close(
