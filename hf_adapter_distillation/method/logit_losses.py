@@ -28,19 +28,25 @@ def divergence(target: torch.Tensor, student: torch.Tensor, beta: float = 0.0) -
     """Compute the generalised Jensen-Shannon divergence, (...), of two log distributions (..., n_labels).
 
     0 is the forward Kullback-Leibler divergence KL(target || student), 1 the reverse KL(student || target), and a
-    number between them weights the divergences of both from their mixture, as in `LogitLoss`.
+    number between them weights the divergences of both from their mixture, as in `LogitLoss`. A label with the
+    probability 0 in both, by a logit of -inf, adds nothing.
     """
-    target = target.clamp(min=torch.finfo(target.dtype).min)  # so that a probability of 0 adds 0
+    smallest = torch.finfo(target.dtype).min
+    target = target.clamp(min=smallest)  # of a label that the target excludes, whose reverse divergence stays finite
     if beta == 0:
         return _kullback_leibler(target, student)
     if beta == 1:
         return _kullback_leibler(student, target)
-    mixture = torch.logaddexp(target + log(beta), student + log1p(-beta))  # (..., C)
+    shares = ((target, log(beta)), (student, log1p(-beta)))
+    mixture = torch.logaddexp(
+        *(part.clamp(min=torch.finfo(part.dtype).min) + share for part, share in shares)
+    )  # (..., C)
     return beta * _kullback_leibler(target, mixture) + (1 - beta) * _kullback_leibler(student, mixture)
 
 
 def _kullback_leibler(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return (first.exp() * (first - second)).sum(dim=-1)
+    probabilities = first.exp()  # (..., C)
+    return (probabilities * (first - second).masked_fill(probabilities == 0, 0.0)).sum(dim=-1)
 
 
 class LogitLoss(nn.Module):

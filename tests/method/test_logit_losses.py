@@ -114,6 +114,23 @@ def test_the_divergence_by_hand(beta):
     assert certain.isfinite()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_label_that_all_exclude_adds_nothing(beta):
+    """Some models give -inf to labels, or to tokens of the vocabulary, that do not exist."""
+    torch.manual_seed(0)
+    teachers, logits = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    results = []
+    for width in (0, 1):
+        student = logits.clone().requires_grad_()
+        of_student, of_teachers = (
+            torch.cat([y, y.new_full((*y.shape[:-1], width), -torch.inf)], -1) for y in (student, teachers)
+        )
+        loss = LogitLoss(temperature=1.5, beta=beta)(of_student, of_teachers)
+        results.append((loss, *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+    assert results[0][0] > 0
+
+
 def test_teachers_with_larger_shares_count_more():
     torch.manual_seed(0)
     student, teachers = torch.randn(2, 3), torch.randn(2, 2, 3)
