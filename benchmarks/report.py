@@ -7,6 +7,7 @@ python benchmarks/report.py serving benchmarks/results/serving.json
 python benchmarks/report.py onboarding_platform benchmarks/results/onboarding_platform.json
 python benchmarks/report.py onboarding_on_paper benchmarks/results/onboarding_platform.json
 python benchmarks/report.py faq_retrieval benchmarks/results/faq_retrieval.json
+python benchmarks/report.py llm_routing benchmarks/results/llm_skills.json
 python benchmarks/report.py llm_answers benchmarks/results/llm_skills.json
 python benchmarks/report.py streaming_tenants benchmarks/results/streaming_tenants_3.jsonl
 python benchmarks/report.py tenants benchmarks/results/streaming_tenants_3.jsonl
@@ -78,11 +79,11 @@ def stage2_step(results: dict[str, Any]) -> str:
     rows = []
     for (shape, n), by_method in measured.items():
         batch, seq_len, factor = (arguments[name] for name in ("batch", "seq_len", "reduction_factor"))
-        limit = [f"{arithmetic(SHAPES[shape](), batch, seq_len, n, factor):.2f}"] * is_counted
+        limit = [f"{arithmetic(SHAPES[shape](), batch, seq_len, n, factor):.2f}"] if is_counted else []
         times = [f"{by_method[m]['time_ratio']:.2f}" if m in by_method else "–" for m in methods]
         peaks = [f"{by_method[m]['peak_ratio']:.2f}" if m in by_method else "–" for m in held]
         rows.append([shape, n, f"{by_method['plain']['ms']:.0f}", *times, *limit, *peaks])
-    counted = ["arithmetic"] * is_counted
+    counted = ["arithmetic"] if is_counted else []
     header = ["shape", "N", "plain, ms", *methods, *counted, *(f"memory: {method}" for method in held)]
     return markdown(header, rows)
 
@@ -244,6 +245,12 @@ def faq_retrieval(results: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def llm_routing(results: dict[str, Any]) -> str:
+    """Return the table of a language model that routes messages, a row per way to onboard the tenant."""
+    header, *rows = faq_table.cells(results["rows"]["routing"])
+    return markdown(header, rows)
+
+
 def llm_answers(results: dict[str, Any]) -> str:
     """Return the table of a language model that answers with labels, a row per way to onboard the tenant."""
     header, *rows = faq_table.cells(results["rows"]["answers"])
@@ -311,6 +318,7 @@ TABLES = {
         adapter_memory,
         pool,
         faq_retrieval,
+        llm_routing,
         llm_answers,
         streaming_tenants,
         variants,

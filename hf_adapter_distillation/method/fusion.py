@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .chunked_attention import Chunk, ChunkedAttention
 from .losses import TaskSpecificLoss, at_least_float32
-from .stacking import StackedAdapters, combined, projected_products
+from .stacking import StackedAdapters, coefficients, projected_products
 
 MINIMAL_WEIGHT = 1e-6  # whose logarithm is finite in half precision
 
@@ -193,48 +193,41 @@ class TeacherFusion(nn.Module):
         names = [name for stacked in stacks for name in stacked.names]
         return _softmax(torch.cat(scores, dim=-1), self.log_weights_of(names))  # (B, T, N)
 
-    def combine_stacked(
+    def coefficients_of(
         self, attention: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Return by what `columns_of` are multiplied in the fused update, with the scale.
+        """Return the coefficients of all columns of the up-projections in the fused update, with the scale.
 
-        The attention is (batch, seq_len, n_teachers), the result (batch, seq_len, k).
+        The attention is (batch, seq_len, n_teachers), the result (batch, seq_len, k). It is for fusions without value.
         """
         parts = self._scaled(attention).split([len(stacked.names) for stacked in stacks], dim=-1)
-        return torch.cat([combined(part.to(z.dtype), z) for part, z in zip(parts, features, strict=True)], dim=-1)
-
-    def columns_of(self, stacks: Sequence[StackedAdapters]) -> torch.Tensor:
-        """Return the up-projections of all stacks side by side, with the value, (output, k)."""
-        columns = _joined(stacks)
-        return columns if self.value is None else self.value.weight @ columns
-
-    def columns_are_cheaper(self, width: int, tokens: int) -> bool:
-        """Return whether the products of the columns with each other cost at most half of all updates (`Span`).
-
-        The costs are multiply-adds, forward and backward, divided by the number of columns, which is the width. The
-        other half pays for the student's features, which are computed once more.
-        """
-        output_size = self.key.weight.shape[1]
-        return width * (output_size + 2 * tokens) <= tokens * output_size
+        return torch.cat([coefficients(part.to(z.dtype), z) for part, z in zip(parts, features, strict=True)], dim=-1)
 
     def fuse_stacked(
         self, hidden_states: torch.Tensor, stacks: Sequence[StackedAdapters], features: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""Compute the same from the bottleneck features, without the update of any single adapter.
+        r"""Compute what `forward` computes from the bottleneck features, without the update of any single adapter.
 
         .. math::
             \sum_n a_n V u_n = V \sum_n (W_n (a_n z_n) + a_n b_n)
 
-        No tensor has the size of the teachers' updates, (batch, seq_len, n_teachers, hidden). The arguments are those
-        of `attend_stacked`; what is returned is that of `forward`.
+        with the attention of `attend_stacked`, which has the same arguments. No tensor has the size of the teachers'
+        updates, (batch, seq_len, n_teachers, hidden).
         """
         attention = self.attend_stacked(hidden_states, stacks, features)
-        combination = self.combine_stacked(attention, stacks, features)  # (B, T, k)
-        tokens, hidden_size = hidden_states.shape[0] * hidden_states.shape[1], hidden_states.shape[2]
-        width = combination.shape[-1]
-        if self.value is None or width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size:  # multiply-adds
-            return linear(combination, self.columns_of(stacks)), attention.detach()
-        return self.value(linear(combination, _joined(stacks))), attention.detach()
+        width, (batch, seq_len, hidden_size) = sum(stacked.up.shape[1] for stacked in stacks), hidden_states.shape
+        tokens = batch * seq_len  # the costs are multiply-adds
+        values_first = self.value is not None and width * (2 * hidden_size + tokens) < 3 * tokens * hidden_size
+        if self.value is not None and values_first:
+            stacks = [stacked._replace(up=self.value.weight @ stacked.up) for stacked in stacks]
+        parts = attention.split([len(stacked.names) for stacked in stacks], dim=-1)
+        updates = [
+            stacked.weighted_update(part.to(z.dtype), z)  # (B, T, d)
+            for stacked, part, z in zip(stacks, parts, features, strict=True)
+        ]
+        fused_update = sum(updates[1:], updates[0])
+        fused = self._scaled(fused_update) if values_first else self.apply_value(fused_update)
+        return fused, attention.detach()
 
     def fuse_chunks(
         self,
@@ -257,11 +250,6 @@ class TeacherFusion(nn.Module):
         log_weights = self.log_weights_of([name for chunk in chunks for name in chunk])
         fused_update, attention = ChunkedAttention.apply(query, log_weights, chunks, dtype, *inputs)
         return self.apply_value(fused_update), attention
-
-
-def _joined(stacks: Sequence[StackedAdapters]) -> torch.Tensor:
-    """Return the up-projections of all stacks side by side, (output, k); a single one is not copied."""
-    return stacks[0].up if len(stacks) == 1 else torch.cat([stacked.up for stacked in stacks], dim=-1)
 
 
 def _softmax(scores: torch.Tensor, log_weights: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .._compat import ForwardContext
 from ..composition import AdapterDistillation
 from .fusion import TeacherFusion
 from .losses import at_least_float32, token_weights
-from .span import Span
+from .low_rank import LowRankUpdates
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +34,14 @@ class Fused(NamedTuple):
     attention: torch.Tensor  # (B, T, n), detached
 
 
+class LowRankFused(NamedTuple):
+    """Low-rank updates of the student and of the fusion of n teachers at one place."""
+
+    names: tuple[str, ...]
+    updates: LowRankUpdates
+    attention: torch.Tensor  # (B, T, n), detached
+
+
 @dataclass(eq=False)
 class Place:
     """Place of the model where the student has just added its update, and where the teachers can run beside it."""
@@ -41,8 +49,20 @@ class Place:
     fusion: TeacherFusion
     query_states: torch.Tensor  # (B, T, d), the input of the fusion's query
     base: torch.Tensor | float  # (B, T, d), the states before any update is added; 0 where they are added later
-    student_output: torch.Tensor  # (B, T, d), the student's update
     student_states: torch.Tensor  # (B, T, d), the states with the student's update, as the layer would pass them on
+
+    _student_output = None
+
+    @property
+    def student_output(self) -> torch.Tensor:
+        """Return the student's update, (batch, seq_len, hidden), computed when it is first asked for."""
+        if self._student_output is None:
+            self._student_output = self.student_update()
+        return self._student_output
+
+    def student_update(self) -> torch.Tensor:
+        """Compute the student's update, (batch, seq_len, hidden)."""
+        raise NotImplementedError
 
     def updates(self, with_student: bool = False) -> dict[str, torch.Tensor]:
         """Run the teachers one by one; return their updates, (batch, seq_len, hidden) each, and the student's last."""
@@ -54,10 +74,10 @@ class Place:
         weights = weigh(tuple(updates)).to(self.query_states)  # (n,)
         return torch.einsum("n,nbtd->btd", weights, torch.stack(list(updates.values())))
 
-    def span(self) -> Span | None:
-        """Return the student's and the fused update as combinations of few columns, or None where that is not cheaper.
+    def low_rank(self) -> LowRankFused | None:
+        """Run the teachers, and return low-rank updates, which match the same; None where they are not cheaper.
 
-        The combinations have their graph, the student's also that of the states that it reads.
+        The student's has the graph of the states that it reads, also where the teachers read detached states.
         """
         return None
 
@@ -117,20 +137,20 @@ class LayerPass:
         """Run at one place; return the states that the layer passes on, (B, T, d), or None for the student's."""
         raise NotImplementedError
 
-    def token_weights(self, fusion: TeacherFusion, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_weights(self, fusion: TeacherFusion, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights of tokens in the mean over each sequence, and over the batch, (batch, seq_len) each.
 
-        Both ignore padding, and are computed once per stack of layers.
+        Both ignore padding, and are computed once per stack of layers. The values are (batch, seq_len, ...).
         """
-        batch, seq_len = hidden_states.shape[:2]
+        batch, seq_len = values.shape[:2]
         weights = self._token_weights.get(fusion.in_decoder)
-        if weights is None or weights[0].shape != (batch, seq_len) or weights[0].device != hidden_states.device:
+        if weights is None or weights[0].shape != (batch, seq_len) or weights[0].device != values.device:
             mask = self.inputs.masks[fusion.in_decoder]
             if mask is not None and mask.dim() == 3:  # multiple choice: (B, C, T)
                 mask = mask.reshape(-1, mask.shape[-1])
             if mask is None or mask.shape != (batch, seq_len):  # (B, 1, T, T) says who sees whom, not what is padding
                 mask = torch.ones(batch, seq_len)
-            mask = (mask != 0).to(hidden_states.device, at_least_float32(hidden_states.dtype))
+            mask = (mask != 0).to(values.device, at_least_float32(values.dtype))
             weights = self._token_weights[fusion.in_decoder] = token_weights(mask), mask / mask.sum().clamp(min=1)
         return weights
 

@@ -23,12 +23,12 @@ from .._compat import (
 from ..composition import AdapterDistillation
 from .chunked_attention import Chunk
 from .fusion import fusions_at
-from .layer_pass import Fused, Place, Weigh, current_pass, warn_outside_of_passes
+from .layer_pass import Fused, LowRankFused, Place, Weigh, current_pass, warn_outside_of_passes
 from .losses import at_least_float32
-from .span import Span
+from .low_rank import LowRankUpdates, is_cheaper, keeps_digits
 from .stacking import (
     can_be_stacked,
-    combined,
+    coefficients,
     ends_in_up_projection,
     group_alike,
     input_kind,
@@ -158,16 +158,18 @@ class AdapterPlace(Place):
         self.block = block
         self.state = state  # before the student, from which adapters of another kind take their input
         self.student = layer.adapter_modules[block.student]
-        self.student_states_read = student_input.hidden_states  # (B, T, d), in any pass with its graph
-        student_output = _student_output(self.student, student_input, student_state)  # (B, T, d)
+        self.student_state, self.graph_input = student_state, student_input
         self.student_input = student_input if in_graph else student_input.detach()
         super().__init__(
             fusions_at(layer)[block.student],
             self.student_input.hidden_states,
             self.student_input.residual,
-            student_output,
             student_state.hidden_states,
         )
+
+    def student_update(self) -> torch.Tensor:
+        """Return the student's update without its dropout, (batch, seq_len, hidden)."""
+        return _student_output(self.student, self.graph_input, self.student_state)
 
     def _adapters(self, with_student: bool) -> dict[str, Adapter | LoRA]:
         modules = self.layer.adapter_modules
@@ -218,30 +220,35 @@ class AdapterPlace(Place):
             mixed = mixed + mix_chunk(self._input_of(chunk), torch.stack([of_names[name] for name in chunk]))
         return mixed.to(dtype)
 
-    def span(self) -> Span | None:
-        """Combine the up-projections of stacked adapters, where they are narrow beside the update.
+    def low_rank(self) -> LowRankFused | None:
+        """Take the up-projections of stacked adapters as columns.
 
-        A value matrix is trained, so that the backward pass would need more products: with one it is never cheaper.
+        A value matrix is trained, so that its products with them would cost more in the backward pass than they save.
         """
         if self.fusion.value is not None or not can_be_stacked(self.student):
             return None
-        groups = group_alike(self._adapters(False), self.layer.adapters_config)
-        tokens = self.query_states[..., 0].numel()
-        if not groups or not self.fusion.columns_are_cheaper(sum(map(number_of_columns, groups)), tokens):
+        groups, own = (
+            group_alike(self._adapters(False), self.layer.adapters_config),
+            {self.block.student: self.student},
+        )
+        batch, seq_len, input_size = self.query_states.shape
+        sizes = input_size, self.fusion.key.weight.shape[1], batch * seq_len
+        if not groups or not is_cheaper(sum(map(number_of_columns, groups)), number_of_columns(own), *sizes):
             return None
-        stacks = [stack_frozen(group, self._dtype) for group in groups]
-        own = stack({self.block.student: self.student})
+        if not keeps_digits(self.query_states.device):
+            return None
+        stacks, student = [stack_frozen(group, self._dtype) for group in groups], stack(own)
         features = [stacked.features(self._input_of(stacked.names)) for stacked in stacks]
         attention = self.fusion.attend_stacked(self.query_states, stacks, features)
-        own_features = own.features(self.student_states_read)
-        return Span(
-            names=tuple(name for stacked in stacks for name in stacked.names),
-            attention=attention.detach(),
-            student_columns=own.up,
-            student=combined(torch.ones_like(own_features[..., 0]), own_features),
-            columns=self.fusion.columns_of(stacks),
-            fused=self.fusion.combine_stacked(attention, stacks, features),
+        student_features = student.features(self.graph_input.hidden_states)
+        updates = LowRankUpdates(
+            student_columns=student.up,
+            student_coefficients=coefficients(torch.ones_like(student_features[..., 0]), student_features),
+            # A single stack is not copied.
+            teacher_columns=stacks[0].up if len(stacks) == 1 else torch.cat([each.up for each in stacks], dim=-1),
+            fused_coefficients=self.fusion.coefficients_of(attention, stacks, features),
         )
+        return LowRankFused(tuple(name for each in stacks for name in each.names), updates, attention.detach())
 
     def fuse(self, with_student: bool = False) -> Fused:
         """Fuse from the bottleneck features of stacked adapters, or one by one where an adapter cannot be stacked."""

@@ -32,7 +32,7 @@ def divergence(target: torch.Tensor, student: torch.Tensor, beta: float = 0.0) -
     probability 0 in both, by a logit of -inf, adds nothing.
     """
     smallest = torch.finfo(target.dtype).min
-    target = target.clamp(min=smallest)  # of a label that the target excludes, whose reverse divergence stays finite
+    target = target.clamp(min=smallest)  # whose gradients are no NaN
     if beta == 0:
         return _kullback_leibler(target, student)
     if beta == 1:
@@ -158,4 +158,5 @@ def logit_matching_loss(
     No gradient flows through the fused pass. Logits of tokens, (batch, seq_len, ...), have weights.
     """
     student, fused = in_float32(student_logits, fused_logits.detach())
-    return mean_over_tokens((student - fused).square(), weights)
+    differences = (student - fused).masked_fill(student == fused, 0.0)  # also of labels that both exclude by -inf
+    return mean_over_tokens(differences.square(), weights)

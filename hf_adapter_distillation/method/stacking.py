@@ -50,11 +50,11 @@ class StackedAdapters(NamedTuple):
 
         The weights are (batch, seq_len, n), the features (batch, seq_len, n, m).
         """
-        return nn.functional.linear(combined(weights, features), self.up)
+        return nn.functional.linear(coefficients(weights, features), self.up)
 
 
-def combined(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Return by what the columns of `StackedAdapters.up` are multiplied in the weighted sum of the updates.
+def coefficients(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Return the coefficients of the columns of `StackedAdapters.up` in the weighted sum of the updates.
 
     The weights are (batch, seq_len, n), the features (batch, seq_len, n, m), the result (batch, seq_len, n * m + n).
     """

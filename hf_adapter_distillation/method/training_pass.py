@@ -102,13 +102,15 @@ class StudentPass(TrainingPass):
     def run_layer(self, place: Place) -> None:
         """Match the student with the fused teachers, both of which the distillation loss trains."""
         matches_features_alone = set(self.distillation.config.layer_objectives) == {"features"}
-        span = place.span() if matches_features_alone else None
-        if span is None:
+        low_rank = place.low_rank() if matches_features_alone else None
+        if low_rank is None:
             self.match(self.updates_of(place, place.student_output), self.fuse(place))
             return
-        self._note_attention(place.fusion, span.names, span.attention)
-        weights, _ = self.token_weights(place.fusion, span.attention)
-        matches: dict[str, LayerMatch | torch.Tensor] = {"features": span.match(weights, place.query_states)}
+        self._note_attention(place.fusion, low_rank.names, low_rank.attention)
+        weights, _ = self.token_weights(place.fusion, low_rank.attention)
+        matches: dict[str, LayerMatch | torch.Tensor] = {
+            "features": low_rank.updates.match(weights, place.query_states)
+        }
         self.layers.append(LayerTerms(len(self.calls), len(weights), place.fusion.layer_weight, matches))
 
 

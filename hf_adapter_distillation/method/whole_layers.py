@@ -91,9 +91,12 @@ class LayerPlace(Place):
             fusions_at(layer)[self.student],
             self.args[0] if self.args else self.kwargs["hidden_states"],
             base,
-            self._run(self.student) - base,
             _states(output),
         )
+
+    def student_update(self) -> torch.Tensor:
+        """Return what the student changes in the layer's output, (batch, seq_len, hidden)."""
+        return self._run(self.student) - self.base
 
     def _run(self, adapter: str | None) -> torch.Tensor:
         setup, context = self.current.inputs.reruns[adapter]

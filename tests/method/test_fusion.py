@@ -250,11 +250,6 @@ def test_lower_precision_is_near_float64(tokens, hidden, n, width, dtype, tolera
         assert (value.double() - wanted).norm() <= factor * tolerance * wanted.norm(), name
 
 
-@pytest.mark.parametrize(("width", "tokens", "cheaper"), [(10, 100, True), (40, 100, False), (10, 5, False)])
-def test_products_of_columns_are_cheaper_for_few_columns_and_many_tokens(width, tokens, cheaper):
-    assert TeacherFusion(64, rank=8).columns_are_cheaper(width, tokens) == cheaper
-
-
 @pytest.mark.parametrize("reaches_input", [False, True])
 def test_no_tensor_has_the_size_of_the_updates(reaches_input):
     tokens, hidden, n, width = 30, 16, 12, 2

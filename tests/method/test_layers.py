@@ -12,9 +12,15 @@ from tiny_models import CONFIGS, TEACHERS, distillation_of, make_batch, make_mod
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.fusion import TeacherFusion, fusions_of
 from hf_adapter_distillation.method.layer_pass import logger
-from hf_adapter_distillation.method.layers import FusedLayer, adapter_layers, adapters_of, compose_distillation
+from hf_adapter_distillation.method.layers import (
+    FusedLayer,
+    adapter_layers,
+    adapter_update,
+    adapters_of,
+    compose_distillation,
+)
 from hf_adapter_distillation.method.losses import FeatureLoss, token_weights
-from hf_adapter_distillation.method.span import Span
+from hf_adapter_distillation.method.low_rank import LowRankUpdates
 from hf_adapter_distillation.method.stacking import StackedAdapters
 
 
@@ -531,35 +537,41 @@ def test_gradient_checkpointing_changes_nothing(carrier):
         torch.testing.assert_close(grad, results[1][1][name], rtol=1e-10, atol=1e-12)
 
 
-CONFIGS_IN_SPAN = ["seq_bn", "par_bn", "double_seq_bn", "lora[r=2,alpha=6,dropout=0.3,intermediate_lora=True]"]
+LOW_RANK_CONFIGS = ["seq_bn", "par_bn", "double_seq_bn", "lora[r=2,alpha=6,dropout=0.3,intermediate_lora=True]"]
 
 
-def student_in_span(config, cheaper, monkeypatch):
-    """A student with noisy weights, and whether its updates are combinations of columns, whatever that costs."""
-    monkeypatch.setattr(TeacherFusion, "columns_are_cheaper", lambda *args: cheaper)
-    model = make_student(make_model(dtype=torch.float64), config=config, student_start="random", fusion_rank=3)
+def student_of_rank(config, low_rank, monkeypatch, **settings):
+    """A student with noisy weights, and whether its updates are low-rank updates, whatever that costs."""
+    monkeypatch.setattr("hf_adapter_distillation.method.layers.is_cheaper", lambda *args: low_rank)
+    model = make_student(
+        make_model(dtype=torch.float64), config=config, student_start="random", fusion_rank=3, **settings
+    )
     noisy(model, "insurance")
     return model.double()
 
 
+@pytest.mark.parametrize("objective", ["features", {"features": 1.0, "cosine": 0.5}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("config", CONFIGS_IN_SPAN)
-def test_updates_as_combinations_of_columns_equal_the_updates(config, checkpointing, monkeypatch):
-    """Losses, gradients and attention of the whole model, with learned weights that sum to more than 1."""
-    results, spans = [], []
-    match = Span.match
-    monkeypatch.setattr(Span, "match", lambda *args: spans.append(args) or match(*args))
-    for cheaper in (True, False):
-        spans.clear()
-        model = student_in_span(config, cheaper, monkeypatch)
-        for fusion in fusions_of(model, "insurance"):
-            fusion.set_weights({"bank": 0.9, "travel": 0.3, "work": 0.2})
+@pytest.mark.parametrize("config", LOW_RANK_CONFIGS)
+def test_low_rank_updates_equal_the_updates(config, checkpointing, objective, monkeypatch):
+    """Losses, gradients and attention of the whole model, with weights of layers and of teachers."""
+    results, matches = [], []
+    match = LowRankUpdates.match
+    monkeypatch.setattr(LowRankUpdates, "match", lambda *args: matches.append(args) or match(*args))
+    for low_rank in (True, False):
+        matches.clear()
+        model = student_of_rank(config, low_rank, monkeypatch, objective=objective)
+        fusions = fusions_of(model, "insurance")
+        for number, fusion in enumerate(fusions):
+            fusion.set_weights({"bank": 0.9, "travel": 0.3, "work": 0.2})  # more than 1 together
+            fusion.layer_weight = 1.0 + number
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(3)
         output, record = forward_in_stage_2(model, weight=0.7)
         output.loss.backward()
-        assert len(spans) == cheaper * len(fusions_of(model, "insurance")) * (1 + checkpointing)
+        matches_low_rank = low_rank and objective == "features"
+        assert len(matches) == matches_low_rank * len(fusions) * (1 + checkpointing)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         attention = {location: dict(zip(*row, strict=True)) for location, row in record.attention.items()}
         results.append((output.loss, record.added, record.layer_losses, attention, gradients))
@@ -567,17 +579,21 @@ def test_updates_as_combinations_of_columns_equal_the_updates(config, checkpoint
     assert any("distillation_fusion" in name and gradient.any() for name, gradient in results[0][-1].items())
 
 
-@pytest.mark.parametrize("cheaper", [True, False])
-def test_no_tensor_of_the_size_of_an_update_is_kept_for_combinations(cheaper, monkeypatch):
-    """The backward pass of a projection with 37 outputs has no more such tensors than a plain student's."""
-    model = student_in_span("lora[r=2,intermediate_lora=True,selfattn_lora=False]", cheaper, monkeypatch)
-    kept = []
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_low_rank_updates_keep_no_tensor_of_the_size_of_an_update(low_rank, monkeypatch):
+    """The backward pass of projections with 37 outputs, of LoRA with dropout, has no more than a plain student's."""
+    config = "lora[r=2,dropout=0.1,intermediate_lora=True,selfattn_lora=False]"
+    model, kept, computed = student_of_rank(config, low_rank, monkeypatch), [], []
+    spy = lambda *args: computed.append(args) or adapter_update(*args)  # noqa: E731
+    monkeypatch.setattr("hf_adapter_distillation.method.layers.adapter_update", spy)
     for enabled in (True, False):
-        shapes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=shapes: s.append(t.shape) or t, lambda t: t):
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=tensors: s.append(t) or t, lambda t: t):
             forward_in_stage_2(model, enabled=enabled)
-        kept.append(sum(shape[-1:] == (37,) and len(shape) == 3 for shape in shapes))
-    assert (kept[0] > kept[1]) == (not cheaper)
+        size = 37 * make_batch()["input_ids"].numel()
+        kept.append(len({t.data_ptr() for t in tensors if t.numel() == size and t.shape[-1] == 37}))
+    assert (kept[0] > kept[1]) == (not low_rank)
+    assert bool(computed) == (not low_rank), "the student's update is not computed once more"
 
 
 def test_language_adapter_below_the_student_is_frozen_and_runs():
