@@ -118,7 +118,7 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
         raise ValueError(f"--methods {needy[0]!r} needs labelled queries; raise --shots or leave it out.")
     has_setfit = find_spec("setfit") is not None
     if "SetFit" in args.methods and not has_setfit:
-        raise ValueError("--methods 'SetFit' needs its package; install it with pip install setfit.")
+        raise ValueError("--methods 'SetFit' needs its package; install it with pip install --no-deps setfit.")
     args.methods = args.methods or [
         name
         for name, method in of_architecture.items()

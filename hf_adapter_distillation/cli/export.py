@@ -9,7 +9,7 @@ from typing import Any
 import adapters
 import transformers
 from adapters import AutoAdapterModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .._compat import HEAD_CONFIG_NAME
 from ..downloads import locate_saved, one_line, read_adapter_config, read_config_file
@@ -54,6 +54,9 @@ def _own_class(saved: Mapping[str, Any]) -> type[PreTrainedModel] | None:
 
 def _load_own(own_class: type[PreTrainedModel], head: Mapping[str, Any], base: str) -> Any:
     """Load a base model in a class, with as many labels as a saved head."""
+    found, wanted = AutoConfig.from_pretrained(base).model_type, getattr(own_class.config_class, "model_type", None)
+    if found != wanted:  # the class would take what the config lacks from its defaults, and so become a large model
+        raise ValueError(f"it is a {found}, and the adapter was saved from a {wanted}")
     model = own_class.from_pretrained(base, **{"num_labels": head["num_labels"]} if "num_labels" in head else {})
     adapters.init(model)
     return model

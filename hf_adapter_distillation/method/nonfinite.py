@@ -71,6 +71,8 @@ def loss_error(
     `find` is `find_overflow` with the batch of the step; it is not called in stage 1, where no teacher runs.
     """
     cause, remedy = nonfinite_term(record), "lower the learning rate"
+    if loss.isnan() and cause.startswith("task_loss"):
+        remedy = "check that the batch has labels other than -100, lower the learning rate"
     if record.distillation_loss is not None and (overflow := find()):
         cause, remedy = overflow, TAKE_MORE_RANGE
     return FloatingPointError(

@@ -89,6 +89,8 @@ def write_as_peft(
     provenance: dict[str, Any] | None,
 ) -> None:
     """Save a LoRA as PEFT does, with a provenance in the form of `Provenance.to_dict`."""
+    if not str(save_directory):
+        raise ValueError("save_directory='' names no folder; give one.")
     folder, config = Path(save_directory), _lora_config(model, adapter_name)
     check_folder(folder)
     plain, modules, head = plain_with_head(model, adapter_name, with_head)

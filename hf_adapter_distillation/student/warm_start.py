@@ -86,9 +86,12 @@ def start_at_average(
     elif _has_factors(config, distillation.level):
         reason = "the average of the teachers' factors does not average their products"
     if reason:
+        weighed = (
+            ", which also leaves the teachers unweighed" if distillation.config.student_start == "weighted" else ""
+        )
         logger.warning(
             f"{student!r} starts at random weights: {reason}. "
-            "Pass DistillationConfig(student_start='random') to silence this."
+            f"Pass DistillationConfig(student_start='random') to silence this{weighed}."
         )
         return
     modules_of_teachers = adapters_of(model, teachers)

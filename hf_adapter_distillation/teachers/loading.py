@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,13 @@ from .peft_conversion import lora_by_peft
 from .peft_lora import PEFT_WEIGHTS_NAME, PeftLoRA, add_peft_lora, convert_peft_lora, is_peft, read_peft_weights
 
 Source = dict[str, str | None]
+
+REMEDY = "use one trained on the same base model."
+SIZE_MISMATCH = (  # of torch, for the first of the weights
+    r"size mismatch for (?P<key>\S+): copying a param with shape torch\.Size\((?P<saved>.*?)\) from checkpoint, "
+    r"the shape in current model is torch\.Size\((?P<own>.*?)\)"
+)
+WRONG_SIZE = "has weights of another size: {key} is {saved}, on the model {own}"
 
 # The only files that are downloaded of a repository, which may hold checkpoints and code, too.
 ADAPTER_FILES = [ADAPTER_CONFIG_NAME, *ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, *HEAD_WEIGHTS, PEFT_WEIGHTS_NAME]
@@ -129,10 +137,7 @@ def check_saved_adapter(model: ModelAdaptersMixin, folder: str | Path, label: st
         del made_for["model_name"]
     for key, value in made_for.items():
         if value != of_model[key]:
-            raise ValueError(
-                f"{label} was made for {key} {value!r}, the model has {of_model[key]!r}; "
-                f"use one trained on the same base model."
-            )
+            raise ValueError(f"{label} was made for {key} {value!r}, the model has {of_model[key]!r}; {REMEDY}")
     if not is_peft(saved):
         return SavedAdapter(folder, label, saved.get("name"), saved["config"])
     weights, conversion = read_peft_weights(folder, label), None
@@ -191,15 +196,18 @@ def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: st
         _check_foreign_weights(model, folder, saved_name, name)
         model.load_adapter(str(folder), load_as=name, with_head=with_head, use_safetensors=True, loading_info=info)
     except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
+        if found := re.search(SIZE_MISMATCH, str(error)):
+            raise ValueError(f"{label} {WRONG_SIZE.format(**found.groupdict())}; {REMEDY}") from error
         raise ValueError(f"{label} cannot be loaded: {one_line(error)}") from error
     finally:
         if heads:
             model.heads.load_state_dict(heads, strict=False)
-    if missing := [key for key in info.get("missing_keys", []) if f".{name}." in key]:
-        raise ValueError(
-            f"{label} lacks {len(missing)} weights that this model needs, {missing[0]!r} the first; "
-            f"use one trained on the same base model."
-        )
+    for kind, what in (
+        ("missing_keys", "lacks {} weights that this model needs"),
+        ("unexpected_keys", "has {} weights that this model lacks"),
+    ):
+        if keys := [key for key in info.get(kind, []) if f".{name}." in key]:
+            raise ValueError(f"{label} {what.format(len(keys))}, {keys[0]!r} the first; {REMEDY}")
     is_shared = name in model.base_model.shared_parameters
     if is_shared and not any("shared_parameters." in key for key in _saved_keys(folder, *ADAPTER_WEIGHTS)):
         raise ValueError(

@@ -14,8 +14,11 @@ from adapters import LoRAConfig, ModelAdaptersMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import pad
+from transformers.utils import logging
 
 from .._compat import LoRALinear, LoRAMergedLinear, children_of_base
+
+logger = logging.get_logger(__name__)
 
 PEFT_WEIGHTS_NAME, OLD_WEIGHTS_NAME = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -168,6 +171,7 @@ def add_peft_lora(model: ModelAdaptersMixin, name: str, lora: PeftLoRA) -> None:
 def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], label: str) -> dict[str, Factors]:
     """Return the factors by the saved paths of the projections."""
     found: dict[str, dict[str, torch.Tensor]] = {}
+    heads = []
     for key, tensor in weights.items():
         saved_path, part, _ = key.rpartition(".lora_")
         if part:
@@ -177,6 +181,10 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
                 f"{label} is a PEFT adapter that holds {key} of the base model (modules_to_save); "
                 "it cannot be converted."
             )
+        else:
+            heads.append(key)
+    if heads:
+        logger.warning(f"{label} has a head, which is not taken from PEFT: {heads[0]} in its files.")
     if not found:
         raise ValueError(f"{label} has no LoRA weights in {PEFT_WEIGHTS_NAME}; save it again.")
     for saved_path, tensors in found.items():

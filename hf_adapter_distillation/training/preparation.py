@@ -212,8 +212,8 @@ def weigh(
             weights = learn_weights(model, block, labelled.loss, labelled.halves, **learning)
     if weights is None:
         logger.warning(
-            f"The teachers of {block.student!r} get equal weights: too few training examples, a stream or a loader of "
-            "your own, or no loss above 0. Pass DistillationConfig(student_start='teachers') to silence this."
+            f"The teachers of {block.student!r} get equal weights: too few training examples or labels, a stream or "
+            "a loader of yours, or no loss above 0. Pass DistillationConfig(student_start='teachers') to silence this."
         )
         return block
     start_at_weights(model, block, weights)

@@ -286,7 +286,8 @@ FOLDERS = {
     "no head config": (lambda f: (f / HEAD).unlink(), NO_HEAD_CONFIG),
     "other shapes": (
         edit(WEIGHTS, lambda t: {k: v[:1].contiguous() for k, v in t.items()}),
-        LOAD + "Error(s) in loading state_dict *"
+        "Teacher '{0}' has weights of another size: * is [1, 32], on the model [2, 32]; "
+        "use one trained on the same base model.",
     ),
     "no weights": (edit(WEIGHTS, lambda t: {"x": torch.ones(1)}), "Teacher '{0}' lacks 8 weights *"),
     "weights of the base model": (

@@ -623,6 +623,7 @@ def test_export_writes_what_peft_reads(here, capsys):
                 ["export", "lora/insurance", "b", "--model", "no model"],
                 "model='no model' is neither a folder nor *",
             ),
+            (2, ["export", "lora/insurance", "", "--no_head"], "save_directory='' names no folder; give one."),
         ],
     )
     assert not Path("b").exists()
@@ -651,6 +652,10 @@ def test_export_loads_the_class_from_which_an_adapter_was_saved(family, kind, wi
     ids = torch.arange(5, 10)[None]
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    other = str(tmp_path / "gpt2")
+    CONFIGS["gpt2"]().save_pretrained(other)
+    why = f"model={other!r} cannot be loaded: it is a gpt2, and the adapter was saved from a {family}"
+    says_why(capsys, 1, why, "export", student, str(tmp_path / "other"), "--model", other)
     if kind == "classification":
         (tmp_path / "student" / "head_config.json").write_text("{")
         code, _, err = run(capsys, "export", student, str(tmp_path / "other"))
