@@ -103,7 +103,8 @@ def color_of(method: str) -> str:
 def draw_differences(files: Mapping[str, Lines]) -> Figure:
     """Draw the paired differences of each method from the plain adapter, a panel for each file, sorted by the first.
 
-    Where no plain adapter ran, as without labels, the differences are from the frozen encoder.
+    Where no plain adapter ran, as without labels, the differences are from the frozen encoder. Methods with fewer runs
+    than others are hollow.
     """
     accuracy = {title: runs_of(lines, "accuracy_at_1") for title, lines in files.items()}
     drawn: dict[str, dict[str, tuple[float, float, float]]] = {}
@@ -122,7 +123,9 @@ def draw_differences(files: Mapping[str, Lines]) -> Figure:
             if method in of_file:
                 middle, low, high = (100 * value for value in of_file[method])
                 lengths = None if np.isnan(low) else [[middle - low], [high - middle]]
-                axes.errorbar(middle, row, xerr=lengths, fmt="o", markersize=4, capsize=2, color=color_of(method))
+                is_whole = len(accuracy[title][method]) == max(map(len, accuracy[title].values()))
+                style = {"color": color_of(method), "markerfacecolor": color_of(method) if is_whole else "white"}
+                axes.errorbar(middle, row, xerr=lengths, fmt="o", markersize=4, capsize=2, **style)
         axes.grid(axis="x", alpha=0.3)
         than = PLAIN if PLAIN in accuracy[title] else FROZEN
         axes.set(title=title, xlabel=f"points of accuracy@1 above the {than}")

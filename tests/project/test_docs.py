@@ -462,7 +462,7 @@ def test_the_memory_of_a_training_of_a_language_model_is_the_measured_one():
         ("how_to/onboard", 2),
         ("how_to/peft", 1),
         ("how_to/choose_teachers", 1),
-        ("language_models", 7),
+        ("language_models", 8),
     ],
 )
 def test_the_tables_of_a_page_match_the_result_files(name, n_tables):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adapters import AdapterPlusConfig, LoRAConfig
+from adapters import AdapterPlusConfig, AutoAdapterModel, LoRAConfig
 from messages import exactly, one_line
 from model_state import changed, everything, snapshot
-from tiny_models import make_batch, make_model, noisy, with_teachers
+from tiny_models import CONFIGS, make_batch, make_model, noisy, with_teachers
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.method.distillation import distillations
@@ -133,3 +133,34 @@ def test_prefixes_of_a_block_written_by_hand_and_of_a_pool_are_named_too(tmp_pat
     model.train_adapter("insurance")
     had.choose_teachers(model, [make_batch(labels=None)], loss=lambda batch: model(**batch)[0].square().mean())
     assert "have prefixes, which adapters masks out" in caplog.text
+
+
+def model_of(family="bert", **changes):
+    config = CONFIGS[family]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return AutoAdapterModel.from_config(config)
+
+
+@pytest.mark.parametrize("config", ["lora", "seq_bn", "mam"])
+@pytest.mark.parametrize("num_hidden_layers", [1, 3])
+def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(config, num_hidden_layers, tmp_path):
+    """Its hidden size is that of the model, so the config alone does not tell."""
+    folder, model = str(tmp_path / "deep"), model_of(num_hidden_layers=num_hidden_layers)
+    with_teachers(config=config, teachers=["bank"]).save_adapter(folder, "bank")
+    before = everything(model)
+    message = one_line(start=f"Teacher {folder!r} ", part="; use one trained on the same base model.")
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("insurance", config=config, distill_from=[folder])
+    assert everything(model) == before
+
+
+def test_weights_of_another_size_are_named_with_both_sizes(tmp_path):
+    folder = str(tmp_path / "wide")
+    with_teachers(model_of("llama"), config="lora", teachers=["bank"]).save_adapter(folder, "bank")
+    message = (
+        f"Teacher {folder!r} has weights of another size: model.layers.0.self_attn.v_proj.loras.wide.lora_B is "
+        "[32, 8], on the model [16, 8]; use one trained on the same base model."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        model_of("llama", num_key_value_heads=2).add_adapter("insurance", config="lora", distill_from=[folder])

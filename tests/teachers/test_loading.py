@@ -5,13 +5,12 @@ import re
 
 import pytest
 import torch
-from adapters import AutoAdapterModel
 from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
-from messages import exactly, one_line
+from messages import exactly
 from model_state import everything
 from saved_teachers import Evil
-from tiny_models import CONFIGS, TEACHERS, make_model, make_student, with_teachers
+from tiny_models import TEACHERS, make_model, make_student, with_teachers
 
 from hf_adapter_distillation._compat import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from hf_adapter_distillation.method.distillation import distillations
@@ -221,34 +220,3 @@ def test_a_pickle_of_a_repository_is_not_executed(name, hub, tmp_path):
     with pytest.raises(ValueError, match=exactly(message)):
         pull("me/faq-bank", model, others=TEACHERS[1:])
     assert everything(model) == before
-
-
-def model_of(family="bert", **changes):
-    config = CONFIGS[family]()
-    for key, value in changes.items():
-        setattr(config, key, value)
-    return AutoAdapterModel.from_config(config)
-
-
-@pytest.mark.parametrize("config", ["lora", "seq_bn", "mam"])
-@pytest.mark.parametrize("num_hidden_layers", [1, 3])
-def test_an_adapter_of_a_deeper_or_shallower_base_is_refused(config, num_hidden_layers, tmp_path):
-    """Its hidden size is that of the model, so the config alone does not tell."""
-    folder, model = str(tmp_path / "deep"), model_of(num_hidden_layers=num_hidden_layers)
-    with_teachers(config=config, teachers=["bank"]).save_adapter(folder, "bank")
-    before = everything(model)
-    message = one_line(start=f"Teacher {folder!r} ", part="; use one trained on the same base model.")
-    with pytest.raises(ValueError, match=message):
-        model.add_adapter("insurance", config=config, distill_from=[folder])
-    assert everything(model) == before
-
-
-def test_weights_of_another_size_are_named_with_both_sizes(tmp_path):
-    folder = str(tmp_path / "wide")
-    with_teachers(model_of("llama"), config="lora", teachers=["bank"]).save_adapter(folder, "bank")
-    message = (
-        f"Teacher {folder!r} has weights of another size: model.layers.0.self_attn.v_proj.loras.wide.lora_B is "
-        "[32, 8], on the model [16, 8]; use one trained on the same base model."
-    )
-    with pytest.raises(ValueError, match=exactly(message)):
-        model_of("llama", num_key_value_heads=2).add_adapter("insurance", config="lora", distill_from=[folder])
