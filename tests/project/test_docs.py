@@ -456,7 +456,7 @@ def test_the_memory_of_a_training_of_a_language_model_is_the_measured_one():
     ("name", "n_tables"),
     [
         ("performance", 9),
-        ("quality", 22),
+        ("quality", 23),
         ("when_to_use", 1),
         ("how_to/serve", 3),
         ("how_to/onboard", 2),
