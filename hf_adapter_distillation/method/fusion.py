@@ -198,7 +198,7 @@ class TeacherFusion(nn.Module):
     ) -> torch.Tensor:
         """Return the coefficients of all columns of the up-projections in the fused update, with the scale.
 
-        The attention is (batch, seq_len, n_teachers), the result (batch, seq_len, k). It is for fusions without value.
+        The attention is (batch, seq_len, n_teachers), the result (batch, seq_len, k). The fusion has no value matrix.
         """
         parts = self._scaled(attention).split([len(stacked.names) for stacked in stacks], dim=-1)
         return torch.cat([coefficients(part.to(z.dtype), z) for part, z in zip(parts, features, strict=True)], dim=-1)

@@ -168,8 +168,14 @@ class AdapterPlace(Place):
         )
 
     def student_update(self) -> torch.Tensor:
-        """Return the student's update without its dropout, (batch, seq_len, hidden)."""
-        return _student_output(self.student, self.graph_input, self.student_state)
+        """Return the student's update without its dropout; where there is none, the layer has computed it already."""
+        student, after = self.student, self.student_state
+        if isinstance(after, LoRAState):
+            has_dropout = isinstance(student.lora_dropout, nn.Dropout)
+            return adapter_update(student, *self.graph_input) if has_dropout else after.hidden_states
+        if ends_in_up_projection(student) and not hasattr(student, "DropPath"):
+            return after.bottleneck_up
+        return adapter_update(student, *self.graph_input)
 
     def _adapters(self, with_student: bool) -> dict[str, Adapter | LoRA]:
         modules = self.layer.adapter_modules
@@ -227,10 +233,8 @@ class AdapterPlace(Place):
         """
         if self.fusion.value is not None or not can_be_stacked(self.student):
             return None
-        groups, own = (
-            group_alike(self._adapters(False), self.layer.adapters_config),
-            {self.block.student: self.student},
-        )
+        groups = group_alike(self._adapters(False), self.layer.adapters_config)
+        own = {self.block.student: self.student}
         batch, seq_len, input_size = self.query_states.shape
         sizes = input_size, self.fusion.key.weight.shape[1], batch * seq_len
         if not groups or not is_cheaper(sum(map(number_of_columns, groups)), number_of_columns(own), *sizes):
@@ -267,18 +271,6 @@ class AdapterPlace(Place):
         names = tuple(name for stacked in stacks for name in stacked.names)
         features = [stacked.features(self._input_of(stacked.names)) for stacked in stacks]
         return Fused(names, *self.fusion.fuse_stacked(self.query_states, stacks, features))
-
-
-def _student_output(
-    student: Adapter | LoRA, student_input: AdapterInput, after: BottleneckState | LoRAState
-) -> torch.Tensor:
-    """Return the student's update without its dropout; the layer has already computed it where that is the same."""
-    if isinstance(after, LoRAState):
-        has_dropout = isinstance(student.lora_dropout, nn.Dropout)
-        return adapter_update(student, *student_input) if has_dropout else after.hidden_states
-    if ends_in_up_projection(student) and not hasattr(student, "DropPath"):
-        return after.bottleneck_up
-    return adapter_update(student, *student_input)
 
 
 def adapter_update(

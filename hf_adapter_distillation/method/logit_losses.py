@@ -37,10 +37,7 @@ def divergence(target: torch.Tensor, student: torch.Tensor, beta: float = 0.0) -
         return _kullback_leibler(target, student)
     if beta == 1:
         return _kullback_leibler(student, target)
-    shares = ((target, log(beta)), (student, log1p(-beta)))
-    mixture = torch.logaddexp(
-        *(part.clamp(min=torch.finfo(part.dtype).min) + share for part, share in shares)
-    )  # (..., C)
+    mixture = torch.logaddexp(target + log(beta), student.clamp(min=smallest) + log1p(-beta))  # (..., C)
     return beta * _kullback_leibler(target, mixture) + (1 - beta) * _kullback_leibler(student, mixture)
 
 

@@ -1,5 +1,6 @@
 """The passes of a training: for each carrier, the match in the layers and the states that a layer passes on."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class LayerTerms(NamedTuple):
     call: int  # the number of the call
     sequences: int
     weight: float  # of the layer
-    matches: dict[str, LayerMatch | torch.Tensor]  # by the objective; losses with a bound of their own are tensors
+    matches: Mapping[str, LayerMatch | torch.Tensor]  # by the objective; losses with a bound of their own are tensors
 
 
 class Updates(NamedTuple):
@@ -108,9 +109,7 @@ class StudentPass(TrainingPass):
             return
         self._note_attention(place.fusion, low_rank.names, low_rank.attention)
         weights, _ = self.token_weights(place.fusion, low_rank.attention)
-        matches: dict[str, LayerMatch | torch.Tensor] = {
-            "features": low_rank.updates.match(weights, place.query_states)
-        }
+        matches = {"features": low_rank.updates.match(weights, place.query_states)}
         self.layers.append(LayerTerms(len(self.calls), len(weights), place.fusion.layer_weight, matches))
 
 
