@@ -122,7 +122,7 @@ RATES = (1e-3, 3e-3)
 LORA_METHODS = {  # each returns the folder of a LoRA for PEFT
     "plain adapter": Method(partial(lora_of, way="plain LoRA"), RATES),
     "best merge": Method(partial(best_merge, trained=False), (0.0,)),
-    "best merge, trained": Method(partial(best_merge, trained=True), RATES, rate_of="teachers' average"),
+    "best merge, trained": Method(partial(best_merge, trained=True), RATES),
     "teachers' average": Method(partial(lora_of, way="average, trained"), RATES),
     "AdapterDistillation: weights alone": Method(partial(lora_of, way="learned weights"), (0.0,)),
     "AdapterDistillation": Method(partial(lora_of, way="AdapterDistillation"), RATES),
