@@ -208,11 +208,11 @@ def onboarding_on_paper(results: dict[str, Any]) -> str:
 
 
 def adapter_memory(results: dict[str, Any]) -> str:
-    """Return a row per number of LoRA: the megabytes of all parameters on one base model and on a model for each."""
-    header = ["LoRA", "base model, MB", "all LoRA, MB", "one base model, MB", "a model for each, MB"]
+    """Return a row per number of LoRA: megabytes of all parameters on one base model, of the process, and of N models."""
+    header = ["LoRA", "base model, MB", "all LoRA, MB", "one base model, MB", "the process, MB", "a model for each, MB"]
     rows = []
     for row in results["rows"]:
-        sizes = (row["base"], row["loras"] * row["lora"], row["shared"], row["separate"])
+        sizes = (row["base"], row["loras"] * row["lora"], row["shared"], row["resident"], row["separate"])
         rows.append([row["loras"], *(f"{size / 1e6:,.1f}" for size in sizes)])
     return markdown(header, rows)
 

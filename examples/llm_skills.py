@@ -24,16 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import adapters
-import peft
 import torch
 import transformers
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
+
+try:
+    import peft
+except ModuleNotFoundError as error:
+    raise SystemExit("llm_skills.py: peft is missing; install it with pip install peft.") from error
+
 from faq_data import BUNDLED, Tenant, choose_new, hold_out, load_tenants
 from faq_table import as_text
 from inputs import check_at_least, check_rates, check_seed, open_folder, read_json
 from llm_methods import WAYS, Onboarding
-from llm_model import CACHE, load_tokenizer, packaged_model
+from llm_model import CACHE, check_saved, load_tokenizer, packaged_model
 from llm_tasks import TASKS
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 import hf_adapter_distillation as had
 
@@ -132,6 +137,8 @@ def prepare() -> tuple[Arguments, str, PreTrainedTokenizerBase, Tenant, list[Ten
     new, others = choose_new(load_tenants(args.data or str(BUNDLED), args.seed), args.new_tenant)
     hold_out(new, args.shots, args.validation_queries)
     results = earlier_results(args)
+    if args.model is not None:
+        check_saved(args.model)
     model = args.model or str(packaged_model(Path(args.cache).expanduser()))
     return args, model, load_tokenizer(model), new, others[: args.teachers], results
 

@@ -128,11 +128,11 @@ def convert_peft_lora(
 def _check_plain(saved: dict, label: str) -> None:
     """Refuse other methods of PEFT, and settings under which the factors compute something else."""
     if saved["peft_type"] != "LORA":
-        raise ValueError(f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted.")
+        raise ValueError(f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted; use a LoRA.")
     for key, value in saved.items():
         is_start = key == "init_lora_weights" and str(value).lower() in HARMLESS_STARTS
         if key not in HARMLESS and not is_start and value and value != "none":
-            raise ValueError(f"{label} is a PEFT adapter with {key}={value!r}; it cannot be converted.")
+            raise ValueError(f"{label} is a PEFT adapter with {key}={value!r}; use a plain LoRA, trained without it.")
 
 
 def _config(
@@ -179,7 +179,7 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
         elif is_of_base(model, key):
             raise ValueError(
                 f"{label} is a PEFT adapter that holds {key} of the base model (modules_to_save); "
-                "it cannot be converted."
+                "use a LoRA trained without it."
             )
         else:
             heads.append(key)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 from paths import ROOT
-from transformers import BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from hf_adapter_distillation.student.choosing import choose_from_pool
 from hf_adapter_distillation.training import preparation
@@ -128,14 +128,23 @@ def test_a_student_whose_logits_changed_fails_the_benchmark(run, monkeypatch):
         run(inference, *"--shapes tiny --teachers 1 --batches 1 --seq_len 8 --rounds 1".split())
 
 
-def test_adapter_memory(run):
-    results, _ = run(adapter_memory, *"--loras 1 3 --layers 1".split())
+def test_adapter_memory(run, tmp_path):
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=60, num_hidden_layers=1, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama")
+    results, _ = run(adapter_memory, *f"--loras 1 3 --model {tmp_path / 'llama'}".split())
     one, three = results["rows"]
-    size = 8 * ((576 + 576) + 2 * (576 + 192) + 2 * (576 + 1536)) * 4  # q, k and v, up and down, float32
+    size = 8 * ((24 + 24) + 2 * (24 + 8) + 2 * (24 + 40)) * 4  # q, k and v, up and down, float32
     assert (one["lora"], three["lora"]) == (size, size)
     assert three["shared"] == three["base"] + 3 * size
     assert three["separate"] == 3 * one["shared"]
+    assert one["resident"] > 0
     assert len(report.adapter_memory(results).splitlines()) == 4
+
+
+def test_a_number_of_loras_below_one_is_refused(run):
+    with pytest.raises(SystemExit, match="adapter_memory.py: --loras 0 is out of range; it must be at least 1."):
+        run(adapter_memory, *"--loras 0".split())
 
 
 def test_pool(run, tiny_encoder):

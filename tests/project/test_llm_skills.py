@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -236,6 +237,12 @@ def test_without_a_package_there_is_one_line(data, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+def test_without_peft_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="llm_skills.py: peft is missing; install it with pip install peft."):
+        runpy.run_path(str(ROOT / "examples" / "llm_skills.py"))
+
+
 def test_the_packaged_model_is_read_once(tiny_llm, tmp_path, monkeypatch, capsys):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "small.gguf").touch()
@@ -274,6 +281,8 @@ def test_the_packaged_model_is_read_once(tiny_llm, tmp_path, monkeypatch, capsys
         (["--new_tenant", "zoo"], "--new_tenant zoo is not in the data; choose one of bank, air, shop"),
         (["--shots", "8"], "--shots 8 is out of range: .* has 8 queries in all, "),
         (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "small.gguf"], "--model small.gguf is not the folder of a saved model; load a GGUF by "),
+        (["--model", str(ROOT)], f"--model {ROOT} is not the folder of a saved model; load a GGUF by "),
     ],
 )
 def test_arguments_out_of_range_train_nothing(arguments, message, tiny_llm, data, tmp_path, monkeypatch):

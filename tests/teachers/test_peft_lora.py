@@ -247,8 +247,8 @@ def damaged(folder, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({"use_dora": True}, "is a PEFT adapter with use_dora=True; it cannot be converted."),
-        ({"bias": "all"}, "is a PEFT adapter with bias='all'; it cannot be converted."),
+        ({"use_dora": True}, "is a PEFT adapter with use_dora=True; use a plain LoRA, trained without it."),
+        ({"bias": "all"}, "is a PEFT adapter with bias='all'; use a plain LoRA, trained without it."),
         (
             {"rank_pattern": {"query": 2}},
             "has the ranks 8 and 8 in bert.encoder.layer.0.attention.self.query, but its",
