@@ -194,12 +194,12 @@ def training_data(lines: Lines) -> Table:
 
 
 def draw_training_data(lines: Lines) -> Figure:
-    """Draw the accuracy@1 and the AUC of the methods by amount of data, for the tenants that have all amounts."""
+    """Draw paired differences to the plain adapter by amount of data, for the tenants that have all amounts."""
     tenants_of = [{line["tenant"] for line in of if line["queries"] == "test"} for of in by_budget(lines).values()]
     common = set.intersection(*tenants_of)
     lines = [line for line in lines if line["tenant"] in common]
     budgets = by_budget(lines)
-    compared = [method for method in (PLAIN, AVERAGE, DISTILLED) if method in runs_of(lines, "auc")]
+    compared = [method for method in (AVERAGE, DISTILLED) if method in runs_of(lines, "auc")]
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=150)
     for axes, (key, label) in zip(
         figure.subplots(1, 2), (("accuracy_at_1", "accuracy@1"), ("auc", "AUC")), strict=True
@@ -208,16 +208,17 @@ def draw_training_data(lines: Lines) -> Figure:
             places, drawn = [], []
             for place, of_budget in enumerate(budgets.values()):
                 if method in (runs := runs_of(of_budget, key)):
-                    places.append(place + 0.1 * (number - 1))
-                    drawn.append(interval(runs[method]))
-            means, lows, highs = np.array(drawn).T
+                    places.append(place + 0.1 * (number - 0.5))
+                    drawn.append(interval(differences(runs[method], runs[PLAIN])))
+            means, lows, highs = 100 * np.array(drawn).T
             axes.errorbar(places, means, yerr=[means - lows, highs - means], fmt="o", capsize=3, label=method)
         ticks = [f"{shots} queries,\n{steps} steps" for shots, steps in budgets]
         axes.set_xticks(range(len(budgets)), ticks)
-        axes.set(ylabel=f"{label}, 95% interval")
+        axes.set(ylabel=f"points of {label} above the plain adapter", xlim=(-0.5, len(budgets) - 0.5))
+        axes.axhline(0, color="gray", linewidth=1)
         axes.grid(axis="y", alpha=0.3)
         axes.legend(loc="lower right")
-    figure.suptitle(f"Quality by training queries of each FAQ, {len(common)} tenants")
+    figure.suptitle(f"Paired differences and 95% intervals by training queries of each FAQ, {len(common)} tenants")
     return figure
 
 
