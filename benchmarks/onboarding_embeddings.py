@@ -239,6 +239,7 @@ METHODS = {
     "AdapterDistillation: lean": _configured(fusion_rank=32),
     "AdapterDistillation: similarity": Method(similarity, RATES, needs_labels=False),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
+    "AdapterDistillation: weights per layer": _configured(weights_per_layer=True),
     "AdapterDistillation: paper": Method(
         partial(adapter_distillation, config=had.DistillationConfig.paper), RATES, rate_of="plain adapter"
     ),
