@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from language_model_runs import LORA_METHODS, lora_of, onboarding, trained_lora
+from language_model_runs import LORA_METHODS, RATES, Onboarding, lora_of, onboarding, trained_lora
 from pools import arrival, keep_teacher, learned_weights
 from tenant_jobs import Arguments, Job, Method, finished, started
 
@@ -15,7 +15,18 @@ from llm_methods import Outcome  # isort: skip
 from llm_model import stored_megabytes  # isort: skip
 from llm_tasks import messages_of  # isort: skip
 
-METHODS = {"no adapter": Method(partial(lora_of, way="no adapter"), (0.0,), needs_labels=False), **LORA_METHODS}
+
+def distilled_by_logits(run: Onboarding) -> Path | None:
+    """Distil the teachers' distributions over the tokens of the answers, and not their updates in the layers."""
+    run.llm.objective = "logits"
+    return lora_of(run, "AdapterDistillation")
+
+
+METHODS = {
+    "no adapter": Method(partial(lora_of, way="no adapter"), (0.0,), needs_labels=False),
+    **LORA_METHODS,
+    "AdapterDistillation: logits": Method(distilled_by_logits, RATES, rate_of="AdapterDistillation"),
+}
 
 
 def train_teacher(args: Arguments, name: str) -> str:

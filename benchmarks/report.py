@@ -208,8 +208,9 @@ def onboarding_on_paper(results: dict[str, Any]) -> str:
 
 
 def adapter_memory(results: dict[str, Any]) -> str:
-    """Return a row per number of LoRA: megabytes of all parameters on one base model, of the process, and of N models."""
-    header = ["LoRA", "base model, MB", "all LoRA, MB", "one base model, MB", "the process, MB", "a model for each, MB"]
+    """Return a row per number of LoRA: the megabytes on one base model, and those of a model for each LoRA."""
+    header = ["LoRA", "base model, MB", "all LoRA, MB", "one base model, MB", "the process, MB"]
+    header.append("a model for each, MB")
     rows = []
     for row in results["rows"]:
         sizes = (row["base"], row["loras"] * row["lora"], row["shared"], row["resident"], row["separate"])

@@ -82,6 +82,7 @@ class Onboarding:
         self.start_seconds = 0.0
         self.export_difference: float | None = None
         self.started: TaskDistillationTrainer | None = None
+        self.objective = "features"
 
     def load(self) -> Any:
         """Load the language model, with its head or without it, as the task needs it."""
@@ -194,7 +195,7 @@ class Onboarding:
         """Return the trainer of a student at the weighted mean of its teachers; the weights are learned once."""
         began = time.perf_counter()
         teachers = [str(folder) for folder in self.teachers]
-        model = self.start_student(had.DistillationConfig(teachers, fusion_rank=FUSION_RANK))
+        model = self.start_student(had.DistillationConfig(teachers, objective=self.objective, fusion_rank=FUSION_RANK))
         model.train_adapter(self.new.name)
         if self.weights is not None:
             start_at_weights(model, active_block(model), self.weights)

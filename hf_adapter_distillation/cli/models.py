@@ -105,7 +105,7 @@ def load_pretrained(name: str, *loaders: Callable[[str], Any], named_by: str | N
         if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
             raise ValueError(f"{label} holds no {CONFIG_NAME}; give the folder of a model.")
     elif not is_repo_id(name):
-        raise ValueError(f"{label} is neither a folder nor a Hub id; give the one that save_pretrained wrote.")
+        raise ValueError(f"{label} is neither a folder nor a Hub id; give a saved model.")
     try:
         return [load(name) for load in loaders]
     except Exception as error:  # tokenizers raises a plain Exception on damaged files

@@ -128,7 +128,9 @@ def convert_peft_lora(
 def _check_plain(saved: dict, label: str) -> None:
     """Refuse other methods of PEFT, and settings under which the factors compute something else."""
     if saved["peft_type"] != "LORA":
-        raise ValueError(f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted; use a LoRA.")
+        raise ValueError(
+            f"{label} is a PEFT adapter of type {saved['peft_type']}; only LORA is converted; use a LoRA."
+        )
     for key, value in saved.items():
         is_start = key == "init_lora_weights" and str(value).lower() in HARMLESS_STARTS
         if key not in HARMLESS and not is_start and value and value != "none":

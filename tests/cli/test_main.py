@@ -847,7 +847,7 @@ def test_wrong_models_teachers_and_adapters_are_told_in_one_line(here, capsys):
     new = [*TRAIN, "--output_dir=new"]
     unknown = "Column 'label' has '0' in row 1, not a label"
     cases = [
-        (2, [*new, "--model=./no"], "model='./no' is neither a folder nor a Hub id; give the one that save_pretrained wrote."),
+        (2, [*new, "--model=./no"], "model='./no' is neither a folder nor a Hub id; give a saved model."),
         (1, [*new, "--model=someone/no"], "model='someone/no' cannot be loaded: We couldn't connect to *"),
         (2, [*new, "--model=empty"], "model='empty' holds no config.json; give the folder of a model."),
         (2, [*new, "--max_length=999"], "max_length=999 is out of range; bert-base-uncased takes 512 tokens at most."),
@@ -886,7 +886,7 @@ def test_an_error_of_a_base_model_says_who_named_it(here, capsys, monkeypatch, a
     write_csv(Path("test.csv"), {"text": TEXTS, "label": LABELS})
     named = "model='bert-base-uncased' (named by s; --model replaces it) cannot be loaded: *"
     says_why(capsys, 1, named, *argv)
-    says_why(capsys, 2, "model='./no' is neither a folder nor a Hub id; give the one that save_pretrained wrote.", *argv, "--model=./no")
+    says_why(capsys, 2, "model='./no' is neither a folder nor a Hub id; give a saved model.", *argv, "--model=./no")
 
 
 @pytest.mark.parametrize("column", ["label", "score", "scores", "score_card"])
