@@ -109,6 +109,17 @@ def children_of_base(model: PreTrainedModel) -> set[str]:
     return {name for name, _ in base.named_children()}
 
 
+def scale_of_head_states(model: ModelWithFlexibleHeadsAdaptersMixin, kind: str) -> float:
+    """Return the factor of the states that a kind of head reads, beyond that of the class with the same head.
+
+    T5 scales all states as for its vocabulary, but not those of a head for classes of whole texts.
+    """
+    config = model.config
+    if kind in ("causal_lm", "seq2seq_lm", "classification", "multilabel_classification"):
+        return 1.0
+    return config.d_model**-0.5 if config.model_type in ("t5", "mt5") and config.tie_word_embeddings else 1.0
+
+
 def loss_counts_items(model: PreTrainedModel) -> bool:
     """Return whether the model's own loss is normalised by Trainer's `num_items_in_batch`.
 

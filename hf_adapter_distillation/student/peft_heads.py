@@ -10,7 +10,15 @@ from adapters import ModelAdaptersMixin, ModelWithFlexibleHeadsAdaptersMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._compat import STATIC_TO_FLEX_HEAD_MAP, bare_class, children_of_base, heads_of, on_meta, original_class
+from .._compat import (
+    STATIC_TO_FLEX_HEAD_MAP,
+    bare_class,
+    children_of_base,
+    heads_of,
+    on_meta,
+    original_class,
+    scale_of_head_states,
+)
 from ..method.heads import head_config
 from ..teachers.peft_model import MODULES_OF_PEFT
 
@@ -65,10 +73,13 @@ def plain_with_head(model: ModelAdaptersMixin, adapter: str, with_head: bool) ->
     output = head.get_output_embeddings()
     if output is not None and output.weight is model.get_input_embeddings().weight and len(layers) == 1:
         return PlainModel(plain, [], {})
-    weights = {}
-    for key, weight in head.state_dict().items():
+    weights, state = {}, head.state_dict()
+    first = min(int(key.partition(".")[0]) for key in state)
+    scale = scale_of_head_states(model, config["head_type"])
+    for key, weight in state.items():
         number, _, part = key.partition(".")
-        weights[f"{layers[int(number)]}.{part}"] = weight
+        scaled = weight * scale if (int(number), part) == (first, "weight") else weight
+        weights[f"{layers[int(number)]}.{part}"] = scaled
     modules = sorted({key.partition(".")[0] for key in weights})
     _check_same_weights(plain, modules, weights, adapter)
     return PlainModel(plain, modules, weights)
