@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .._compat import ADAPTER_CONFIG_NAME, LoRAMergedLinear, forward_arguments
 from ..downloads import read_adapter_config, suggestion
 from ..method.distillation import distillations
-from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, is_peft, projections_of
+from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, common_ends, is_peft, projections_of
 from .peft_heads import plain_with_head
 from .provenance import PROVENANCE_NAME, Provenance
 
@@ -169,7 +169,7 @@ def _peft_config(plain: PreTrainedModel, lora: Mapping[str, Exported]) -> dict[s
     (rank, alpha), _ = Counter((each.rank, each.alpha) for each in lora.values()).most_common(1)[0]
     ranks, alphas = {}, {}
     for others in {(each.rank, each.alpha) for each in lora.values()} - {(rank, alpha)}:
-        for end in _common_ends({path for path, each in lora.items() if (each.rank, each.alpha) == others}, names):
+        for end in common_ends({path for path, each in lora.items() if (each.rank, each.alpha) == others}, names):
             ranks[end], alphas[end] = others
     return {
         "peft_type": "LORA",
@@ -180,23 +180,12 @@ def _peft_config(plain: PreTrainedModel, lora: Mapping[str, Exported]) -> dict[s
         "lora_alpha": alpha,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "target_modules": _common_ends(lora.keys(), names),
+        "target_modules": common_ends(lora.keys(), names),
         "fan_in_fan_out": any(each.is_transposed for each in lora.values()),
         "bias": "none",
         "use_rslora": False,
         "init_lora_weights": True,
     }
-
-
-def _common_ends(paths: Collection[str], names: Iterable[str]) -> list[str]:
-    """Return short ends of some paths (`query`, `output.dense`), which no other name has."""
-    others, found = [name.split(".") for name in names if name not in paths], set()
-    for path in paths:
-        parts = path.split(".")
-        ends = (parts[-n:] for n in range(1, len(parts) + 1))
-        end = next((end for end in ends if not any(other[-len(end) :] == end for other in others)), parts)
-        found.add(".".join(end))
-    return sorted(found)
 
 
 def check_folder(folder: Path) -> None:

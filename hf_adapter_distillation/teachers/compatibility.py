@@ -1,5 +1,6 @@
 """Checks of teachers against a student: whether they can be fused, inside the layers or in the layers' outputs."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
@@ -23,6 +24,22 @@ from ..method.parameters import owner
 from ..method.whole_layers import holds, whole_layers
 
 logger = logging.get_logger(__name__)
+
+REMEDY = "use one trained on the same base model."
+SIZE_MISMATCH = (  # of torch, for the first of the weights
+    r"size mismatch for (?P<key>\S+): copying a param with shape torch\.Size\((?P<saved>.*?)\) from checkpoint, "
+    r"the shape in current model is torch\.Size\((?P<own>.*?)\)"
+)
+
+
+def size_mismatch(error: Exception) -> str:
+    """Return the first weight of another size that an error of torch names, with both sizes, or an empty text."""
+    found = re.search(SIZE_MISMATCH, str(error))
+    return (
+        "has weights of another size: {key} is {saved}, on the model {own}".format(**found.groupdict())
+        if found
+        else ""
+    )
 
 
 def check_supported(label: str, config: AdapterConfig) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +13,11 @@ from safetensors.torch import load_file
 from .._compat import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, HEAD_WEIGHTS, AdapterLoader, heads_of
 from ..composition import check_name
 from ..downloads import download, hub_reason, is_hub_id, is_repo_id, one_line, read_adapter_config, suggestion
-from .compatibility import check_weights
+from .compatibility import REMEDY, check_weights, size_mismatch
 from .peft_conversion import lora_by_peft
 from .peft_lora import PEFT_WEIGHTS_NAME, PeftLoRA, add_peft_lora, convert_peft_lora, is_peft, read_peft_weights
 
 Source = dict[str, str | None]
-
-REMEDY = "use one trained on the same base model."
-SIZE_MISMATCH = (  # of torch, for the first of the weights
-    r"size mismatch for (?P<key>\S+): copying a param with shape torch\.Size\((?P<saved>.*?)\) from checkpoint, "
-    r"the shape in current model is torch\.Size\((?P<own>.*?)\)"
-)
-WRONG_SIZE = "has weights of another size: {key} is {saved}, on the model {own}"
 
 # The only files that are downloaded of a repository, which may hold checkpoints and code, too.
 ADAPTER_FILES = [ADAPTER_CONFIG_NAME, *ADAPTER_WEIGHTS, HEAD_CONFIG_NAME, *HEAD_WEIGHTS, PEFT_WEIGHTS_NAME]
@@ -196,8 +188,8 @@ def add_saved_adapter(model: ModelAdaptersMixin, adapter: SavedAdapter, name: st
         _check_foreign_weights(model, folder, saved_name, name)
         model.load_adapter(str(folder), load_as=name, with_head=with_head, use_safetensors=True, loading_info=info)
     except Exception as error:  # adapters, torch and safetensors raise anything on damaged files and configs
-        if found := re.search(SIZE_MISMATCH, str(error)):
-            raise ValueError(f"{label} {WRONG_SIZE.format(**found.groupdict())}; {REMEDY}") from error
+        if mismatch := size_mismatch(error):
+            raise ValueError(f"{label} {mismatch}; {REMEDY}") from error
         raise ValueError(f"{label} cannot be loaded: {one_line(error)}") from error
     finally:
         if heads:

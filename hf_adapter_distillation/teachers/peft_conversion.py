@@ -1,5 +1,6 @@
 """Other methods of PEFT, such as LoHa, LoKr and VeRA, as LoRA: PEFT itself converts them."""
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from .._compat import on_meta, original_class
 from ..downloads import one_line
+from .compatibility import REMEDY, size_mismatch
 from .peft_lora import FACTORS, PREFIX, is_of_base
 
 logger = logging.get_logger(__name__)
@@ -81,9 +83,11 @@ def lora_by_peft(
         lora_config, lora_weights = peft.convert_to_lora(adapted, rank=KEPT)
         missed = _relative_error(adapted, lora_weights)
     except Exception as error:  # PEFT and torch raise anything on adapters that do not fit
-        raise ValueError(
-            f"{label} is a PEFT adapter of type {kind} that cannot be converted: {one_line(error)}"
-        ) from error
+        mismatch = size_mismatch(error)
+        reason = one_line(error) if not mismatch else f"it {mismatch}"
+        if mismatch or re.search("[Tt]arget.modules", reason):  # which a model of another kind lacks
+            reason = f"{reason.rstrip('.')}; {REMEDY}"
+        raise ValueError(f"{label} is a PEFT adapter of type {kind} that cannot be converted: {reason}") from error
     note = f"from {kind} by peft {peft.__version__}, relative error {missed:.1e}"
     rank = max(weight.shape[0] for key, weight in lora_weights.items() if key.endswith(FACTORS[0]))
     logger.warning(f"{label} was converted to LoRA of rank {rank}: {note} of its updates.")

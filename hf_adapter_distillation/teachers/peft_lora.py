@@ -178,6 +178,8 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
         saved_path, part, _ = key.rpartition(".lora_")
         if part:
             found.setdefault(saved_path.removeprefix(PREFIX), {})[key[len(saved_path) :]] = tensor
+        elif not key.startswith(PREFIX):
+            raise ValueError(f"{label} holds {key}, which PEFT does not save; save it again.")
         elif is_of_base(model, key):
             raise ValueError(
                 f"{label} is a PEFT adapter that holds {key} of the base model (modules_to_save); "
@@ -190,12 +192,18 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
     if not found:
         raise ValueError(f"{label} has no LoRA weights in {PEFT_WEIGHTS_NAME}; save it again.")
     for saved_path, tensors in found.items():
-        if tensors.keys() < set(FACTORS):
-            (missing,) = set(FACTORS) - tensors.keys()
-            raise ValueError(f"{label} lacks {saved_path}{missing}; save it again.")
         if tensors.keys() != set(FACTORS):
-            raise _no_projection(model, saved_path, label)
+            raise _no_factors(model, saved_path, tensors.keys(), label)
     return {saved_path: (tensors[FACTORS[0]], tensors[FACTORS[1]]) for saved_path, tensors in found.items()}
+
+
+def _no_factors(model: ModelAdaptersMixin, saved_path: str, parts: Collection[str], label: str) -> ValueError:
+    if missing := set(FACTORS).difference(parts) if set(parts) < set(FACTORS) else ():
+        return ValueError(f"{label} lacks {saved_path}{min(missing)}; save it again.")
+    if _projection_at(projections_of(model), saved_path) is None:
+        return _no_projection(model, saved_path, label)
+    unknown = min(set(parts).difference(FACTORS))
+    return ValueError(f"{label} holds {saved_path}{unknown}, which no plain LoRA has; save it again.")
 
 
 def _no_projection(model: ModelAdaptersMixin, saved_path: str, label: str) -> ValueError:
@@ -205,11 +213,28 @@ def _no_projection(model: ModelAdaptersMixin, saved_path: str, label: str) -> Va
             f"{label} has LoRA in {saved_path}, a layer that this {model.config.model_type} lacks; use one trained on "
             "the same base model."
         )
-    names = sorted({path.rpartition(".")[2] for path in paths})
+    numbered = (name for name, _ in model.base_model.named_modules())
+    names = common_ends({LAYER_NUMBER.sub("*", path) for path in paths}, {LAYER_NUMBER.sub("*", p) for p in numbered})
     return ValueError(
         f"{label} has LoRA in {saved_path}, which is no projection that takes LoRA in adapters' "
         f"{model.config.model_type}; use a LoRA in {', '.join(names)} alone."
     )
+
+
+def _projection_at(projections: Iterable[str], saved_path: str) -> str | None:
+    """Return the path of a projection in the base model, by its path in the model that PEFT adapted."""
+    return next((path for path in projections if saved_path == path or saved_path.endswith(f".{path}")), None)
+
+
+def common_ends(paths: Collection[str], names: Iterable[str]) -> list[str]:
+    """Return short ends of some paths (`query`, `output.dense`), which no other name has."""
+    others, found = [name.split(".") for name in names if name not in paths], set()
+    for path in paths:
+        parts = path.split(".")
+        ends = (parts[-n:] for n in range(1, len(parts) + 1))
+        end = next((end for end in ends if not any(other[-len(end) :] == end for other in others)), parts)
+        found.add(".".join(end))
+    return sorted(found)
 
 
 def _checked_path(
@@ -220,8 +245,8 @@ def _checked_path(
     up: torch.Tensor,
     label: str,
 ) -> str:
-    """Return the path of a projection in the base model, by its path in the model that PEFT adapted."""
-    path = next((p for p in projections if saved_path == p or saved_path.endswith(f".{p}")), None)
+    """Return the path of a projection whose sizes fit the factors, by its path in the model that PEFT adapted."""
+    path = _projection_at(projections, saved_path)
     if path is None:
         raise _no_projection(model, saved_path, label)
     sizes = projections[path].in_features, projections[path].out_features

@@ -140,6 +140,9 @@ def damaged(folder, what):
     weights = load_file(path)
     if what == "wide":
         weights = {key: torch.zeros(2, 64) if "w1_b" in key else weight for key, weight in weights.items()}
+    elif what == "other modules":
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
     elif what == "foreign":
         weights = {key.replace("layer.1", "layer.7"): weight for key, weight in weights.items()}
     elif what == "half":
@@ -156,7 +159,10 @@ def damaged(folder, what):
          "of type PROMPT_TUNING that cannot be converted: PEFT has no way from it to LoRA; use"),
         ("LoHaConfig", {"target_modules": ["attention.output.dense"]}, "",
          "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA"),
-        ("LoHaConfig", LOHA, "wide", "of type LOHA that cannot be converted: Error(s) in loading state_dict"),
+        ("LoHaConfig", LOHA, "wide",
+         "layer.0.attention.self.query.hada_w1_b.default is [2, 64], on the model [2, 32]; use one trained on"),
+        ("VeraConfig", {"target_modules": ["query"], "r": 2}, "other modules",
+         "found. Please check `peft_config.target_modules`; use one trained on the same base model."),
         ("LoHaConfig", LOHA, "foreign", " has no place in the bert; use one of the same base model."),
         ("LoHaConfig", {**LOHA, "modules_to_save": ["LayerNorm"]}, "",
          "it holds base_model.model.bert.embeddings.LayerNorm.weight of the base model (modules_to_save)."),

@@ -27,6 +27,7 @@ from hf_adapter_distillation.method.distillation import distillations
 from hf_adapter_distillation.method.fusion import fusions_of
 from hf_adapter_distillation.method.layers import adapter_layers
 from hf_adapter_distillation.student.warm_start import is_at_average
+from hf_adapter_distillation.teachers.peft_lora import PREFIX
 
 CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -239,6 +240,9 @@ def damaged(folder, what):
         save_file({k: v for k, v in load_file(path).items() if "layer.1.attention.self.query.lora_B" not in k}, path)
     elif what == "no value":
         save_file({k: v for k, v in load_file(path).items() if "layer.1.attention.self.value" not in k}, path)
+    elif what in ("third factor", "foreign"):
+        key = {"third factor": "bert.encoder.layer.0.attention.self.query.lora_C.weight", "foreign": "foo.bar"}[what]
+        save_file(load_file(path) | {("" if what == "foreign" else PREFIX) + key: torch.zeros(2)}, path)
     elif what == "wide":
         save_file({k: torch.zeros(8, 64) if "lora_A" in k else v for k, v in load_file(path).items()}, path)
     config_path.write_text(json.dumps(config | what if isinstance(what, dict) else config))
@@ -271,6 +275,11 @@ def damaged(folder, what):
             "no value",
             "has no LoRA in encoder.layer.1.attention.self.value, which its target_modules name; use a whole one that",
         ),
+        (
+            "third factor",
+            "holds bert.encoder.layer.0.attention.self.query.lora_C.weight, which no plain LoRA has; save",
+        ),
+        ("foreign", "holds foo.bar, which PEFT does not save; save it again."),
         ({"lora_dropout": 2}, "has lora_dropout=2; it must be a number from 0 to below 1."),
         ({"lora_dropout": "a"}, "has lora_dropout='a'; it must be a number from 0 to below 1."),
         ("wide", "was made for a projection bert.encoder.layer.0.attention.self.query of another size"),
@@ -290,7 +299,11 @@ def test_what_cannot_be_converted_leaves_the_model_as_it_was(what, message, tmp_
 
 def test_a_module_that_takes_no_lora_here_is_named(tmp_path):
     saved_by_peft(tmp_path / "bank", target_modules=["attention.output.dense"])
-    with pytest.raises(ValueError, match="has LoRA in bert.encoder.layer.0.attention.output.dense, which is no proj"):
+    message = (
+        "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA in adapters' "
+        "bert; use a LoRA in *.output.dense, intermediate.dense, key, query, value alone."
+    )
+    with pytest.raises(ValueError, match=one_line(part=message)):
         make_model().add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])
 
 
