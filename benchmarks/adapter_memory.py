@@ -22,7 +22,7 @@ import hf_adapter_distillation as had  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from inputs import check_at_least  # noqa: E402
-from llm_model import CACHE, check_projections, packaged_model, student_config  # noqa: E402
+from llm_model import CACHE, check_projections, load_pretrained, packaged_model, student_config  # noqa: E402
 
 
 @dataclass
@@ -56,9 +56,9 @@ def main() -> None:
     """Add LoRA to one base model, and write its memory for each number."""
     try:
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-        path = args.model or packaged_model(CACHE)
+        path = args.model or str(packaged_model(CACHE))
         before = resident_bytes()
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32)
         check_projections(model)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"adapter_memory.py: {str(error).splitlines()[0]}") from error

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 import adapters
 from faq_data import Tenant
-from llm_model import check_projections, new_lora, remove, stored_megabytes, student_config, with_adapter
+from llm_model import (
+    check_projections,
+    load_pretrained,
+    new_lora,
+    remove,
+    stored_megabytes,
+    student_config,
+    with_adapter,
+)
 from llm_tasks import TASKS, Message, TaskDistillationTrainer, TaskTrainer, messages_of
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -86,7 +94,7 @@ class Onboarding:
 
     def load(self) -> Any:
         """Load the language model, with its head or without it, as the task needs it."""
-        return self.kind.model_class.from_pretrained(self.path, dtype="float32").requires_grad_(False).eval()
+        return load_pretrained(self.kind.model_class, self.path, dtype="float32").requires_grad_(False).eval()
 
     def settings(self, cls: type[TrainingArguments], steps: int, rate: float, **more: Any) -> Any:
         """Return training arguments."""

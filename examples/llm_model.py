@@ -55,16 +55,32 @@ def packaged_model(cache: Path) -> Path:
 def check_saved(model: str) -> None:
     """Raise `ValueError` if a path has no model that transformers saved, such as a GGUF."""
     path = Path(model)
-    if path.suffix == ".gguf" or (path.is_dir() and not (path / CONFIG_NAME).is_file()):
+    has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    if path.suffix == ".gguf" or (path.is_dir() and not (has_weights and (path / CONFIG_NAME).is_file())):
         raise ValueError(
             f"--model {model} is not the folder of a saved model; load a GGUF by from_pretrained(folder, "
             "gguf_file=...), save it by save_pretrained, and give that folder."
         )
 
 
+def load_pretrained(loader: Any, model: str, **options: Any) -> Any:
+    """Load a tokenizer or a model of `--model`.
+
+    Raises:
+        ValueError: If it cannot be loaded, with the first line of the reason.
+    """
+    try:
+        return loader.from_pretrained(model, **options)
+    except Exception as error:  # the readers raise anything on missing and damaged files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"--model {model} cannot be loaded ({reason}); give the folder or Hub id of another."
+        ) from error
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_pretrained(AutoTokenizer, model)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

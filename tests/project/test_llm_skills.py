@@ -4,6 +4,7 @@ import json
 import random
 import re
 import runpy
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -289,6 +290,27 @@ def test_arguments_out_of_range_train_nothing(arguments, message, tiny_llm, data
     monkeypatch.setattr(llm_skills, "Onboarding", None)
     with pytest.raises(SystemExit, match=message) as caught:
         run(monkeypatch, None if "--model" in arguments else tiny_llm, data, tmp_path, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["gguf", "no tokenizer", "cut weights"])
+def test_a_folder_without_a_whole_model_is_named(damage, tiny_llm, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_llm, tmp_path / "model")
+    if damage == "no tokenizer":
+        for file in folder.glob("*token*"):
+            file.unlink()
+    elif damage == "cut weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    else:
+        (folder / "model.safetensors").rename(folder / "model.gguf")
+    monkeypatch.setattr(llm_methods, "TaskTrainer", None)
+    why = (
+        "is not the folder of a saved model; load a GGUF by"
+        if damage == "gguf"
+        else r"cannot be loaded \(.*\); give the"
+    )
+    with pytest.raises(SystemExit, match=f"llm_skills.py: --model {folder} {why}") as caught:
+        run(monkeypatch, str(folder), data, tmp_path / "out", *SHORT)
     assert "\n" not in str(caught.value)
 
 
