@@ -14,7 +14,7 @@ from pathlib import Path
 import adapters
 import psutil
 import torch
-from measure import environment, write
+from measure import check_output, environment, write
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import hf_adapter_distillation as had  # noqa: F401
@@ -56,6 +56,7 @@ def main() -> None:
     """Add LoRA to one base model, and write its memory for each number."""
     try:
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        check_output(args.output)
         path = args.model or str(packaged_model(CACHE))
         before = resident_bytes()
         model = load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32)

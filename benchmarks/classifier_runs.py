@@ -28,7 +28,7 @@ from pools import (
     shots_of,
     teacher_tenant,
 )
-from tenant_jobs import Arguments, Job, Method, finished, started
+from tenant_jobs import Arguments, Job, Method, finished, halves, started
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -83,15 +83,15 @@ class Onboarding:
         self.add_head(name)
         self.model.train_adapter(name)
 
-    def fit(self, share: float = 1.0, trainer_class: type[Trainer] = AdapterTrainer) -> None:
-        """Train what is not frozen for a share of the steps."""
+    def fit(self, steps: int | None = None, trainer_class: type[Trainer] = AdapterTrainer) -> None:
+        """Train what is not frozen for all steps, or for fewer."""
         distilled = trainer_class is had.DistillationTrainer
         arguments: Any = had.DistillationTrainingArguments if distilled else TrainingArguments
         tokens = self.tokenizer(list(self.labelled["query"]), truncation=True)
         with tempfile.TemporaryDirectory() as folder:
             trainer = trainer_class(
                 model=self.model,
-                args=arguments(folder, **{"max_steps": round(share * self.steps), **self.options}),
+                args=arguments(folder, **{"max_steps": steps or self.steps, **self.options}),
                 train_dataset=Dataset.from_dict({**tokens, "labels": list(self.labelled["label"])}),
                 data_collator=DataCollatorWithPadding(self.tokenizer),
             )
@@ -147,12 +147,13 @@ def teachers_average(run: Onboarding) -> Save:
 def adapter_fusion(run: Onboarding) -> Save:
     """Train an adapter for half of the steps, then adapters' fusion of all adapters for the other half."""
     run.new_adapter(NEW)
-    run.fit(0.5)
+    first, second = halves(run.steps)
+    run.fit(first)
     fusion = Fuse(*run.teachers, NEW, name="fusion")
     run.model.add_adapter_fusion(fusion)
     run.model.train_adapter_fusion(fusion)
     run.model.active_head = NEW
-    run.fit(0.5)
+    run.fit(second)
 
     def save(folder: str) -> None:
         run.model.save_adapter_fusion(f"{folder}/fusion", fusion)

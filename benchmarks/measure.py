@@ -90,12 +90,13 @@ def run(
         draw: Draws all rows, with a title.
 
     Raises:
-        SystemExit: If a shape is unknown.
+        SystemExit: If a shape is unknown, or the output cannot be written.
     """
     (args,) = HfArgumentParser(cls).parse_args_into_dataclasses()
     if unknown := set(args.shapes) - set(SHAPES):
         script = Path(sys.argv[0]).name
         raise SystemExit(f"{script}: --shapes {min(unknown)} is unknown; choose of {', '.join(SHAPES)}.")
+    check_output(args.output)
     about = environment(args.device)
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     print(f"\n{args.seq_len} tokens a sequence, {args.dtype}, medians of {args.rounds} rounds; {header(args)}")
@@ -209,7 +210,17 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def check_output(output: str) -> None:
+    """Create the folder of the output; raise `SystemExit` if it cannot be written, before anything is measured."""
+    script, path = Path(sys.argv[0]).name, Path(output)
+    if path.is_dir():
+        raise SystemExit(f"{script}: --output {output} is a folder; give a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{script}: --output {output} cannot be written ({error.strerror}); give another.") from error
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     """Write results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

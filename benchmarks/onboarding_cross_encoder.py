@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from faq_cross_encoder import CrossEncoderPlatform
 from onboarding_frozen import FROZEN_METHODS
 from pools import NEW
-from tenant_jobs import Method
+from tenant_jobs import Method, halves
 from transformers import Trainer, set_seed
 
 import hf_adapter_distillation as had
@@ -44,10 +44,14 @@ class Onboarding:
     seconds: float = 0.0
 
     def fit(
-        self, share: float = 1.0, dataset: Dataset | None = None, trainer_cls: type = AdapterTrainer, **options: Any
+        self,
+        steps: int | None = None,
+        dataset: Dataset | None = None,
+        trainer_cls: type = AdapterTrainer,
+        **options: Any,
     ) -> None:
-        """Trains the active setup for a share of the steps."""
-        options = {"max_steps": round(share * self.steps), **self.options, **options}
+        """Train the active setup for all steps, or for fewer."""
+        options = {"max_steps": steps or self.steps, **self.options, **options}
         self.seconds += self.platform.train(dataset or self.train, 1, trainer_cls, **options)
 
     def save(self, folder: str) -> None:
@@ -85,9 +89,10 @@ def teachers_average(run: Onboarding, trained: bool) -> Save:
 def adapter_fusion(run: Onboarding) -> Save:
     """Train an adapter for half of the steps, then adapters' fusion of all adapters for the other half."""
     run.platform.new_adapter(NEW)
-    run.fit(0.5)
+    first, second = halves(run.steps)
+    run.fit(first)
     fusion = run.platform.fuse(NEW, run.teachers)
-    run.fit(0.5)
+    run.fit(second)
 
     def save(folder: str) -> None:
         run.platform.model.save_adapter_fusion(f"{folder}/fusion", fusion)

@@ -14,7 +14,7 @@ from onboarding_frozen import FROZEN_METHODS, FrozenEncoder, Onboarded
 from peft.utils.merge_utils import dare_linear, ties
 from pools import NEW, TEACHER_SEED
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from tenant_jobs import Method
+from tenant_jobs import Method, halves
 from transformers import PrinterCallback, set_seed
 
 import hf_adapter_distillation as had
@@ -71,19 +71,19 @@ class Onboarding:
             return self.labelled
         return Dataset.from_dict({"query": self.questions, "label": list(range(len(self.questions)))})
 
-    def arguments(self, share: float = 1.0) -> dict[str, Any]:
-        """Return the training arguments for a share of the steps."""
+    def arguments(self, steps: int | None = None) -> dict[str, Any]:
+        """Return the training arguments for all steps, or for fewer."""
         settings = {
-            "max_steps": round(share * self.steps),
+            "max_steps": steps or self.steps,
             "per_device_train_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
         }
         return settings | self.options
 
-    def fit(self, share: float = 1.0, **arguments: Any) -> None:
-        """Train the active setup for a share of the steps."""
-        self.platform.train(self.tenant, self.queries, **(self.arguments(share) | arguments))
+    def fit(self, steps: int | None = None, **arguments: Any) -> None:
+        """Train the active setup for all steps, or for fewer."""
+        self.platform.train(self.tenant, self.queries, **(self.arguments(steps) | arguments))
 
     def adapter(self) -> Onboarded:
         """Return the new tenant's adapter, by which the platform encodes while it is active."""
@@ -146,11 +146,12 @@ def adapter_fusion(run: Onboarding) -> Onboarded:
     """Train an adapter for half of the steps, then adapters' fusion of all adapters for the other half."""
     model = run.platform.model
     run.platform.new_adapter(NEW, seed=run.seed)
-    run.fit(0.5)
+    first, second = halves(run.steps)
+    run.fit(first)
     fusion = Fuse(*run.teachers, NEW, name="fusion")
     model.add_adapter_fusion(fusion)
     model.train_adapter_fusion(fusion)
-    run.fit(0.5)
+    run.fit(second)
 
     def save(folder: str) -> None:
         model.save_adapter_fusion(f"{folder}/fusion", fusion)

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import transformers
-from measure import environment, write
+from measure import check_output, environment, write
 from transformers import HfArgumentParser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -196,6 +196,7 @@ def main() -> None:
         tenants = deal(load_tenants(args.data, seed=1), args.tenants)
     except (ValueError, OSError) as error:
         raise SystemExit(f"onboarding_platform.py: {str(error).splitlines()[0]}") from error
+    check_output(args.output)
     about = environment("cpu")
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from measure import environment, write
+from measure import check_output, environment, write
 from pools import adapter_parameters, randomize
 from transformers import HfArgumentParser
 
@@ -142,6 +142,7 @@ def pool_of(folder: Path, trained: list[str], size: int) -> Path:
 def main() -> None:
     """Measure each size of the pool, print its row, and write all of them."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    check_output(args.output)
     tenants = {tenant.name: tenant for tenant in load_tenants(str(BUNDLED), seed=0)}
     new = tenants.pop(args.tenant)
     rows = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import environment, ratio, write
+from measure import check_output, environment, ratio, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -100,6 +100,7 @@ def epoch(platform: CrossEncoderPlatform, pairs: Dataset, method: str, teachers:
 def main() -> None:
     """Run the profile."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    check_output(args.output)
     transformers.utils.logging.set_verbosity_error()
     platform = CrossEncoderPlatform(
         example.Arguments(

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 from adapters import Fuse
-from measure import environment, ratio, write
+from measure import check_output, environment, ratio, write
 from serving_http import load_over_http, percentiles
 from transformers import HfArgumentParser
 
@@ -253,6 +253,7 @@ def main() -> None:
         base = EmbeddingPlatform(args.model)
     except (ValueError, OSError) as error:
         raise SystemExit(f"serving.py: {str(error).splitlines()[0]}") from error
+    check_output(args.output)
     about = environment("cpu")
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     results: dict[str, Any] = {"environment": about, "arguments": asdict(args), "rows": []}

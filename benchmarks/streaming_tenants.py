@@ -116,6 +116,10 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
         raise ValueError(f"--methods {unknown[0]!r} is unknown; choose of {choices}.")
     if args.shots == "0" and (needy := [name for name in args.methods if of_architecture[name].needs_labels]):
         raise ValueError(f"--methods {needy[0]!r} needs labelled queries; raise --shots or leave it out.")
+    if args.batch_size < 3 and "AdapterDistillation: similarity" in args.methods:
+        raise ValueError(
+            f"--batch_size {args.batch_size} is too small to compare queries by similarity; raise it to 3."
+        )
     has_setfit = find_spec("setfit") is not None
     if "SetFit" in args.methods and not has_setfit:
         raise ValueError("--methods 'SetFit' needs its package; install it with pip install --no-deps setfit.")
@@ -134,6 +138,8 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
     if args.model is not None:
         AutoConfig.from_pretrained(args.model)
     open_folder("The folder of --output,", Path(args.output).parent)
+    if Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a folder; give a file.")
     open_folder("--teachers_dir", args.teachers_dir)
     lines = read_lines(Path(args.output)) if Path(args.output).exists() else []
     check_lines(args, lines)

@@ -102,6 +102,11 @@ class Arguments:
         return {"use_cpu": self.device == "cpu", "bf16": self.bf16, "disable_tqdm": True, "logging_strategy": "no"}
 
 
+def halves(steps: int) -> tuple[int, int]:
+    """Return the steps of the two trainings of AdapterFusion, at least one each."""
+    return -(-steps // 2), max(1, steps // 2)
+
+
 class Method(NamedTuple):
     """A way to onboard a tenant.
 

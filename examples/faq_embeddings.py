@@ -83,8 +83,16 @@ class TenantSoftmaxLoss(nn.Module):
         self.questions = list(questions)
         self.scale = scale
 
-    def forward(self, sentence_features: Sequence[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
-        """Compute the loss of a batch of queries with labels (batch,)."""
+    def forward(
+        self, sentence_features: Sequence[dict[str, torch.Tensor]], labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute the loss of a batch of queries with labels (batch,).
+
+        Raises:
+            ValueError: If there are no labels.
+        """
+        if labels is None:
+            raise ValueError("The queries have no labels; add a column 'label' with the number of the FAQ of each.")
         queries = self.model(sentence_features[0])["sentence_embedding"]  # (B, d)
         faqs = self.model(dict(tokenized(self.model, self.questions)))["sentence_embedding"]  # (n_faqs, d)
         return nn.functional.cross_entropy(self.scale * util.cos_sim(queries, faqs), labels)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 from paths import ROOT
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from hf_adapter_distillation.student.choosing import choose_from_pool
@@ -33,7 +35,8 @@ import report  # noqa: E402
 import serving  # noqa: E402
 import stage2_step  # noqa: E402
 import streaming_tenants  # noqa: E402
-from faq_embeddings import EmbeddingPlatform  # noqa: E402
+import tenant_jobs  # noqa: E402
+from faq_embeddings import EmbeddingPlatform, TenantSoftmaxLoss  # noqa: E402
 from onboarding_cross_encoder import METHODS  # noqa: E402
 from onboarding_frozen import FROZEN_METHODS  # noqa: E402
 from tenant_jobs import Arguments  # noqa: E402
@@ -283,6 +286,28 @@ def test_wrong_arguments_of_onboarding_in_one_line(run, arguments, message, monk
         run(onboarding_platform, *arguments.split())
 
 
+@pytest.mark.parametrize("module", [adapter_memory, pool, stage2_step])
+def test_an_output_that_cannot_be_written_is_refused_before_the_measuring(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "environment", None)
+    for output, why in ((tmp_path, "is a folder; give a file."), ("/proc/no/x.json", "cannot be written (No such")):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--output", str(output)])
+        with pytest.raises(SystemExit, match=re.escape(f"{module.__name__}.py: --output {output} {why}")):
+            module.main()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_adapter_fusion_takes_as_many_steps_as_the_others(steps):
+    first, second = tenant_jobs.halves(steps)
+    assert min(first, second) >= 1
+    assert first + second == max(2, steps)
+
+
+def test_queries_without_labels_are_refused_by_the_loss(tiny_encoder):
+    loss = TenantSoftmaxLoss(SentenceTransformer(tiny_encoder, device="cpu"), ["a card", "a loan"])
+    with pytest.raises(ValueError, match="The queries have no labels; add a column 'label' with the number"):
+        loss([loss.model.tokenize(["my card"])], None)
+
+
 @pytest.mark.parametrize("module", [stage2_step, inference])
 def test_an_unknown_shape_is_refused(run, module):
     with pytest.raises(SystemExit, match="--shapes huge is unknown; choose of minilm, bert-base, gpt2"):
@@ -397,7 +422,7 @@ def test_every_method_onboards_a_tenant_of_an_embedding_model(benchmark):
     weighted = {line["method"].removeprefix("AdapterDistillation: ") for line in lines if "weights" in line}
     assert weighted == {
         "AdapterDistillation", "weights alone", "weighted start", "best 3 teachers", "similarity",
-        "lean", "exact",
+        "lean", "exact", "weights per layer",
     }  # fmt: skip
     sizes = {line["method"]: line["MB"] for line in lines}
     assert sizes["full fine-tuning"] > sizes["AdapterFusion"] > sizes["plain adapter"]
@@ -625,7 +650,11 @@ def test_each_method_takes_its_best_learning_rate():
         (["--seeds", "1", "-1"], "--seeds -1 is out of range; it must be from 0"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--output", "/proc/nowhere/lines.jsonl"], "The folder of --output, /proc/nowhere cannot be written"),
-        (["--output", "/tmp"], "Is a directory: '/tmp'"),
+        (["--output", "/tmp"], "--output /tmp is a folder; give a file."),
+        (
+            [*EMBEDDINGS, "--batch_size", "2", "--methods", "AdapterDistillation: similarity"],
+            "--batch_size 2 is too small to compare queries by similarity; raise it to 3.",
+        ),
         (["--teachers_dir", "/proc/nowhere"], "--teachers_dir /proc/nowhere cannot be written"),
         (["--shots", "0", "--methods", "plain adapter"], "--methods 'plain adapter' needs labelled queries"),
         ([*EMBEDDINGS, "--methods", "SetFit"], "--methods 'SetFit' needs its package; install it with pip install"),
