@@ -71,37 +71,38 @@ class Onboarding:
 
     def plain_adapter(self) -> None:
         """Train an adapter from its own random start."""
-        self.platform.new_adapter(f"{self.tenant.name}-plain")
+        # adapters saves with a head all those whose names begin like its own
+        self.platform.new_adapter(f"plain-{self.tenant.name}")
         seconds = self.fit("Plain adapter", self.args.steps)
         self.finish(
             "plain adapter",
             seconds,
-            lambda path: self.model.save_adapter(str(path / f"{self.tenant.name}-plain"), f"{self.tenant.name}-plain"),
+            lambda path: self.model.save_adapter(str(path / f"plain-{self.tenant.name}"), f"plain-{self.tenant.name}"),
         )
 
     def adapter_fusion(self) -> None:
         """Train an adapter for half of the steps, then a fusion of it with the teachers."""
         first = (self.args.steps + 1) // 2
-        self.platform.new_adapter(f"{self.tenant.name}-own")
+        self.platform.new_adapter(f"own-{self.tenant.name}")
         seconds = self.fit("AdapterFusion, own adapter", first)
-        fusion = self.platform.fuse(f"{self.tenant.name}-own", self.teachers)
+        fusion = self.platform.fuse(f"own-{self.tenant.name}", self.teachers)
         seconds += self.fit("AdapterFusion, fusion", max(1, self.args.steps - first))
 
         def save(path: Path) -> None:
             self.model.save_adapter_fusion(str(path / "fusion"), fusion)
-            self.model.save_adapter(str(path / f"{self.tenant.name}-own"), f"{self.tenant.name}-own")
+            self.model.save_adapter(str(path / f"own-{self.tenant.name}"), f"own-{self.tenant.name}")
 
         self.finish("AdapterFusion", seconds, save)
 
     def teachers_average(self) -> None:
         """Train an adapter that starts at the average of the teachers' weights."""
-        self.platform.average(f"{self.tenant.name}-average", self.teachers)
+        self.platform.average(f"average-{self.tenant.name}", self.teachers)
         seconds = self.fit("Plain adapter from the teachers' average", self.args.steps)
         self.finish(
             "teachers' average",
             seconds,
             lambda path: self.model.save_adapter(
-                str(path / f"{self.tenant.name}-average"), f"{self.tenant.name}-average"
+                str(path / f"average-{self.tenant.name}"), f"average-{self.tenant.name}"
             ),
         )
 
