@@ -238,6 +238,9 @@ METHODS = {
     "AdapterDistillation: weighted start": Method(partial(adapter_distillation, distillation_start=1.0), RATES),
     "AdapterDistillation: exact": Method(partial(adapter_distillation, distillation_share=1.0), RATES),
     "AdapterDistillation: lean": _configured(fusion_rank=32),
+    "AdapterDistillation: weight 1": Method(
+        partial(adapter_distillation, distillation_weight=1.0), RATES, rate_of="AdapterDistillation"
+    ),
     "AdapterDistillation: similarity": Method(similarity, RATES, needs_labels=False),
     "AdapterDistillation: best 3 teachers": _configured(teacher_selection=3),
     "AdapterDistillation: weights per layer": _configured(weights_per_layer=True),
