@@ -407,6 +407,18 @@ def test_the_quality_in_the_readme_matches_the_result_file():
     assert min(paired.values()) >= 0
 
 
+def test_the_other_figures_of_quality_in_the_readme_match_the_result_files():
+    def against_plain(file):
+        lines = report.read(ROOT / "benchmarks" / "results" / f"embeddings_{file}.jsonl")
+        runs = quality.runs_of(lines, "accuracy_at_1")
+        return quality.points(runs["AdapterDistillation"], runs["plain adapter"]).replace(" [", " points [")
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    with_one_query = against_plain("unrelated_1").removeprefix("+")
+    assert f"Unrelated teachers are worth {with_one_query} to a good encoder with one query per FAQ" in readme
+    assert f"On a second data set the student is then at {against_plain('bundled_3')} from a plain adapter" in readme
+
+
 def test_the_default_learning_rate_is_the_one_of_the_benchmark():
     def means(architecture, method):
         """The mean MRR on validation queries by rate, each number of queries with the same weight."""
