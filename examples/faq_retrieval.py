@@ -120,7 +120,7 @@ def prepare() -> tuple[Arguments, Any, Tenant, list[Tenant]]:
 
     Raises:
         ValueError: If an argument, or what it names, is wrong.
-        OSError: If the model cannot be loaded.
+        OSError: If the data cannot be downloaded.
     """
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     new, others = choose_new(load_tenants(args.data or str(BUNDLED), args.seed), args.new_tenant)

@@ -1,8 +1,8 @@
-"""Checks of what a user gives: numbers, a device, folders, texts and JSON files. Each error is one line with a fix."""
+"""Checks of what a user gives: numbers, a device, a model, folders, texts, JSON. Each error is one line with a fix."""
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,21 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} is unknown; choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda finds no GPU; leave it out to run on the CPU.")
+
+
+def load_model(load: Callable[..., Any], model: str, **options: Any) -> Any:
+    """Load a tokenizer or a model by its folder or Hub id.
+
+    Raises:
+        ValueError: If it cannot be loaded, with the first line of the reason.
+    """
+    try:
+        return load(model, **options)
+    except Exception as error:  # the readers raise anything on missing and damaged files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"--model {model} cannot be loaded ({reason}); give the folder or Hub id of another."
+        ) from error
 
 
 def open_folder(option: str, folder: str | Path) -> Path:

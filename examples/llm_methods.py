@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import adapters
 from faq_data import Tenant
+from inputs import load_model
 from llm_model import (
     check_projections,
-    load_pretrained,
     new_lora,
     remove,
     stored_megabytes,
@@ -94,7 +94,8 @@ class Onboarding:
 
     def load(self) -> Any:
         """Load the language model, with its head or without it, as the task needs it."""
-        return load_pretrained(self.kind.model_class, self.path, dtype="float32").requires_grad_(False).eval()
+        model = load_model(self.kind.model_class.from_pretrained, self.path, dtype="float32")
+        return model.requires_grad_(False).eval()
 
     def settings(self, cls: type[TrainingArguments], steps: int, rate: float, **more: Any) -> Any:
         """Return training arguments."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from adapters import LoRAConfig
+from inputs import load_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -63,24 +64,9 @@ def check_saved(model: str) -> None:
         )
 
 
-def load_pretrained(loader: Any, model: str, **options: Any) -> Any:
-    """Load a tokenizer or a model of `--model`.
-
-    Raises:
-        ValueError: If it cannot be loaded, with the first line of the reason.
-    """
-    try:
-        return loader.from_pretrained(model, **options)
-    except Exception as error:  # the readers raise anything on missing and damaged files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"--model {model} cannot be loaded ({reason}); give the folder or Hub id of another."
-        ) from error
-
-
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, with a padding token."""
-    tokenizer = load_pretrained(AutoTokenizer, model)
+    tokenizer = load_model(AutoTokenizer.from_pretrained, model)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -130,7 +130,7 @@ def prepare() -> tuple[Arguments, str, PreTrainedTokenizerBase, Tenant, list[Ten
 
     Raises:
         ValueError: If an argument, or what it names, is wrong.
-        OSError: If the model cannot be loaded or the output cannot be written.
+        OSError: If the data cannot be downloaded.
         ImportError: If the packaged model is missing.
     """
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()

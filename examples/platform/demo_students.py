@@ -60,7 +60,7 @@ def prepare() -> tuple[Arguments, EmbeddingPlatform, list[Tenant], list[Tenant]]
 
     Raises:
         ValueError: If an argument, or what it names, is wrong.
-        OSError: If the model cannot be loaded.
+        OSError: If the data cannot be downloaded.
     """
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     tenants = load_tenants(args.data, args.seed)

@@ -36,7 +36,7 @@ def size_mismatch(error: Exception) -> str:
     """Return the first weight of another size that an error of torch names, with both sizes, or an empty text."""
     found = re.search(SIZE_MISMATCH, str(error))
     return (
-        "has weights of another size: {key} is {saved}, on the model {own}".format(**found.groupdict())
+        f"has weights of another size: {found['key']} is {found['saved']}, on the model {found['own']}"
         if found
         else ""
     )

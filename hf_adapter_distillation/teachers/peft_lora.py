@@ -198,8 +198,9 @@ def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], lab
 
 
 def _no_factors(model: ModelAdaptersMixin, saved_path: str, parts: Collection[str], label: str) -> ValueError:
-    if missing := set(FACTORS).difference(parts) if set(parts) < set(FACTORS) else ():
-        return ValueError(f"{label} lacks {saved_path}{min(missing)}; save it again.")
+    if set(parts) < set(FACTORS):
+        (missing,) = set(FACTORS).difference(parts)
+        return ValueError(f"{label} lacks {saved_path}{missing}; save it again.")
     if _projection_at(projections_of(model), saved_path) is None:
         return _no_projection(model, saved_path, label)
     unknown = min(set(parts).difference(FACTORS))

@@ -232,7 +232,7 @@ def test_a_wrong_answer_of_a_mixed_batch_is_counted(tiny_encoder, tmp_path):
         (["--tenants", "9"], "--tenants 9 is out of range; it must be a multiple of --in_batch"),
         (["--batches", "8", "9"], "--batches 9 is out of range; it must be a multiple of --in_batch"),
         (["--rounds", "-1"], "--rounds -1 is out of range; it must be at least 0"),
-        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "no/such/model"], "--model no/such/model cannot be loaded .*; give the folder or Hub id"),
     ],
 )
 def test_wrong_arguments_of_serving_in_one_line(run, arguments, message, monkeypatch):
@@ -648,7 +648,7 @@ def test_each_method_takes_its_best_learning_rate():
         (["--teacher_epochs", "0"], "--teacher_epochs 0 is out of range; it must be at least 1"),
         (["--teacher_learning_rate", "nan"], "--teacher_learning_rate nan is out of range; it must be above 0"),
         (["--seeds", "1", "-1"], "--seeds -1 is out of range; it must be from 0"),
-        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "no/such/model"], "--model no/such/model cannot be loaded .*; give the folder or Hub id"),
         (["--output", "/proc/nowhere/lines.jsonl"], "The folder of --output, /proc/nowhere cannot be written"),
         (["--output", "/tmp"], "--output /tmp is a folder; give a file."),
         (

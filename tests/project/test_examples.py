@@ -359,7 +359,7 @@ def test_labels_of_the_picture_cover_no_point_and_no_other_label():
         (["--data", "missing.json"], "--data missing.json does not exist"),
         (["--architecture", "bert"], "--architecture bert is unknown; choose one of embeddings, cross-encoder"),
         (["--learning_rate", "0"], "--learning_rate 0.0 is out of range; it must be above 0"),
-        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "no/such/model"], "--model no/such/model cannot be loaded .*; give the folder or Hub id"),
     ],
 )
 def test_bad_arguments_cost_no_training(arguments, message, monkeypatch):

@@ -281,7 +281,7 @@ def test_the_packaged_model_is_read_once(tiny_llm, tmp_path, monkeypatch, capsys
         (["--learning_rates", "0"], "--learning_rates 0.0 is out of range; it must be above 0 and finite"),
         (["--new_tenant", "zoo"], "--new_tenant zoo is not in the data; choose one of bank, air, shop"),
         (["--shots", "8"], "--shots 8 is out of range: .* has 8 queries in all, "),
-        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "no/such/model"], "--model no/such/model cannot be loaded .*; give the folder or Hub id"),
         (["--model", "small.gguf"], "--model small.gguf is not the folder of a saved model; load a GGUF by "),
         (["--model", str(ROOT)], f"--model {ROOT} is not the folder of a saved model; load a GGUF by "),
     ],
