@@ -36,7 +36,7 @@ from tenant_jobs import Arguments, Job, Method, check_lines, drop_cut_off, read_
 from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser
 
-from inputs import open_folder  # isort: skip
+from inputs import load_model, open_folder  # isort: skip
 
 RUNS = {
     "embeddings": embedding_runs,
@@ -107,8 +107,8 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
         The tenants that can be new ones, the lines of the finished runs, and the teachers that are not trained yet.
 
     Raises:
-        ValueError: If an argument does not fit.
-        OSError: If there is no such model.
+        ValueError: If an argument does not fit, or there is no such model.
+        OSError: If the data cannot be downloaded.
     """
     of_architecture = RUNS[args.architecture].METHODS
     if unknown := [name for name in args.methods if name not in of_architecture]:
@@ -136,7 +136,7 @@ def prepare(args: Arguments) -> tuple[list[str], list[dict[str, Any]], list[str]
         raise ValueError(f"--tenants {names[0]} is the first to arrive and has no teachers; leave it out.")
     check_tenants(args, tenants)
     if args.model is not None:
-        AutoConfig.from_pretrained(args.model)
+        load_model(AutoConfig.from_pretrained, args.model)
     open_folder("The folder of --output,", Path(args.output).parent)
     if Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a folder; give a file.")
