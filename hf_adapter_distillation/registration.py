@@ -25,6 +25,7 @@ from .student.blocks import block_to_train, check_prepared
 from .student.fusions import prepare_fusion, prepare_probes
 from .student.preparing import forget_adapter, prepare_head, release_heads
 from .student.provenance import Provenance, note_loaded
+from .teachers.projections import warn_of_further, wrap_named
 
 DISTILL_FROM = """
 Added by hf_adapter_distillation:
@@ -41,8 +42,9 @@ def register() -> None:
     """Add the block `AdapterDistillation` and `add_adapter(..., distill_from=...)` to adapters.
 
     The import of the package calls this. It also applies to models that exist already, and changes nothing for a model
-    without a distilled student, with one exception: a model that is made from now on gets no random bias in its merged
-    projections of query, key and value. A second call does nothing.
+    without a distilled student, with two exceptions. A model that is made from now on gets no random bias in its
+    merged projections of query, key and value. A LoRA is also added to those linear layers that its `attn_matrices`
+    name and adapters leaves out (`o_proj`). A second call does nothing.
     """
     if _originals:
         return
@@ -131,6 +133,7 @@ def _add_adapter(
             if adapter_name in students:
                 students[adapter_name].added_head = False  # the head stays for the new adapter
             forget_adapter(self, adapter_name)
+        wrap_named(self, config)
         original(self, adapter_name, config, overwrite_ok, set_active)
 
     if distill_from is None:
@@ -207,6 +210,8 @@ def _save_adapter(
     distillation = distillations(self.adapters_config).get(adapter_name)
     if distillation is not None and not distillation.is_loaded:
         meta_dict = {**(meta_dict or {}), "distillation": Provenance.of(self, distillation).to_dict()}
+    if adapter_name in self.adapters_config:
+        warn_of_further(adapter_name, self.adapters_config.get(adapter_name))
     original(self, save_directory, adapter_name, meta_dict=meta_dict, **kwargs)
 
 

@@ -24,6 +24,7 @@ from ..student.provenance import PROVENANCE_NAME, provenance_of
 from ..student.saving import DIGESTS_NAME, file_digest, read_weights, save_weights, write_weights
 from ..teachers.loading import check_formats
 from ..teachers.peft_lora import is_peft
+from ..teachers.projections import check_known_to_adapters
 from .card import ATTENTION_NAME, CARD_NAME, CardFacts, CardOptions, write_card
 
 STUDENT_FILES = (
@@ -58,6 +59,7 @@ class PushOptions:
 @contextmanager
 def student_folder(model: ModelAdaptersMixin, student: str, repo_id: str, card: CardOptions) -> Iterator[Path]:
     """Write the files of a push to a temporary folder, from the student on a model."""
+    check_known_to_adapters(student, model.adapters_config.get(student))
     with TemporaryDirectory() as name:
         folder = Path(name)
         save_weights(model, student, name)
@@ -88,6 +90,7 @@ def saved_student_folder(saved: str | Path, repo_id: str, card: CardOptions) -> 
     """Write the files of a push to a temporary folder, from a saved student; its own card wins over `card`."""
     config = read_adapter_config(saved)
     provenance_of(config, saved)
+    check_known_to_adapters(config["name"], config["config"])
     with TemporaryDirectory() as name:
         folder = Path(name)
         for file in (HEAD_CONFIG_NAME, ATTENTION_NAME, ADAPTER_CONFIG_NAME, CARD_NAME):

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..composition import AdapterDistillation
 from ..method.wrappers import model_with_adapters
+from ..teachers.projections import check_known_to_adapters
 from .card import CardFacts, CardOptions, write_card
 from .push import (
     PushOptions,
@@ -69,9 +70,10 @@ class StudentPushingTrainer(Trainer):
         """Create the repository if it is missing; the token is by default `hub_token`, or that of `hf auth login`."""
         if not self._may_push or not self.is_world_process_zero():
             return
-        name, token = self._hub_name(), token or self.args.hub_token
-        check_push(self.block.student, name, token)
-        with push_errors(self.block.student, name):
+        name, token, student = self._hub_name(), token or self.args.hub_token, self.block.student
+        check_known_to_adapters(student, self.model_with_adapters.adapters_config.get(student))
+        check_push(student, name, token)
+        with push_errors(student, name):
             super().init_hf_repo(token)
 
     def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]

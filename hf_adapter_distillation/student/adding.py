@@ -14,6 +14,7 @@ from ..method.distillation import Distillation, add_distillation
 from ..teachers.compatibility import check_supported, check_weights, choose_level, warn_of_masked_prefixes
 from ..teachers.loading import Teacher, load_teacher, locate_teacher, read_config, remove_adapter
 from ..teachers.pool import add_stand_in, read_pool
+from ..teachers.projections import check_keys
 from .digests import rounded_digests
 from .warm_start import keep_own_start, start_at_average
 
@@ -51,6 +52,7 @@ def add_student(
     check_teachers(student, settings.teachers)
     student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
     check_supported(f"Student {student!r}", student_config)
+    check_keys(model, f"Student {student!r}", student_config)
     teachers = _locate(model, student, settings.teachers)
     active_head = model.active_head if isinstance(model, ModelWithFlexibleHeadsAdaptersMixin) else None
     try:
@@ -122,6 +124,7 @@ def _add_student_of_pool(
     """
     student_config = read_config(f"Student {student!r}", config or DEFAULT_ADAPTER_CONFIG)
     check_supported(f"Student {student!r}", student_config)
+    check_keys(model, f"Student {student!r}", student_config)
     assert isinstance(settings.teacher_selection, int)
     pool = read_pool(model, folder, student, settings.teacher_selection)
     _add(model, add_adapter, student)

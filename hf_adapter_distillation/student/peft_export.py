@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from .._compat import ADAPTER_CONFIG_NAME, LoRAMergedLinear, forward_arguments
 from ..downloads import read_adapter_config, suggestion
 from ..method.distillation import distillations
-from ..teachers.peft_lora import FACTORS, MERGED_KEYS, PEFT_WEIGHTS_NAME, PREFIX, common_ends, is_peft, projections_of
+from ..teachers.peft_lora import FACTORS, PEFT_WEIGHTS_NAME, PREFIX, is_peft
+from ..teachers.projections import ATTENTION_KEYS, common_ends, holders_of
 from .peft_heads import plain_with_head
 from .provenance import PROVENANCE_NAME, Provenance
 
@@ -137,7 +138,7 @@ def _lora_config(model: ModelAdaptersMixin, name: str) -> LoRAConfig:
         raise ValueError(f"There is no adapter {name!r} to export; {hint or f'adapters on the model: {names}.'}")
     config: Any = model.adapters_config.get(name)
     check_lora_config(f"Adapter {name!r}", config)
-    if not any(name in module.loras for module in projections_of(model).values()):
+    if not holders_of(model, name):
         raise ValueError(f"Adapter {name!r} has no LoRA in a projection of this model; there is nothing to export.")
     return config
 
@@ -145,14 +146,12 @@ def _lora_config(model: ModelAdaptersMixin, name: str) -> LoRAConfig:
 def _exported(model: ModelAdaptersMixin, name: str) -> dict[str, Exported]:
     """Return the LoRA of each projection, by its path in the base model."""
     found = {}
-    for path, module in projections_of(model).items():
-        if name not in module.loras:
-            continue
+    for path, module in holders_of(model, name).items():
         lora = module.loras[name]
         down, up = lora.lora_A, lora.lora_B
         if isinstance(module, LoRAMergedLinear):
-            parts = iter(up.split(module.out_features // len(MERGED_KEYS)))
-            empty = up.new_zeros(module.out_features // len(MERGED_KEYS), 0)
+            parts = iter(up.split(module.out_features // len(ATTENTION_KEYS)))
+            empty = up.new_zeros(module.out_features // len(ATTENTION_KEYS), 0)
             up = torch.block_diag(*(next(parts) if enabled else empty for enabled in lora.enable_lora))
         alpha = lora.scaling * down.shape[0]
         is_whole = math.isclose(alpha, round(alpha), rel_tol=1e-12)

@@ -81,8 +81,10 @@ def start_at_average(
     distillation, config = distillation_of(model, student), model.adapters_config.get(student)
     teachers, reason = distillation.config.teachers, ""
     form = _form(config)
-    if others := [name for name in teachers if _form(model.adapters_config.get(name)) != form]:
-        reason = f"its config is not that of teacher {others[0]!r}, so there is no average to start from"
+    forms = {name: _form(model.adapters_config.get(name)) for name in teachers}
+    if others := [name for name in teachers if forms[name] != form]:
+        differences = _differences(form, forms[others[0]])
+        reason = f"its config is not that of teacher {others[0]!r}{differences}, so there is no average to start from"
     elif _has_factors(config, distillation.level):
         reason = "the average of the teachers' factors does not average their products"
     if reason:
@@ -118,6 +120,14 @@ def _form(config: AdapterConfig) -> dict[str, Any]:
     if "attn_matrices" in form:
         form["attn_matrices"] = sorted(form["attn_matrices"])  # LoRA of PEFT are converted in this order
     return form
+
+
+def _differences(form: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the settings in which two adapters of one method differ, for a message; "" for two methods."""
+    if form.keys() != other.keys():
+        return ""
+    differ = [f"{key}={form[key]!r} and not {other[key]!r}" for key in form if form[key] != other[key]]
+    return f" ({', '.join(differ)})"
 
 
 def _has_factors(config: AdapterConfig, level: str) -> bool:

@@ -1,5 +1,5 @@
 """Teachers: where they come from, whether they fit, how good they are.
 
-Reading order: `loading`, `peft_lora`, `peft_conversion`, `peft_model`, `compatibility`, `ranking`, `class_head`,
-`learner`, `weighing`, `relevance`, `pool`.
+Reading order: `loading`, `projections`, `peft_lora`, `peft_conversion`, `peft_model`, `compatibility`, `ranking`,
+`class_head`, `learner`, `weighing`, `relevance`, `pool`.
 """

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import pad
 from transformers.utils import logging
 
-from .._compat import LoRALinear, LoRAMergedLinear, children_of_base
+from .._compat import LoRAMergedLinear, children_of_base
+from .projections import ATTENTION_KEYS, LAYER_NUMBER, Projection, common_ends, projections_of
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +25,6 @@ PEFT_WEIGHTS_NAME, OLD_WEIGHTS_NAME = "adapter_model.safetensors", "adapter_mode
 PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 DEFAULT_RANK = DEFAULT_ALPHA = 8  # of PEFT
-MERGED_KEYS = ("q", "k", "v")  # the parts of a merged projection, in the order of its rows
 
 # Settings of PEFT that do not change what the saved factors compute, or that other settings switch on.
 HARMLESS = {
@@ -37,7 +37,6 @@ HARMLESS = {
 }  # fmt: skip
 # Values of `init_lora_weights` in lower case; the other starts change the weights of the base model.
 HARMLESS_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
-LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # in a path
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r)
 
@@ -67,12 +66,6 @@ def read_peft_weights(folder: Path, label: str) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{label} cannot be loaded: {file} is missing or damaged; save it again.") from error
-
-
-def projections_of(model: ModelAdaptersMixin) -> dict[str, LoRALinear | LoRAMergedLinear]:
-    """Return the projections that take LoRA, by their paths in the base model."""
-    kinds = (LoRALinear, LoRAMergedLinear)
-    return {path: module for path, module in model.base_model.named_modules() if isinstance(module, kinds)}
 
 
 @torch.no_grad()
@@ -111,11 +104,11 @@ def convert_peft_lora(
                 f"{label} has the ranks {down.shape[0]} and {up.shape[1]} in {saved_path}, but its config says "
                 f"r={rank}; save it again."
             )
-        module = projections[path]
-        parts[path] = _split(down, up) if isinstance(module, LoRAMergedLinear) else {module.attn_key or "": (down, up)}
+        module, key, _ = projections[path]
+        parts[path] = _split(down, up) if isinstance(module, LoRAMergedLinear) else {key or "": (down, up)}
     scaling = next(filter(None, scalings.values()), 0.0)
     _check_whole(projections, parts.keys(), saved, label)
-    config = _config(model, parts, scaling, _dropout(saved, label))
+    config = _config(model, projections, parts, scaling, _dropout(saved, label))
     factors = {}
     for path, of_path in parts.items():
         ratio = scalings[path] / scaling if scaling else 1.0
@@ -138,21 +131,26 @@ def _check_plain(saved: dict, label: str) -> None:
 
 
 def _config(
-    model: ModelAdaptersMixin, parts: Mapping[str, Mapping[str, Factors]], scaling: float, dropout: float
+    model: ModelAdaptersMixin,
+    projections: Mapping[str, Projection],
+    parts: Mapping[str, Mapping[str, Factors]],
+    scaling: float,
+    dropout: float,
 ) -> LoRAConfig:
     """Return the config of an adapter with the largest rank of some parts."""
     ranks = {(path, key): down.shape[0] for path, part in parts.items() for key, (down, _) in part.items()}
     rank = max(1, *ranks.values())
-    modules = [module for path, module in projections_of(model).items() if path in parts]
-    places = {module.location_key for module in modules}
-    keys = sorted({key for (_, key), rank in ranks.items() if key and rank})
-    if not keys and "selfattn_lora" in places:
-        keys = [MERGED_KEYS[0]]  # merged projections whose factors are all zero
+    places = {projections[path].location for path in parts}
+    modules = [projections[path].module for path in parts]
+    keys = {key for (_, key), rank in ranks.items() if key and rank}
+    has_merged = any(isinstance(projection.module, LoRAMergedLinear) for projection in projections.values())
+    if has_merged and "selfattn_lora" in places and keys.isdisjoint(ATTENTION_KEYS):
+        keys.add(ATTENTION_KEYS[0])  # adapters cannot run a merged projection without a part; this one computes zero
     return LoRAConfig(
         selfattn_lora="selfattn_lora" in places,
         intermediate_lora="intermediate_lora" in places,
         output_lora="output_lora" in places,
-        attn_matrices=keys,
+        attn_matrices=sorted(keys),
         r=rank,
         alpha=scaling * rank,
         dropout=dropout,
@@ -160,14 +158,19 @@ def _config(
     )
 
 
-@torch.no_grad()
 def add_peft_lora(model: ModelAdaptersMixin, name: str, lora: PeftLoRA) -> None:
     """Add an adapter that `convert_peft_lora` returned for the model, or for another model of its config."""
     model.add_adapter(name, config=lora.config)
-    projections = projections_of(model)
+    fill_peft_lora(model, name, lora)
+
+
+@torch.no_grad()
+def fill_peft_lora(model: ModelAdaptersMixin, name: str, lora: PeftLoRA) -> None:
+    """Give an adapter on the model the factors of a LoRA of its config."""
     for path, (down, up) in lora.factors.items():
-        projections[path].loras[name].lora_A.copy_(down)
-        projections[path].loras[name].lora_B.copy_(up)
+        factors: Any = model.base_model.get_submodule(f"{path}.loras.{name}")
+        factors.lora_A.copy_(down)
+        factors.lora_B.copy_(up)
 
 
 def _factors(model: ModelAdaptersMixin, weights: Mapping[str, torch.Tensor], label: str) -> dict[str, Factors]:
@@ -217,7 +220,7 @@ def _no_projection(model: ModelAdaptersMixin, saved_path: str, label: str) -> Va
     numbered = (name for name, _ in model.base_model.named_modules())
     names = common_ends({LAYER_NUMBER.sub("*", path) for path in paths}, {LAYER_NUMBER.sub("*", p) for p in numbered})
     return ValueError(
-        f"{label} has LoRA in {saved_path}, which is no projection that takes LoRA in adapters' "
+        f"{label} has LoRA in {saved_path}, which is no linear layer inside the layers of a "
         f"{model.config.model_type}; use a LoRA in {', '.join(names)} alone."
     )
 
@@ -227,20 +230,9 @@ def _projection_at(projections: Iterable[str], saved_path: str) -> str | None:
     return next((path for path in projections if saved_path == path or saved_path.endswith(f".{path}")), None)
 
 
-def common_ends(paths: Collection[str], names: Iterable[str]) -> list[str]:
-    """Return short ends of some paths (`query`, `output.dense`), which no other name has."""
-    others, found = [name.split(".") for name in names if name not in paths], set()
-    for path in paths:
-        parts = path.split(".")
-        ends = (parts[-n:] for n in range(1, len(parts) + 1))
-        end = next((end for end in ends if not any(other[-len(end) :] == end for other in others)), parts)
-        found.add(".".join(end))
-    return sorted(found)
-
-
 def _checked_path(
     model: ModelAdaptersMixin,
-    projections: Mapping[str, Any],
+    projections: Mapping[str, Projection],
     saved_path: str,
     down: torch.Tensor,
     up: torch.Tensor,
@@ -250,7 +242,7 @@ def _checked_path(
     path = _projection_at(projections, saved_path)
     if path is None:
         raise _no_projection(model, saved_path, label)
-    sizes = projections[path].in_features, projections[path].out_features
+    sizes = projections[path].sizes
     if down.dim() != 2 or up.dim() != 2 or (down.shape[1], up.shape[0]) != sizes:
         size = f"a projection {saved_path} of another size"
         raise ValueError(f"{label} was made for {size}; use one trained on the same base model.")
@@ -304,7 +296,7 @@ def _dropout(saved: dict, label: str) -> float:
 def _split(down: torch.Tensor, up: torch.Tensor) -> dict[str, Factors]:
     """Return the factors of the parts of a merged projection, each without the columns of B that are zero in it."""
     parts = {}
-    for key, rows in zip(MERGED_KEYS, up.chunk(len(MERGED_KEYS)), strict=True):
+    for key, rows in zip(ATTENTION_KEYS, up.chunk(len(ATTENTION_KEYS)), strict=True):
         used = rows.any(0)
         parts[key] = (down[used], rows[:, used])
     return parts

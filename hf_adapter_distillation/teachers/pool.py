@@ -16,7 +16,7 @@ from ..downloads import one_line
 from ..method.parameters import owner
 from .compatibility import check_supported, choose_level
 from .loading import Teacher, check_formats, load_teacher, locate_teacher, read_config
-from .peft_lora import PeftLoRA, projections_of
+from .peft_lora import PeftLoRA, fill_peft_lora
 
 logger = logging.get_logger(__name__)
 
@@ -163,13 +163,10 @@ class Slot:
             self.weights[key].copy_(value)
 
     def _fill_lora(self, lora: PeftLoRA) -> None:
-        projections = projections_of(self.model)
         for key, weight in self.weights.items():
             if key.endswith("lora_B"):  # of projections without factors
                 weight.zero_()
-        for path, (down, up) in lora.factors.items():
-            projections[path].loras[self.name].lora_A.copy_(down)
-            projections[path].loras[self.name].lora_B.copy_(up)
+        fill_peft_lora(self.model, self.name, lora)
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

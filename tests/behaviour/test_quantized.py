@@ -3,6 +3,7 @@
 import adapters
 import pytest
 import torch
+from adapters import LoRAConfig
 from model_state import changed, snapshot
 from tiny_models import CONFIGS, TEACHERS, make_dataset, noisy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -13,6 +14,8 @@ from hf_adapter_distillation.method.distillation import distillations
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow  # it compiles its kernels for the CPU
 
+IN_ALL = LoRAConfig(attn_matrices=["q", "k", "v", "o_proj", "gate_proj"], intermediate_lora=True, output_lora=True)
+
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("bits", [4, 8])
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.slow  # it compiles its kernels for the CPU
     ("teachers", "student", "level"),
     [
         (["lora"] * 3, "lora", "adapter"),
+        ([IN_ALL] * 3, IN_ALL, "adapter"),
         (["seq_bn"] * 3, "seq_bn", "adapter"),
         (["lora", "seq_bn", "ia3"], "lora", "layer"),
     ],

@@ -30,7 +30,7 @@ BOTTLENECKS = st.builds(
 
 def in_projections(method, family, **kwargs):
     """LoRA or (IA)^3 in some projections; those of the attention of GPT-2 are merged and cannot be fused."""
-    places = [["q", "v"], ["v"], ["q", "k", "v"], []]
+    places = [["q", "v"], ["v"], ["q", "k", "v"], ["q", "attention.output.dense"], ["attention.output.dense"], []]
     in_attention = st.sampled_from(places if family == "bert" else [[]])
     in_block = st.sampled_from([(True, False), (False, True), (True, True)])
     return st.builds(

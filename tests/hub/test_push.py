@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import LoRAConfig
 from hub_server import check_card
 from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.utils import reset_sessions
@@ -139,6 +140,24 @@ def test_a_student_pushed_for_peft_loads_by_the_code_of_its_card(hub, trainer_ar
     with torch.no_grad():
         expected = model.eval()(**batch).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_student_that_adapters_would_load_in_part_is_pushed_for_peft_alone(hub, trainer_args, tmp_path):
+    config = LoRAConfig(r=2, attn_matrices=["q", "attention.output.dense"])
+    model = make_student(make_model(kind="classification"), teachers=["bank"], config=config)
+    model.save_adapter(str(tmp_path / "insurance"), "insurance")
+    message = (
+        "'insurance' has LoRA in attention.output.dense, which adapters leaves out where it is loaded without "
+        "hf_adapter_distillation; push it for PEFT, by push_adapter_to_hub(..., format='peft'), or by "
+        "adapter-distill export and hf upload."
+    )
+    refused(ValueError, message, model.push_adapter_to_hub, "me/faq", "insurance")
+    refused(ValueError, message, push_saved, tmp_path / "insurance", "me/faq")
+    args = trainer_args(push_to_hub=True, hub_model_id="me/faq")
+    refused(ValueError, message, had.DistillationTrainer, model, args, train_dataset=make_dataset())
+    assert not hub.repos
+    model.push_adapter_to_hub("me/faq", "insurance", format="peft")
+    assert "attention.output.dense" in hub.repos["me/faq"].files["adapter_config.json"].decode()
 
 
 def test_a_format_that_a_push_does_not_have_is_named(hub):

@@ -100,6 +100,7 @@ def exported_and_taken(names_of_page, hub):
     documented = set(re.findall(r"^\| `([\w.]+)` \|", read("docs/how_to/peft.md"), flags=re.M))
     assert {path.name for path in folders[0].iterdir()} == documented
     assert documented < set(hub.repos["me/insurance-peft"].files)
+    assert had.distillation_of(names_of_page["llama"], "insurance").level == "adapter"
     return [*names_of_page["model_of_peft"].adapters_config] == ["bank", "travel", "insurance"]
 
 
@@ -170,6 +171,12 @@ def with_peft(monkeypatch, tiny_encoder):
     for name in ("bank", "travel"):
         lora = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
         get_peft_model(AutoModel.from_pretrained("bert-base-uncased"), lora).save_pretrained(f"peft/{name}")
+        in_all = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        llama = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+        get_peft_model(llama, in_all).save_pretrained(f"peft/all-{name}")
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name: AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    )
 
 
 def with_chats(monkeypatch, tmp_path):

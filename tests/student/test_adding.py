@@ -46,7 +46,8 @@ def test_where_the_student_starts(start):
 def test_configs_that_disagree_start_at_random_and_say_so(caplog):
     model = with_teachers()
     model.add_adapter("insurance", config="seq_bn[reduction_factor=4]", distill_from=TEACHERS)
-    assert "'insurance' starts at random weights: its config is not that of teacher 'bank'" in caplog.text
+    start = "'insurance' starts at random weights: its config is not that of teacher 'bank'"
+    assert f"{start} (reduction_factor=4 and not 16), so there is no average" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ READ = """
     torch.save(results, out + "/results.pt")
 """
 FULL = LoRAConfig(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True, r=3, alpha=7, dropout=0.1)
+ALL = ["q", "k", "v", "o_proj", "gate_proj", "attn.c_proj", "o", "attention.output.dense"]  # of several models
 WITH_HEAD = ("classification", "masked_lm", "qa")
 HEAD = {"num_labels": 3, "layers": 1, "use_pooler": True}
 PLAIN = STATIC | {"masked_lm": AutoModelForMaskedLM, "qa": AutoModelForQuestionAnswering}
@@ -64,6 +65,10 @@ CASES = {  # family, kind of model, LoRA, flexible head
     "llama": ("llama", "causal_lm", FULL, None),
     "gemma3": ("gemma3", "causal_lm", FULL, None),
     "gemma3-classes": ("gemma3", "classification", FULL, None),
+    "llama-all": ("llama", "causal_lm", FULL.replace(attn_matrices=ALL), None),
+    "gpt2-all": ("gpt2", "causal_lm", FULL.replace(attn_matrices=ALL), None),
+    "t5-all": ("t5", "seq2seq_lm", FULL.replace(attn_matrices=ALL), None),
+    "bert-all": ("bert", "classification", FULL.replace(attn_matrices=ALL), None),
     "deberta": ("deberta", "classification", FULL, None),
     "modernbert": ("modernbert", "classification", FULL, None),
     "t5": ("t5", "seq2seq_lm", FULL, None),

@@ -54,6 +54,7 @@ def student_of(folder, family="bert", kind="classification", dtype=torch.float32
     [
         ("bert", "base", "LoHaConfig", LOHA, 4),
         ("bert", "classification", "LoKrConfig", {"target_modules": ["value"], "r": 2, "task_type": "SEQ_CLS"}, 8),
+        ("llama", "causal_lm", "LoHaConfig", {"target_modules": ["q_proj", "o_proj", "gate_proj"], "r": 2}, 4),
         ("llama", "causal_lm", "VeraConfig", {"target_modules": ["q_proj", "v_proj"], "r": 6}, 6),
         (
             "bert",
@@ -157,8 +158,8 @@ def damaged(folder, what):
          "of type IA3 that cannot be converted: PEFT has no way from it to LoRA; use LORA, LOHA, LOKR or VERA."),
         ("PromptTuningConfig", {"num_virtual_tokens": 2, "task_type": "SEQ_CLS"}, "",
          "of type PROMPT_TUNING that cannot be converted: PEFT has no way from it to LoRA; use"),
-        ("LoHaConfig", {"target_modules": ["attention.output.dense"]}, "",
-         "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA"),
+        ("LoHaConfig", {"target_modules": ["pooler.dense"]}, "",
+         "has LoRA in bert.pooler.dense, which is no linear layer inside the layers of a bert; use"),
         ("LoHaConfig", LOHA, "wide",
          "layer.0.attention.self.query.hada_w1_b.default is [2, 64], on the model [2, 32]; use one trained on"),
         ("VeraConfig", {"target_modules": ["query"], "r": 2}, "other modules",

@@ -66,8 +66,18 @@ def saved_by_peft(folder, family="bert", task="SEQ_CLS", sizes=(), **config):
         ("t5", "SEQ_2_SEQ_LM", {"target_modules": ["q", "v", "wo"]}),
         ("bart", "SEQ_2_SEQ_LM", {"target_modules": ["q_proj", "v_proj"]}),
         ("gpt2", "CAUSAL_LM", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+        ("gpt2", "CAUSAL_LM", {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
         ("deberta", "SEQ_CLS", {"target_modules": ["in_proj", "intermediate.dense"]}),
         ("modernbert", "SEQ_CLS", {"target_modules": ["Wqkv", "mlp.Wi"]}),
+        ("bert", "SEQ_CLS", {"target_modules": ["query", "attention.output.dense"]}),
+        ("distilbert", "SEQ_CLS", {"target_modules": ["out_lin"]}),
+        ("deberta", "SEQ_CLS", {"target_modules": ["attention.output.dense"]}),
+        ("modernbert", "SEQ_CLS", {"target_modules": ["Wo"]}),
+        *(
+            (family, task, {"target_modules": "all-linear"})
+            for family, task in (("llama", "CAUSAL_LM"), ("gemma3", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"))
+        ),
+        *((family, "SEQ_2_SEQ_LM", {"target_modules": "all-linear"}) for family in ("t5", "bart")),
         (
             "bert",
             "SEQ_CLS",
@@ -298,10 +308,10 @@ def test_what_cannot_be_converted_leaves_the_model_as_it_was(what, message, tmp_
 
 
 def test_a_module_that_takes_no_lora_here_is_named(tmp_path):
-    saved_by_peft(tmp_path / "bank", target_modules=["attention.output.dense"])
+    saved_by_peft(tmp_path / "bank", target_modules=["pooler.dense"])
     message = (
-        "has LoRA in bert.encoder.layer.0.attention.output.dense, which is no projection that takes LoRA in adapters' "
-        "bert; use a LoRA in *.output.dense, intermediate.dense, key, query, value alone."
+        "has LoRA in bert.pooler.dense, which is no linear layer inside the layers of a bert; use a LoRA in "
+        "intermediate.dense, key, output.dense, query, value alone."
     )
     with pytest.raises(ValueError, match=one_line(part=message)):
         make_model().add_adapter("insurance", config="lora", distill_from=[str(tmp_path / "bank")])

@@ -41,6 +41,8 @@ def logits(model):
         ("llama", "causal_lm", {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}),
         ("deberta", "classification", {"target_modules": ["in_proj"]}),
         ("modernbert", "classification", {"target_modules": ["Wqkv"]}),
+        ("llama", "causal_lm", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+        ("gpt2", "causal_lm", {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
     ],
 )
 def test_each_adapter_computes_the_same_on_the_same_base_weights(family, kind, config):
