@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
-from adapters import LoRAConfig
-from tiny_models import make_dataset, make_model, make_student
+from tiny_models import IN_ALL, make_dataset, make_model, make_student
 from torch.distributed.tensor import DTensor
 
 import hf_adapter_distillation as had
 from hf_adapter_distillation.training.sharding import shard_base_model
 
-IN_ALL = LoRAConfig(attn_matrices=["q", "k", "v", "o_proj", "gate_proj"], intermediate_lora=True, output_lora=True)
 # What differs from LoRA teachers and the objective of features, on a decoder.
 SETTINGS = {
     "LoRA in all layers": {"config": IN_ALL},

@@ -2,7 +2,7 @@
 
 import adapters
 import torch
-from adapters import AdapterSetup, AutoAdapterModel, Stack
+from adapters import AdapterSetup, AutoAdapterModel, LoRAConfig, Stack
 from datasets import Dataset
 from transformers import (
     AutoModel,
@@ -80,6 +80,8 @@ HEADS = {
     "causal_lm": {},
     "multiple_choice": {"num_choices": 2},
 }  # kinds of heads, and how they are added
+# LoRA in all linear layers of a Llama.
+IN_ALL = LoRAConfig(attn_matrices=["q", "k", "v", "o_proj", "gate_proj"], intermediate_lora=True, output_lora=True)
 ALL_OBJECTIVES = {"features": 1.0, "cosine": 0.5, "task_specific": 0.7, "logits": 0.3, "cross_task": 0.2}
 
 

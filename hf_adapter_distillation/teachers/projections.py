@@ -72,8 +72,7 @@ def projections_of(model: ModelAdaptersMixin) -> dict[str, Projection]:
 
 def holders_of(model: ModelAdaptersMixin, adapter: str) -> dict[str, Any]:
     """Return the projections that hold the LoRA of an adapter, by their paths in the base model."""
-    modules: dict[str, Any] = {path: projection.module for path, projection in projections_of(model).items()}
-    return {path: module for path, module in modules.items() if adapter in getattr(module, "loras", ())}
+    return {path: module for path, module in _modules(model.base_model) if adapter in getattr(module, "loras", ())}
 
 
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -143,21 +142,29 @@ def check_keys(model: ModelAdaptersMixin, label: str, config: AdapterConfig) -> 
 
 def warn_of_further(adapter: str, config: AdapterConfig) -> None:
     """Warn that adapters without this package leaves out a part of a saved adapter."""
-    if keys := sorted(further_keys(config)):
+    if what := _left_out(adapter, config):
         logger.warning_once(  # type: ignore[attr-defined]
-            f"{adapter!r} has LoRA in {', '.join(keys)}, which adapters leaves out where it is loaded without "
-            "hf_adapter_distillation; import it there, too, or export the adapter by save_adapter_as_peft."
+            f"{what}; import it there, too, or export the adapter by save_adapter_as_peft."
         )
 
 
 def check_known_to_adapters(adapter: str, config: Any) -> None:
     """Raise `ValueError` if adapters without this package would leave out a part of an adapter."""
-    if keys := sorted(further_keys(config)):
+    if what := _left_out(adapter, config):
         raise ValueError(
-            f"{adapter!r} has LoRA in {', '.join(keys)}, which adapters leaves out where it is loaded without "
-            "hf_adapter_distillation; push it for PEFT, by push_adapter_to_hub(..., format='peft'), or by "
-            "adapter-distill export and hf upload."
+            f"{what}; push it for PEFT, by push_adapter_to_hub(..., format='peft'), or by adapter-distill export and "
+            "hf upload."
         )
+
+
+def _left_out(adapter: str, config: Any) -> str:
+    """Return what adapters without this package leaves out of an adapter, for a message; "" if nothing."""
+    if not (keys := sorted(further_keys(config))):
+        return ""
+    return (
+        f"{adapter!r} has LoRA in {', '.join(keys)}, which adapters leaves out where it is loaded without "
+        "hf_adapter_distillation"
+    )
 
 
 def wrap_named(model: ModelAdaptersMixin, config: Any) -> None:

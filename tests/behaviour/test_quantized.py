@@ -6,9 +6,8 @@ import adapters
 import peft
 import pytest
 import torch
-from adapters import LoRAConfig
 from model_state import changed, snapshot
-from tiny_models import CONFIGS, TEACHERS, make_batch, make_dataset, noisy
+from tiny_models import CONFIGS, IN_ALL, TEACHERS, make_batch, make_dataset, noisy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_adapter_distillation as had
@@ -16,8 +15,6 @@ from hf_adapter_distillation.method.distillation import distillations
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow  # it compiles its kernels for the CPU
-
-IN_ALL = LoRAConfig(attn_matrices=["q", "k", "v", "o_proj", "gate_proj"], intermediate_lora=True, output_lora=True)
 
 
 def quantized(folder, bits):
